@@ -1,0 +1,106 @@
+"""What several rooms' tests need: a tiny Llama-4-shaped model, tokenizer and chat template."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import pytest
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
+
+TINY_SPECIAL_TOKENS = (
+    "<|begin_of_text|>",
+    "<|end_of_text|>",
+    "<|header_start|>",
+    "<|header_end|>",
+    "<|eot|>",
+    "<|pad|>",
+)
+TINY_CHAT_TEMPLATE = (
+    "{{- bos_token }}"
+    "{%- for message in messages %}"
+    "{{- '<|header_start|>' + message['role'] + '<|header_end|>\n\n' }}"
+    "{{- message['content'] + '<|eot|>' }}"
+    "{%- endfor %}"
+    "{%- if add_generation_prompt %}"
+    "{{- '<|header_start|>assistant<|header_end|>\n\n' }}"
+    "{%- endif %}"
+)
+
+
+def make_tiny_model(directory: Path, *, seed: int = 0, **overrides: object) -> Path:
+    """Write a randomly initialised Llama 4 text model to `directory` and return it.
+
+    Four layers: dense, MoE (4 experts), dense, MoE without RoPE; 73 thousand parameters; a byte-level
+    tokenizer (ids 0–255 are bytes' symbols in ByteLevel order, 256–261 TINY_SPECIAL_TOKENS) whose
+    post-processor adds BOS, as Meta's does.
+
+    Args:
+        overrides: keys of Llama4TextConfig, e.g. attention_chunk_size=8.
+    """
+    import torch
+    from transformers import Llama4ForCausalLM, Llama4TextConfig
+
+    tokenizer = make_tiny_tokenizer()
+    settings: dict[str, object] = {
+        "vocab_size": 264,
+        "hidden_size": 32,
+        "intermediate_size": 32,
+        "intermediate_size_mlp": 64,
+        "num_hidden_layers": 4,
+        "num_attention_heads": 2,
+        "num_key_value_heads": 1,
+        "head_dim": 16,
+        "num_local_experts": 4,
+        "interleave_moe_layer_step": 2,
+        "attention_chunk_size": 128,
+        "max_position_embeddings": 1024,
+        "bos_token_id": 256,
+        "eos_token_id": [257, 260],
+        "pad_token_id": 261,
+        "initializer_range": 0.1,
+    }
+    config = Llama4TextConfig(**{**settings, **overrides})  # pyright: ignore[reportArgumentType]
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model = Llama4ForCausalLM(config)
+    directory.mkdir(parents=True, exist_ok=True)
+    model.save_pretrained(directory)
+    tokenizer.save_pretrained(directory)
+    return directory
+
+
+def make_tiny_tokenizer(
+    chat_template: str | None = TINY_CHAT_TEMPLATE,
+) -> PreTrainedTokenizerFast:
+    """A byte-level tokenizer of 262 tokens: one per byte, then the special tokens."""
+    from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors
+    from transformers import PreTrainedTokenizerFast
+
+    symbols = sorted(pre_tokenizers.ByteLevel.alphabet())
+    backend = Tokenizer(models.BPE(vocab={s: i for i, s in enumerate(symbols)}, merges=[]))
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    backend.decoder = decoders.ByteLevel()
+    backend.add_special_tokens(
+        [AddedToken(token, special=True, normalized=False) for token in TINY_SPECIAL_TOKENS]
+    )
+    backend.post_processor = processors.TemplateProcessing(
+        single="<|begin_of_text|> $A", special_tokens=[("<|begin_of_text|>", 256)]
+    )
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=backend,
+        bos_token="<|begin_of_text|>",
+        eos_token="<|eot|>",
+        pad_token="<|pad|>",
+        clean_up_tokenization_spaces=False,
+    )
+    tokenizer.chat_template = chat_template
+    return tokenizer
+
+
+@pytest.fixture(scope="session")
+def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Folder of a tiny Llama 4 model; shared by the session, so copy it before changing it."""
+    return make_tiny_model(tmp_path_factory.mktemp("tiny") / "model")
