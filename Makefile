@@ -1,0 +1,42 @@
+# Every target installs packtrain into .venv first when that is not done yet: a bare machine needs
+# no more than make and Python 3.11.
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+INSTALLED := $(VENV)/.installed
+PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet --constraint constraints.txt
+
+.PHONY: quickstart test test-slow check bench install
+.DEFAULT_GOAL := test
+
+quickstart: $(INSTALLED)
+	$(BIN)/packtrain run recipes/tiny/recipe.yaml --resume
+
+# One thread per process in tests: real Ray workers share the cores with pytest.
+test test-slow: export OMP_NUM_THREADS = 1
+
+test: check
+	$(BIN)/python -m pytest -m "not slow"
+
+test-slow: $(INSTALLED)
+	$(BIN)/python -m pytest -m slow
+
+check: $(INSTALLED)
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+	$(BIN)/pyright
+	$(BIN)/python -m pytest tests/test_layers.py
+
+bench: $(INSTALLED)
+	$(BIN)/python -m benchmarks.trail
+
+install: $(INSTALLED)
+
+# torch goes in alone and first: whatever comes after it then finds the pinned build in place.
+$(INSTALLED): pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.version_info >= (3, 11) or sys.exit("packtrain needs Python 3.11 or newer, but $(PYTHON) is " + sys.version.split()[0] + "; name another one: make PYTHON=python3.12")'
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(PIP) torch==2.13.0
+	$(PIP) --editable '.[dev]'
+	@touch $@
