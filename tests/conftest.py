@@ -33,9 +33,9 @@ TINY_CHAT_TEMPLATE = (
 def make_tiny_model(directory: Path, *, seed: int = 0, **overrides: object) -> Path:
     """Write a randomly initialised Llama 4 text model to `directory` and return it.
 
-    Four layers: dense, MoE (4 experts), dense, MoE without RoPE; 73 thousand parameters; a byte-level
-    tokenizer (ids 0–255 are bytes' symbols in ByteLevel order, 256–261 TINY_SPECIAL_TOKENS) whose
-    post-processor adds BOS, as Meta's does.
+    Four layers: dense, MoE (4 experts), dense, MoE without RoPE; 73 thousand parameters; a
+    byte-level tokenizer (ids below 256 are bytes, in ByteLevel's order; from 256 on come
+    TINY_SPECIAL_TOKENS) whose post-processor adds BOS, as Meta's does.
 
     Args:
         overrides: keys of Llama4TextConfig, e.g. attention_chunk_size=8.
