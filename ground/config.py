@@ -1,0 +1,111 @@
+"""The head of a recipe that all stages share, and the base of every section."""
+
+from __future__ import annotations
+
+import typing
+from pathlib import Path
+from typing import Self
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator, model_validator
+
+from ground.positions import PlacedText
+
+STAGES = ("herd", "prune", "targets", "sft", "mine", "rl", "dpo")
+"""Stages in the order of the trail; a stage is on iff its section is present."""
+SECTIONS = (*STAGES, "evaluate")
+"""Top-level keys that belong to a stage rather than to the head."""
+
+
+class Section(BaseModel):
+    """A frozen mapping of a recipe; an unknown key is an error.
+
+    A relative path starts at the folder of the recipe file that writes it; in an override
+    (`data.sft=mine.jsonl`) it starts at the current directory. `~` is the home folder.
+    """
+
+    model_config = ConfigDict(
+        extra="forbid", frozen=True, use_attribute_docstrings=True, allow_inf_nan=False
+    )
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _read_plainly(cls, value: object, info: ValidationInfo) -> object:
+        """Anchor relative paths; keep `true` from passing as the number 1."""
+        annotation = cls.model_fields[info.field_name or ""].annotation
+        if isinstance(value, bool) and not _mentions(annotation, (bool, object)):
+            raise ValueError(f"must not be {str(value).lower()}")
+        if _mentions(annotation, (Path,)):
+            several = isinstance(value, list)
+            return [_anchored(each) for each in value] if several else _anchored(value)
+        return value
+
+
+def _anchored(value: object) -> object:
+    """A path written in a recipe, made absolute from the place that wrote it."""
+    if not isinstance(value, PlacedText):
+        return value
+    path = Path(value).expanduser()
+    return path if path.is_absolute() else (value.folder / path).absolute()
+
+
+def _mentions(annotation: object, types: tuple[object, ...]) -> bool:
+    """Whether one of `types` stands in a union such as `Path | None`."""
+    arguments = typing.get_args(annotation)
+    return annotation in types or any(_mentions(argument, types) for argument in arguments)
+
+
+class ModelSource(Section):
+    """Where weights come from."""
+
+    path: Path
+    """Folder with config.json, safetensors, tokenizer and chat template."""
+
+
+Column = typing.Literal[
+    "id", "messages", "prompt", "completion", "capability", "reward", "answer", "difficulty"
+]
+
+
+class Data(Section):
+    """The user's own files; stages that make data (herd, prune, mine) take precedence."""
+
+    sft: Path | None = None
+    """Demonstrations: JSONL or parquet with `messages`, or `prompt` and `completion`."""
+    prompts: Path | None = None
+    """RL prompts: JSONL or parquet with `messages` or `prompt`, `reward` and `answer`."""
+    heldout: Path | None = None
+    """Prompts for evaluation; never trained on."""
+    columns: dict[Column, str] = Field(default_factory=dict)
+    """Our column → the file's column, e.g. `{prompt: question, answer: answer}`."""
+    defaults: dict[typing.Literal["capability", "reward"], str] = Field(default_factory=dict)
+    """Values for columns that a row leaves out, e.g. `{reward: math, capability: math}`."""
+    max_bad_rows: int = Field(0, ge=0)
+    """Rows that may be unreadable before a file is refused; they go to a quarantine file."""
+
+
+class Systems(Section):
+    """Pools of system instructions; one is drawn per group, seeded."""
+
+    pools: dict[str, list[str]] = Field(default_factory=dict)
+    """Capability → instructions; the key `any` serves capabilities without a pool of their own."""
+
+
+class Head(Section):
+    """What a recipe says once for all its stages."""
+
+    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", max_length=100)
+    """Name of the run: its directory is `runs/<name>`."""
+    seed: int = 0
+    """Every random choice of the run follows from it."""
+    model: ModelSource | None = None
+    """The base model; absent when a `herd` section makes one."""
+    teacher: ModelSource | None = None
+    """The model that judges and teaches; absent when a `herd` section makes one."""
+    data: Data = Data()
+    systems: Systems = Systems()
+    rewards: list[Path] = Field(default_factory=list)
+    """Python files of the user's own whose functions are marked `@reward("name")`."""
+    sinks: list[typing.Literal["trackio", "wandb", "tensorboard"]] = Field(default_factory=list)
+    """Trackers that get the numbers besides metrics.jsonl."""
+    rewards: list[Path] = Field(default_factory=list)
+    """The user's own reward functions: Python files with `@reward("name")`, run in children."""
