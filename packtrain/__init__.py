@@ -1,0 +1,1 @@
+"""The packtrain command: runs the stages of a recipe in order."""

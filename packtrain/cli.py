@@ -1,0 +1,177 @@
+"""The `packtrain` command: reads the command line, then hands over to the module of one command.
+
+Nothing heavy is imported here, and a command's module only when the command is called: `--help`
+and `validate` must answer at once, without torch and ray.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from difflib import get_close_matches
+from pathlib import Path
+from typing import NoReturn
+
+from ground.errors import PacktrainError, RecipeError
+
+EXIT_CODES = """\
+exit codes: 0 done, 2 recipe or command line, 3 data, 4 environment, 5 diverged or no signal,
+6 workers lost, 130/143 interrupted and saved, 1 a defect of packtrain"""
+
+
+@dataclass(frozen=True, slots=True)
+class Command:
+    """One word of the command line and the module whose `command(arguments)` serves it.
+
+    Example:
+        Command("status", "how far a run is", "packtrain.status", _status_arguments)
+    """
+
+    name: str
+    help: str
+    module: str
+    add_arguments: Callable[[argparse.ArgumentParser], None]
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Entry of the console script; returns the exit code."""
+    words = list(sys.argv[1:] if argv is None else argv)
+    try:
+        arguments = parse(words)
+        command = next(each for each in COMMANDS if each.name == arguments.command)
+        return int(importlib.import_module(command.module).command(arguments))
+    except PacktrainError as error:
+        sys.stderr.write(f"packtrain: {error}\n")
+        return error.exit_code
+    except KeyboardInterrupt:
+        sys.stderr.write("packtrain: interrupted\n")
+        return 130
+    except BrokenPipeError:
+        sys.stderr.close()
+        return 0
+
+
+def parse(words: Sequence[str]) -> argparse.Namespace:
+    """Read the command line; overrides (`key.path=value`) may stand anywhere among the flags.
+
+    Raises:
+        RecipeError: a word is not known; the message names the nearest one that is.
+    """
+    names = [command.name for command in COMMANDS]
+    if words and not words[0].startswith("-") and words[0] not in names:
+        _refuse(words[0], "command", names)
+    parser = _parser()
+    arguments, rest = parser.parse_known_args(words)
+    flags = _flags_of(parser, arguments.command)
+    overrides = [word for word in rest if "=" in word and not word.startswith("-")]
+    for word in rest:
+        if word not in overrides:
+            _refuse(word, "flag" if word.startswith("-") else "argument", flags)
+    if overrides and "overrides" not in arguments:
+        raise RecipeError(
+            f"`packtrain {arguments.command}` takes no overrides, got '{overrides[0]}'"
+        )
+    arguments.overrides = overrides
+    return arguments
+
+
+class _Parser(argparse.ArgumentParser):
+    """argparse, with its complaints turned into our errors."""
+
+    def error(self, message: str) -> NoReturn:
+        raise RecipeError(message, fix=f"{self.prog} --help")
+
+
+def _parser() -> _Parser:
+    parser = _Parser(
+        prog="packtrain",
+        description="Post-training along a trail of stages: prune, SFT, mine, online RL, DPO.",
+        epilog=EXIT_CODES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    for command in COMMANDS:
+        sub = commands.add_parser(
+            command.name, help=command.help, description=command.help, allow_abbrev=False
+        )
+        command.add_arguments(sub)
+    return parser
+
+
+def _flags_of(parser: argparse.ArgumentParser, name: str) -> list[str]:
+    """The flags that a command understands."""
+    command = next(each for each in COMMANDS if each.name == name)
+    probe = argparse.ArgumentParser(add_help=True)
+    command.add_arguments(probe)
+    return [word for word in probe.format_help().replace("[", " ").split() if word[:2] == "--"]
+
+
+def _refuse(word: str, kind: str, known: Sequence[str]) -> NoReturn:
+    near = get_close_matches(word.split("=")[0], known, n=1, cutoff=0.5)
+    hint = f"; did you mean '{near[0]}'?" if near else f"; known are {', '.join(known)}"
+    raise RecipeError(f"'{word}' is not a {kind}{hint if known else ''}", fix="packtrain --help")
+
+
+def _recipe_argument(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("recipe", type=Path, metavar="RECIPE", help="path of a recipe.yaml")
+    parser.set_defaults(overrides=[])
+    parser.epilog = "KEY.PATH=VALUE anywhere on the line changes one value of the recipe."
+
+
+def _run_arguments(parser: argparse.ArgumentParser) -> None:
+    _recipe_argument(parser)
+    parser.add_argument(
+        "--run", type=Path, metavar="DIR", help="run directory (default: runs/<name>)"
+    )
+    parser.add_argument("--resume", action="store_true", help="go on where a stopped run ended")
+    parser.add_argument("--overwrite", action="store_true", help="discard what the run holds")
+    parser.add_argument(
+        "--accelerate",
+        type=Path,
+        metavar="FILE",
+        help="start sft and dpo through `accelerate launch --config_file FILE`",
+    )
+
+
+def _run_directory_argument(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("run", type=Path, metavar="RUN", help="a run directory, e.g. runs/tiny")
+
+
+def _status_arguments(parser: argparse.ArgumentParser) -> None:
+    _run_directory_argument(parser)
+    parser.add_argument("--json", action="store_true", help="print one JSON object")
+
+
+def _report_arguments(parser: argparse.ArgumentParser) -> None:
+    _run_directory_argument(parser)
+    parser.add_argument(
+        "--output", type=Path, metavar="FILE", help="where to write (default: RUN/report.html)"
+    )
+
+
+def _recipes_arguments(parser: argparse.ArgumentParser) -> None:
+    actions = parser.add_subparsers(dest="action", required=True, metavar="ls|cp")
+    actions.add_parser("ls", help="list the recipes that come with packtrain")
+    copy = actions.add_parser("cp", help="copy one to change it")
+    copy.add_argument("name", metavar="NAME", help="as `packtrain recipes ls` prints it")
+    copy.add_argument("target", type=Path, metavar="TARGET", help="file or folder to copy to")
+
+
+def _no_arguments(parser: argparse.ArgumentParser) -> None:
+    del parser
+
+
+COMMANDS = (
+    Command("run", "run the stages of a recipe in order", "packtrain.runner", _run_arguments),
+    Command(
+        "validate", "check a recipe without running it", "packtrain.validate", _recipe_argument
+    ),
+    Command("status", "how far a run is, from any shell", "packtrain.status", _status_arguments),
+    Command("report", "write a run's report.html", "packtrain.report", _report_arguments),
+    Command("doctor", "check this machine and installation", "packtrain.doctor", _no_arguments),
+    Command("recipes", "list or copy recipes", "packtrain.recipes", _recipes_arguments),
+)

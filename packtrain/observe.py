@@ -1,0 +1,147 @@
+"""What a run directory tells a reader from outside: files only, no Ray, no torch, no lock taken.
+
+Every file may be absent, or be in the middle of being written by the run: a reader then gets what
+is there. Nothing here raises because a run is unfinished.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from ground.config import STAGES
+
+EVALUATED = ("base", "sft", "rl", "dpo")
+"""Models of the trail that are evaluated, in order."""
+
+State = Literal["done", "running", "failed", "waiting"]
+
+
+@dataclass(frozen=True, slots=True)
+class Estimate:
+    """A measured share with its 95 % interval.
+
+    Example:
+        Estimate(0.53, 0.49, 0.57)
+    """
+
+    mean: float
+    low: float
+    high: float
+
+    @staticmethod
+    def read(value: object) -> Estimate | None:
+        """From `{"mean", "low", "high"}` as evaluation.json holds it."""
+        if not isinstance(value, Mapping) or not isinstance(value.get("mean"), int | float):
+            return None
+        mean = float(value["mean"])
+        return Estimate(mean, float(value.get("low", mean)), float(value.get("high", mean)))
+
+
+@dataclass(frozen=True, slots=True)
+class Progress:
+    """How far a stage has come.
+
+    Example:
+        Progress(step=12, total=40, eta_seconds=33.0, numbers={"reward": 0.61})
+    """
+
+    step: int
+    total: int
+    eta_seconds: float | None
+    numbers: Mapping[str, float]
+
+
+def read_json(path: Path) -> dict[str, object]:
+    """A JSON object, or an empty one where the file is missing or torn."""
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return value if isinstance(value, dict) else {}
+
+
+def read_lines(path: Path) -> Iterator[dict[str, object]]:
+    """The objects of a JSONL file that is still being appended to; a torn line is left out."""
+    try:
+        lines = path.open(encoding="utf-8", errors="replace")
+    except OSError:
+        return
+    with lines:
+        for line in lines:
+            try:
+                value = json.loads(line)
+            except ValueError:
+                continue
+            if isinstance(value, dict):
+                yield value
+
+
+def number(value: object) -> float | None:
+    """A finite or infinite number, booleans left out."""
+    return float(value) if isinstance(value, int | float) and not isinstance(value, bool) else None
+
+
+def text(value: object) -> str:
+    """A string, or the empty one."""
+    return value if isinstance(value, str) else ""
+
+
+def mapping(value: object) -> Mapping[str, object]:
+    """A mapping, or an empty one."""
+    return value if isinstance(value, Mapping) else {}
+
+
+def is_done(directory: Path) -> bool:
+    """Whether a stage or evaluation has written its manifest, which comes last."""
+    return (directory / "manifest.json").is_file()
+
+
+def read_progress(directory: Path) -> Progress | None:
+    """The stage's own progress.json."""
+    record = read_json(directory / "progress.json")
+    step, total = number(record.get("step")), number(record.get("total"))
+    if step is None or total is None:
+        return None
+    numbers = {key: value for key, raw in record.items() if (value := number(raw)) is not None}
+    for key in ("step", "total", "eta_seconds", "time", "seconds"):
+        numbers.pop(key, None)
+    return Progress(int(step), int(total), number(record.get("eta_seconds")), numbers)
+
+
+def evaluation(run: Path, where: str) -> dict[str, object]:
+    """evaluation.json of base, sft, rl or dpo; empty when it has not been made."""
+    return read_json(run / where / "evaluation" / "evaluation.json")
+
+
+def last_metrics(run: Path, stage: str) -> dict[str, object]:
+    """The newest line of a stage's metrics, read from the end of the file."""
+    path = run / stage / "metrics.jsonl"
+    try:
+        with path.open("rb") as file:
+            file.seek(max(path.stat().st_size - 65_536, 0))
+            lines = file.read().splitlines()
+    except OSError:
+        return {}
+    for line in reversed(lines):
+        try:
+            value = json.loads(line)
+        except ValueError:
+            continue
+        if isinstance(value, dict):
+            return value
+    return {}
+
+
+def series(rows: Sequence[Mapping[str, object]], key: str) -> tuple[tuple[float, float], ...]:
+    """(step, value) of every row that has the key as a number."""
+    points = ((number(row.get("step")), number(row.get(key))) for row in rows)
+    return tuple((step, value) for step, value in points if step is not None and value is not None)
+
+
+def present_stages(run: Path, recipe: Mapping[str, object]) -> list[str]:
+    """Stages that the recipe asks for or that have left a directory."""
+    return [stage for stage in STAGES if stage in recipe or (run / stage).is_dir()]

@@ -1,0 +1,101 @@
+"""What a recipe means as a list of processes: one step per stage and per evaluation, in order."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from ground.config import STAGES
+from ground.errors import RecipeError
+from ground.recipe import RecipeDocument
+from packtrain.observe import EVALUATED
+
+ENTRIES = {
+    "herd": "ground.herd.train",
+    "prune": "curation.prune",
+    "sft": "sft.train",
+    "mine": "curation.mine",
+    "rl": "rl.train",
+    "dpo": "dpo.train",
+}
+"""Stage → the module that is run with -m."""
+EVALUATION = "rollout.evaluate"
+LAUNCHED = ("sft", "dpo")
+"""Stages that `accelerate launch` may start; rl starts its own learner ranks."""
+
+
+@dataclass(frozen=True, slots=True)
+class Step:
+    """One process of a run: a stage, or the evaluation that follows it.
+
+    Example:
+        Step("evaluate sft", "sft/evaluation", "rollout.evaluate", ("--of", "sft"))
+    """
+
+    title: str
+    folder: str
+    """Relative to the run; its manifest.json means that the step is done."""
+    module: str
+    arguments: tuple[str, ...] = ()
+
+    @property
+    def stage(self) -> str:
+        """The stage this belongs to: `sft` for both sft and its evaluation."""
+        return self.folder.split("/")[0]
+
+    @property
+    def log(self) -> str:
+        """Name of its files under log/, without suffix."""
+        return self.title.replace(" ", "-")
+
+    @property
+    def is_evaluation(self) -> bool:
+        """True for the evaluation of a model, False for a stage."""
+        return self.module == EVALUATION
+
+
+def plan(document: RecipeDocument) -> list[Step]:
+    """The steps of a recipe, in the order of the trail.
+
+    The base is evaluated as soon as it exists: after `herd`, or first.
+
+    Raises:
+        RecipeError: no stage is on, or one that this version cannot run.
+    """
+    if document.has("targets"):
+        raise RecipeError(
+            "the stage 'targets' is not built yet",
+            where=document.shown,
+            fix="leave the section out; co-distillation comes with a later version",
+        )
+    stages = [stage for stage in STAGES if document.has(stage)]
+    if not stages and not document.has("evaluate"):
+        raise RecipeError(
+            "a recipe needs at least one stage",
+            where=document.shown,
+            fix=f"add a section: {', '.join([*ENTRIES, 'evaluate'])}",
+        )
+    steps = [] if "herd" in stages else _evaluations(document, "base")
+    for stage in stages:
+        steps.append(Step(stage, stage, ENTRIES[stage]))
+        steps += _evaluations(document, "base" if stage == "herd" else stage)
+    return steps
+
+
+def launch_line(
+    step: Step, recipe: Path, run: Path, flags: Sequence[str], accelerate: Path | None = None
+) -> list[str]:
+    """The command of a step, as it is run and printed: it can be typed again as it stands."""
+    own = ["-m", step.module, str(recipe), *step.arguments, "--run", str(run), *flags]
+    if accelerate is not None and step.title in LAUNCHED:
+        module = ["-m", "accelerate.commands.launch", "--config_file", str(accelerate)]
+        return [sys.executable, *module, *own]
+    return [sys.executable, *own]
+
+
+def _evaluations(document: RecipeDocument, where: str) -> list[Step]:
+    if not document.has("evaluate") or where not in EVALUATED:
+        return []
+    return [Step(f"evaluate {where}", f"{where}/evaluation", EVALUATION, ("--of", where))]
