@@ -1,0 +1,1 @@
+"""Asynchronous online reinforcement learning."""

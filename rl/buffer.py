@@ -1,0 +1,132 @@
+"""Slots that hold drawn prompts until the learner has consumed them.
+
+    open ──▶ put(group) ──▶ settled ──▶ take ──▶ free
+              └── flat or broken, draws left: refill(next draw) ──▶ put again
+
+S = max_staleness, G = groups_per_step. The buffer has (S + 1) * G slots. A slot opened at version v
+must be consumed while the learner is at version v + S or below. Every step consumes G slots and
+every publication opens G, so when slots are numbered as they are opened, slot o can only be
+consumed by step o // G: to take a younger one first would push an older one past its bound. Hence
+the rule is one line: step u takes slots u * G to u * G + G - 1 and waits for them (`late: wait`).
+Nothing is starved or dropped, and what a step trains on does not depend on who finished first.
+
+A slot whose draws are all spent is settled without a group; it is consumed like the others.
+
+Example (G = 2, S = 1): open 0 1 2 3; groups for 0, 2, 3 are in → step 0 waits for 1 (2 and 3 are
+step 1's); 1 comes in → take(0) gives 0 and 1; version 1 is published → free(0), open 4 and 5.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+from curation.curriculum import Observation
+from ground.records import Group
+from rl.source import Draw
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """What became of one draw.
+
+    Example:
+        Outcome(draw, reason="all-1", observation=Observation(id, 8, 8), group=group)
+    """
+
+    draw: Draw
+    reason: str = ""
+    """Why its group is not trained on; empty when it teaches."""
+    observation: Observation | None = None
+    """What it tells the curriculum; None when the machinery broke the group."""
+    group: Group | None = None
+    """None when broken, or when the outcome was restored from a checkpoint."""
+
+
+@dataclass(slots=True)
+class Slot:
+    """A place in the buffer, its draws in order of attempt and what came of those made so far."""
+
+    number: int
+    draws: Sequence[Draw]
+    outcomes: list[Outcome] = field(default_factory=list)
+
+    @property
+    def is_settled(self) -> bool:
+        """Whether a teaching group is in, or all draws are spent."""
+        return len(self.outcomes) == len(self.draws) or self.group is not None
+
+    @property
+    def group(self) -> Group | None:
+        """The group to train on, if there is one."""
+        last = self.outcomes[-1] if self.outcomes else None
+        return last.group if last and not last.reason else None
+
+    @property
+    def draw(self) -> Draw:
+        """The draw that an unsettled slot waits for."""
+        return self.draws[len(self.outcomes)]
+
+
+class Buffer:
+    """The open slots; bounded by construction, since opening beyond capacity is a defect."""
+
+    def __init__(self, *, groups_per_step: int, max_staleness: int) -> None:
+        self._groups_per_step = groups_per_step
+        self.capacity = (max_staleness + 1) * groups_per_step
+        self._slots: dict[int, Slot] = {}
+
+    def __len__(self) -> int:
+        """Slots that are held."""
+        return len(self._slots)
+
+    def open(self, draws: Sequence[Draw]) -> Slot:
+        """Hold a slot from now until `free`."""
+        number = draws[0].slot
+        if len(self._slots) >= self.capacity or number in self._slots:
+            raise ValueError(f"slot {number}: {len(self)} of {self.capacity} slots are held")
+        slot = self._slots[number] = Slot(number, draws)
+        return slot
+
+    def put(self, outcome: Outcome) -> Draw | None:
+        """Record what became of a slot's current draw; returns the draw that replaces it."""
+        slot = self._slots[outcome.draw.slot]
+        if slot.is_settled or slot.draw != outcome.draw:
+            raise ValueError(f"slot {slot.number} does not wait for draw {outcome.draw.number}")
+        slot.outcomes.append(outcome)
+        return None if slot.is_settled else slot.draw
+
+    def has(self, step: int) -> bool:
+        """Whether the slots of a step are open."""
+        return step * self._groups_per_step in self._slots
+
+    def is_ready(self, step: int) -> bool:
+        """Whether every slot of a step is settled."""
+        return not self.waiting(step)
+
+    def waiting(self, step: int) -> list[Slot]:
+        """The slots of a step that are still waited for."""
+        return [slot for slot in self.take(step) if not slot.is_settled]
+
+    def take(self, step: int) -> list[Slot]:
+        """The slots of a step, in order; they stay held until `free`."""
+        first = step * self._groups_per_step
+        return [self._slots[number] for number in range(first, first + self._groups_per_step)]
+
+    def free(self, step: int) -> list[Slot]:
+        """Give up the slots of a step, all settled, and return them in order."""
+        slots = self.take(step)
+        if not self.is_ready(step):
+            raise ValueError(f"step {step} has unsettled slots")
+        for slot in slots:
+            del self._slots[slot.number]
+        return slots
+
+    def slots(self) -> list[Slot]:
+        """All held slots, oldest first."""
+        return [self._slots[number] for number in sorted(self._slots)]
+
+    @property
+    def num_settled(self) -> int:
+        """Slots whose group is in or given up: the buffer's fill."""
+        return sum(slot.is_settled for slot in self._slots.values())

@@ -1,0 +1,114 @@
+"""Where slots get their prompts: all draws of a slot are fixed when the slot is opened.
+
+    version v is published ──▶ open(v) ──▶ slots of the steps that v makes room for, draws included
+
+A slot's first draw and the ones that replace it, should its group be flat, follow from
+(seed, v, capability, n) and the curriculum at v alone; neither the order in which groups finish nor
+the moment of a refill enters. What a slot never needed of its draws is never counted as drawn.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from curation.curriculum import Curriculum
+from ground.records import Prompt
+
+
+@dataclass(frozen=True, slots=True)
+class Draw:
+    """One asking of a prompt.
+
+    Example:
+        Draw(number=14, slot=4, attempt=2, version=0, prompt=prompt)      # with max_refills = 2
+    """
+
+    number: int
+    """slot * (max_refills + 1) + attempt: the pass of its prompt, unique in the run."""
+    slot: int
+    attempt: int
+    """0 at first, then one more for each flat or broken group that it replaces."""
+    version: int
+    """Published version whose curriculum it follows."""
+    prompt: Prompt
+
+    @property
+    def group_id(self) -> str:
+        """Id of the group it makes."""
+        return f"{self.prompt.id}.{self.number}"
+
+
+class Source:
+    """Opens slots, `groups_per_step` at each publication and `max_staleness` steps' more at first.
+
+    Example:
+        groups_per_step 2, max_staleness 1, 3 steps: slots 0-3 at version 0, then 4, 5, then none
+    """
+
+    def __init__(
+        self,
+        curriculum: Curriculum,
+        *,
+        steps: int,
+        groups_per_step: int,
+        max_staleness: int,
+        max_refills: int,
+    ) -> None:
+        self.curriculum = curriculum
+        self._groups_per_step, self._max_staleness = groups_per_step, max_staleness
+        self._num_slots, self._max_refills = steps * groups_per_step, max_refills
+
+    def open(self, version: int) -> list[list[Draw]]:
+        """The slots that a version makes room for, as the draws of each in order of attempt.
+
+        A capability with g slots gives its k-th slot draws k, g + k, 2 g + k and so on: no prompt
+        comes twice in a version before all of its capability were drawn.
+        """
+        reach = version + self._max_staleness
+        first = self._groups_per_step * (reach if version else 0)
+        last = min(self._groups_per_step * (reach + 1), self._num_slots)
+        counts = apportion(self.curriculum.shares(), max(last - first, 0))
+        turns = _interleave(counts)
+        seen: Counter[str] = Counter()
+        slots: list[list[Draw]] = []
+        for slot, capability in enumerate(turns, start=first):
+            rank, stride = seen[capability], counts[capability]
+            seen[capability] += 1
+            places = range(rank, rank + stride * (self._max_refills + 1), stride)
+            prompts = [self.curriculum.draw(version, capability, n) for n in places]
+            slots.append(self.draws_of(slot, version, prompts))
+        return slots
+
+    def draws_of(self, slot: int, version: int, prompts: Sequence[Prompt]) -> list[Draw]:
+        """The draws of a slot, given their prompts in order of attempt."""
+        return [
+            Draw(self._number(slot, attempt), slot, attempt, version, prompt)
+            for attempt, prompt in enumerate(prompts)
+        ]
+
+    def _number(self, slot: int, attempt: int) -> int:
+        return slot * (self._max_refills + 1) + attempt
+
+
+def apportion(shares: Mapping[str, float], total: int) -> dict[str, int]:
+    """Whole numbers closest to the shares that sum to `total` (largest remainder, then name).
+
+    Example:
+        apportion({"a": 0.5, "b": 0.3, "c": 0.2}, 4) == {"a": 2, "b": 1, "c": 1}
+    """
+    exact = {name: share * total for name, share in sorted(shares.items())}
+    counts = {name: int(value) for name, value in exact.items()}
+    by_remainder = sorted(exact, key=lambda name: counts[name] - exact[name])
+    for name in by_remainder[: total - sum(counts.values())]:
+        counts[name] += 1
+    return counts
+
+
+def _interleave(counts: Mapping[str, int]) -> list[str]:
+    """Spread the names evenly over the sequence, so that every step mixes its capabilities."""
+    places = [
+        ((turn + 0.5) / count, name) for name, count in counts.items() for turn in range(count)
+    ]
+    return [name for _, name in sorted(places)]

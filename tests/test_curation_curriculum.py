@@ -1,0 +1,117 @@
+"""Seeded draws from mined pass rates."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+
+import numpy as np
+import pytest
+
+from curation.bands import Band, band
+from curation.curriculum import Curriculum, CurriculumSection, Observation, gradient_chance
+from ground.errors import DataError
+from ground.records import Difficulty, Group, Message, Prompt, Rollout
+
+
+def make_prompt(name: str, successes: int, trials: int, capability: str = "sums") -> Prompt:
+    return Prompt.make(
+        (Message("user", name),),
+        capability=capability,
+        reward="exact",
+        answer="4",
+        difficulty=Difficulty(successes=successes, trials=trials),
+    )
+
+
+def make_curriculum(pool: list[Prompt], seed: int = 0, **settings: float) -> Curriculum:
+    return Curriculum(pool, CurriculumSection(**settings), seed=seed, group_size=8)
+
+
+def test_gradient_chance_by_hand() -> None:
+    chance = gradient_chance(np.array([0.0, 1.0]), np.array([0.0, 2.0]), group_size=2)
+    assert chance.tolist() == pytest.approx([1 - 1 / 3 - 1 / 3, 1 - 2 * (2 * 3) / (4 * 5)])
+
+
+def test_draws_are_pure_without_repeats_and_independent_of_file_order() -> None:
+    pool = [make_prompt(str(number), 4, 8) for number in range(12)]
+    one, two = make_curriculum(pool), make_curriculum(pool[::-1])
+    drawn = [one.draw(0, "sums", n).id for n in range(12)]
+    assert drawn == [two.draw(0, "sums", n).id for n in reversed(range(12))][::-1]
+    assert len(set(drawn)) == 12
+    assert one.draw(0, "sums", 12).id == drawn[0]
+    assert drawn != [make_curriculum(pool, seed=1).draw(0, "sums", n).id for n in range(12)]
+    one.observe(1, [])
+    assert drawn != [one.draw(1, "sums", n).id for n in range(12)]
+
+
+def test_solved_and_hopeless_prompts_share_the_review_draws() -> None:
+    pool = [make_prompt(f"solved {n}", 8, 8) for n in range(200)]
+    pool += [make_prompt(f"hopeless {n}", 0, 8) for n in range(200)]
+    pool += [make_prompt(f"half {n}", 4, 8) for n in range(400)]
+    curriculum = make_curriculum(pool, review_share=0.1)
+    assert curriculum.counts() == {"active": 400, "retired": 200, "deferred": 200}
+    kinds: Counter[str] = Counter()
+    for version in range(200):
+        for n in range(10):
+            kinds[curriculum.draw(version, "sums", n).messages[0].content.split()[0]] += 1
+        curriculum.observe(version + 1, [])
+    assert kinds["half"] / 2000 == pytest.approx(0.9, abs=0.03)
+    assert kinds["solved"] > 50 and kinds["hopeless"] > 50
+
+
+def test_observations_retire_defer_and_bring_back() -> None:
+    prompt = make_prompt("one", 0, 8)
+    curriculum = make_curriculum([prompt], decay=0.5)
+    assert curriculum.counts()["deferred"] == 1
+    curriculum.observe(1, [Observation(prompt.id, 4, 8)])
+    assert curriculum.counts()["active"] == 1
+    assert curriculum.state_dict()["evidence"] == {prompt.id: [4.0, 12.0]}
+    for version in range(2, 6):
+        curriculum.observe(version, [Observation(prompt.id, 8, 8)])
+    assert curriculum.counts()["retired"] == 1
+
+
+def test_shares_follow_the_weights() -> None:
+    pool = [make_prompt(f"a{n}", 4, 8, "logic") for n in range(3)]
+    pool += [make_prompt("b", 4, 8, "sums")]
+    assert make_curriculum(pool).shares() == pytest.approx({"logic": 0.75, "sums": 0.25})
+
+
+def test_a_saved_state_draws_the_same_and_a_foreign_pool_is_refused() -> None:
+    pool = [make_prompt(str(number), number % 8, 8) for number in range(12)]
+    curriculum = make_curriculum(pool)
+    curriculum.observe(1, [Observation(pool[3].id, 8, 8)])
+    state = json.loads(json.dumps(curriculum.state_dict()))
+    again = make_curriculum(pool)
+    again.load_state_dict(**state)
+    drawn = [again.draw(1, "sums", n) for n in range(12)]
+    assert drawn == [curriculum.draw(1, "sums", n) for n in range(12)]
+    with pytest.raises(DataError, match="must know the same prompts, 1 differ"):
+        make_curriculum(pool[:-1]).load_state_dict(**state)
+
+
+def test_draws_of_another_version_and_an_empty_pool_are_refused() -> None:
+    with pytest.raises(ValueError, match="draws are of version 0, got version 1"):
+        make_curriculum([make_prompt("a", 1, 2)]).draw(1, "sums", 0)
+    with pytest.raises(DataError, match="at least one prompt, got none"):
+        make_curriculum([])
+
+
+@pytest.mark.parametrize(
+    ("rewards", "passed", "expected"),
+    [
+        ([1.0, 0.0], [True, False], Band.MIXED),
+        ([0.0, 0.0], [False, False], Band.ALL_0),
+        ([0.2, 0.2], [False, False], Band.ALL_0),
+        ([1.0, 1.0], [True, True], Band.ALL_1),
+        ([0.5, 0.5], [True, False], Band.OTHER),
+        ([1.0, 0.9], [True, True], Band.MIXED),
+    ],
+)
+def test_bands(rewards: list[float], passed: list[bool], expected: Band) -> None:
+    rollouts = tuple(
+        Rollout(index, (), text="", reward=reward, passed=is_right)
+        for index, (reward, is_right) in enumerate(zip(rewards, passed, strict=True))
+    )
+    assert band(Group("g", make_prompt("a", 1, 2), (1,), rollouts)) is expected

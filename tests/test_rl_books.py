@@ -1,0 +1,276 @@
+"""Slots, draws and ledger: determinism, bounds and closing sums, on the pure pieces."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+from hypothesis import settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
+
+from curation.curriculum import Curriculum, CurriculumSection
+from ground.errors import DataError
+from ground.records import Difficulty, Group, Message, Prompt, Rollout, Segment, Span
+from rl.books import Books
+from rl.buffer import Buffer, Outcome
+from rl.ledger import Ledger, State, audit_ledger
+from rl.source import Draw, Source, apportion
+
+
+def make_pool(size: int, capabilities: tuple[str, ...] = ("counting", "sums")) -> list[Prompt]:
+    return [
+        Prompt.make(
+            (Message("user", f"task {number}"),),
+            capability=capabilities[number % len(capabilities)],
+            reward="exact",
+            answer=str(number),
+            difficulty=Difficulty(successes=number % 9, trials=8),
+        )
+        for number in range(size)
+    ]
+
+
+def make_group(draw: Draw, passed: list[bool], version: int = 0) -> Group:
+    rollouts = tuple(
+        Rollout(
+            index=index,
+            segments=(Segment("policy", (7, 2), (-0.5, -0.1), (Span(version, 2),)),),
+            text="7",
+            reward=float(is_right),
+            passed=is_right,
+        )
+        for index, is_right in enumerate(passed)
+    )
+    return Group(draw.group_id, draw.prompt, (1, 5), rollouts)
+
+
+MIXED, ALL_RIGHT, ALL_WRONG = [True, False], [True, True], [False, False]
+
+
+def make_books(
+    records: list[dict[str, object]],
+    *,
+    pool: list[Prompt] | None = None,
+    steps: int = 4,
+    groups_per_step: int = 2,
+    max_staleness: int = 1,
+    max_refills: int = 1,
+    seed: int = 0,
+) -> Books:
+    curriculum = Curriculum(pool or make_pool(20), CurriculumSection(), seed=seed, group_size=2)
+    source = Source(
+        curriculum,
+        steps=steps,
+        groups_per_step=groups_per_step,
+        max_staleness=max_staleness,
+        max_refills=max_refills,
+    )
+    buffer = Buffer(groups_per_step=groups_per_step, max_staleness=max_staleness)
+    return Books(source, buffer, lambda record: records.append(json.loads(json.dumps(record))))
+
+
+def test_slots_are_opened_as_far_ahead_as_staleness_allows_and_no_further_than_the_end() -> None:
+    books = make_books([], steps=3)
+    opened = [[draw.slot for draw in books.open()]]
+    for version in (1, 2, 3):
+        for slot in books.buffer.take(version - 1):
+            books.send(slot.draw)
+            books.settle(slot.draw, make_group(slot.draw, MIXED))
+        opened.append([draw.slot for draw in books.publish(version)[1]])
+    assert opened == [[0, 1, 2, 3], [4, 5], [], []]
+    assert books.ledger.counts() == {"drawn": 6, "trained": 6}
+
+
+def test_a_step_waits_for_its_own_slots_although_younger_ones_are_in() -> None:
+    books = make_books([])
+    draws = books.open()
+    for draw in (draws[0], draws[2], draws[3]):
+        books.send(draw)
+        books.settle(draw, make_group(draw, MIXED))
+    assert not books.is_ready(0)
+    assert [slot.number for slot in books.buffer.waiting(0)] == [1]
+    books.send(draws[1])
+    books.settle(draws[1], make_group(draws[1], MIXED))
+    assert [group.id for group in books.plan(0).groups] == [draws[0].group_id, draws[1].group_id]
+
+
+def test_a_flat_group_is_replaced_once_within_its_capability_then_the_slot_is_given_up() -> None:
+    books = make_books([])
+    first = books.open()[0]
+    books.send(first)
+    refill = books.settle(first, make_group(first, ALL_RIGHT))
+    assert refill is not None
+    assert (refill.slot, refill.attempt, refill.number) == (0, 1, 1)
+    assert refill.prompt.capability == first.prompt.capability
+    assert refill.prompt != first.prompt
+    books.send(refill)
+    assert books.settle(refill, make_group(refill, ALL_WRONG)) is None
+    second = books.buffer.take(0)[1].draw
+    books.send(second)
+    books.settle(second, None)
+    replaced = books.buffer.take(0)[1].draw
+    books.send(replaced)
+    books.settle(replaced, make_group(replaced, MIXED))
+    plan = books.plan(0)
+    assert [group.id for group in plan.groups] == [replaced.group_id]
+    assert plan.filtered == {"all-1": 1, "all-0": 1, "broken": 1}
+
+
+def test_draws_do_not_depend_on_the_order_in_which_groups_come_back() -> None:
+    drawn = []
+    for order in (1, -1):
+        records: list[dict[str, object]] = []
+        books = make_books(records, max_staleness=0, groups_per_step=4)
+        draws = books.open()
+        for version in (1, 2):
+            waiting = list(draws)
+            while waiting:
+                draw = waiting.pop(0 if order == 1 else -1)
+                books.send(draw)
+                outcome = ALL_RIGHT if int(draw.prompt.answer) % 3 == 0 else MIXED
+                refill = books.settle(draw, make_group(draw, outcome))
+                waiting += [refill] if refill else []
+            draws = books.publish(version)[1]
+        pending = [r for r in records if r["state"] == "pending"]
+        drawn.append(sorted((r["draw"], r["prompt_id"], r["version"]) for r in pending))
+    assert drawn[0] == drawn[1]
+    assert len(drawn[0]) > 12
+
+
+def test_a_saved_state_goes_on_with_the_same_draws_and_every_open_draw_readmitted() -> None:
+    pool, records = make_pool(20), []
+    books = make_books(records, pool=pool)
+    draws = books.open()
+    books.send(draws[0])
+    books.settle(draws[0], make_group(draws[0], ALL_WRONG))
+    books.send(draws[1])
+    books.settle(draws[1], make_group(draws[1], MIXED))
+    state = json.loads(json.dumps(books.state_dict()))
+    again = make_books(records, pool=pool)
+    waiting = again.load_state_dict(state, {prompt.id: prompt for prompt in pool})
+    assert [draw.number for draw in waiting] == [1, 2, 4, 6]
+    assert waiting[0] == books.buffer.take(0)[0].draw
+    assert again.ledger.counts() == {"drawn": 5, "re-admitted": 4, "filtered/all-0": 1}
+    for draw in waiting:
+        again.send(draw)
+        again.settle(draw, make_group(draw, MIXED))
+    again.publish(1)
+    again.publish(2)
+    again.ledger.withdraw_all("test over")
+    assert audit_ledger(records) == {"trained": 4, "filtered": 1, "withdrawn": 4}
+
+
+def test_opening_beyond_capacity_and_settling_twice_are_defects() -> None:
+    books = make_books([])
+    draws = books.open()
+    with pytest.raises(ValueError, match="4 of 4 slots are held"):
+        books.open()
+    books.send(draws[0])
+    books.settle(draws[0], make_group(draws[0], MIXED))
+    with pytest.raises(ValueError, match="slot 0 does not wait for draw 0"):
+        books.buffer.put(Outcome(draws[0]))
+    with pytest.raises(ValueError, match="unsettled slots"):
+        books.publish(1)
+
+
+def test_a_draw_cannot_be_trained_twice_or_unsent() -> None:
+    ledger = Ledger(lambda record: None)
+    draw = make_books([]).open()[0]
+    ledger.admit(draw)
+    with pytest.raises(ValueError, match="draw 0 cannot go from pending to trained"):
+        ledger.move(0, State.TRAINED)
+    for state in (State.IN_FLIGHT, State.BUFFERED, State.TRAINED):
+        ledger.move(0, state)
+    with pytest.raises(ValueError, match="cannot go from closed to trained"):
+        ledger.move(0, State.TRAINED)
+
+
+@pytest.mark.parametrize(
+    ("moves", "message"),
+    [
+        (["pending", "in flight"], "1 are not"),
+        (["pending", "pending"], r"ledger.jsonl:2: draw 7 cannot go from pending to pending"),
+        (["in flight"], "cannot go from undrawn to in flight"),
+        (["pending", "in flight", "buffered", "trained", "trained"], "from trained to trained"),
+    ],
+)
+def test_the_audit_refuses_a_ledger_that_does_not_close(moves: list[str], message: str) -> None:
+    with pytest.raises(DataError, match=message):
+        audit_ledger([{"draw": 7, "state": state} for state in moves])
+
+
+def test_apportioning_sums_to_the_total() -> None:
+    assert apportion({"a": 0.5, "b": 0.3, "c": 0.2}, 4) == {"a": 2, "b": 1, "c": 1}
+    assert apportion({"a": 1.0}, 0) == {"a": 0}
+    assert apportion({"b": 0.5, "a": 0.5}, 3) == {"a": 2, "b": 1}
+
+
+class BooksMachine(RuleBasedStateMachine):
+    """Random orders of sending, finishing, breaking, training and crashing."""
+
+    @initialize(staleness=st.integers(0, 3), refills=st.integers(0, 2), seed=st.integers(0, 9))
+    def start(self, staleness: int, refills: int, seed: int) -> None:
+        self.shape = {"max_staleness": staleness, "max_refills": refills, "seed": seed}
+        self.records: list[dict[str, object]] = []
+        self.pool = make_pool(7)
+        self.books = make_books(self.records, pool=self.pool, steps=6, **self.shape)
+        self.waiting, self.in_flight = self.books.open(), []
+        self.trained: list[str] = []
+        self.saved: tuple[str, int, int] = ("", 0, 0)
+
+    @precondition(lambda self: self.waiting)
+    @rule(data=st.data())
+    def send(self, data: st.DataObject) -> None:
+        draw = data.draw(st.sampled_from(self.waiting))
+        self.waiting.remove(draw)
+        self.books.send(draw)
+        self.in_flight.append(draw)
+
+    @precondition(lambda self: self.in_flight)
+    @rule(data=st.data(), passed=st.sampled_from([MIXED, MIXED, ALL_RIGHT, ALL_WRONG, None]))
+    def settle(self, data: st.DataObject, passed: list[bool] | None) -> None:
+        draw = data.draw(st.sampled_from(self.in_flight))
+        self.in_flight.remove(draw)
+        group = make_group(draw, passed, self.books.version) if passed else None
+        refill = self.books.settle(draw, group)
+        self.waiting += [refill] if refill else []
+
+    @precondition(lambda self: self.books.is_ready(self.books.version))
+    @rule()
+    def train(self) -> None:
+        step = self.books.version
+        for group in self.books.plan(step).groups:
+            self.trained.append(group.id)
+        for slot in self.books.buffer.take(step):
+            assert 0 <= step - slot.draws[0].version <= self.shape["max_staleness"]
+        self.waiting += self.books.publish(step + 1)[1]
+
+    @rule()
+    def save(self) -> None:
+        self.saved = (json.dumps(self.books.state_dict()), len(self.records), len(self.trained))
+
+    @precondition(lambda self: self.saved[0])
+    @rule()
+    def crash(self) -> None:
+        state, num_records, num_trained = self.saved
+        del self.records[num_records:], self.trained[num_trained:]
+        self.books = make_books(self.records, pool=self.pool, steps=6, **self.shape)
+        known = {prompt.id: prompt for prompt in self.pool}
+        self.waiting, self.in_flight = self.books.load_state_dict(json.loads(state), known), []
+
+    @invariant()
+    def sums_close(self) -> None:
+        counts = self.books.ledger.counts()
+        assert counts.pop("drawn") == sum(counts.values())
+        assert len(self.books.buffer) <= self.books.buffer.capacity
+        assert len(self.trained) == len(set(self.trained)) == counts.get("trained", 0)
+
+    def teardown(self) -> None:
+        self.books.ledger.withdraw_all("end")
+        totals = audit_ledger(self.records)
+        assert sum(totals.values()) == self.books.ledger.counts()["drawn"]
+
+
+BooksMachine.TestCase.settings = settings(max_examples=60, stateful_step_count=60, deadline=None)
+TestBooks = BooksMachine.TestCase
