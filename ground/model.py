@@ -17,7 +17,13 @@ from typing import cast
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
-from transformers import PreTrainedModel, PreTrainedTokenizerFast
+from transformers import (
+    Llama4Config,
+    Llama4ForConditionalGeneration,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerFast,
+)
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 from transformers.utils.logging import disable_progress_bar
@@ -65,15 +71,17 @@ def load_model(path: Path, *, dtype: torch.dtype = torch.float32) -> PreTrainedM
     disable_progress_bar()
     model_type = str(config.pop("model_type"))
     typed_config = CONFIG_MAPPING[model_type].from_dict(config)
-    architecture = cast(type[PreTrainedModel], MODEL_FOR_CAUSAL_LM_MAPPING[type(typed_config)])
     try:
-        model, loading = architecture.from_pretrained(
-            path,
-            config=typed_config,
-            dtype=dtype,
-            use_safetensors=True,
-            local_files_only=True,
-            output_loading_info=True,
+        model, loading = cast(
+            tuple[PreTrainedModel, dict[str, object]],
+            _architecture(typed_config).from_pretrained(
+                path,
+                config=typed_config,
+                dtype=dtype,
+                use_safetensors=True,
+                local_files_only=True,
+                output_loading_info=True,
+            ),
         )
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         raise DataError(
@@ -216,6 +224,13 @@ def check_weight_files(path: Path) -> list[Path]:
     if not index.exists() and not (path / names[0]).exists():
         raise _no_weights(path)
     return [_checked_shard(path, name) for name in names]
+
+
+def _architecture(config: PreTrainedConfig) -> type[PreTrainedModel]:
+    """The class that holds every weight of the checkpoint, images' too."""
+    if isinstance(config, Llama4Config):
+        return Llama4ForConditionalGeneration
+    return cast(type[PreTrainedModel], MODEL_FOR_CAUSAL_LM_MAPPING[type(config)])
 
 
 def _index_shards(index: Path) -> list[str]:
