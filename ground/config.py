@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import typing
 from pathlib import Path
-from typing import Self
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator
 
 from ground.positions import PlacedText
 
@@ -79,7 +78,7 @@ class Data(Section):
     """Our column → the file's column, e.g. `{prompt: question, answer: answer}`."""
     defaults: dict[typing.Literal["capability", "reward"], str] = Field(default_factory=dict)
     """Values for columns that a row leaves out, e.g. `{reward: math, capability: math}`."""
-    max_bad_rows: int = Field(0, ge=0)
+    max_bad_rows: int = Field(default=0, ge=0)
     """Rows that may be unreadable before a file is refused; they go to a quarantine file."""
 
 

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
+import numbers
 import os
 import stat
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -89,6 +91,25 @@ def read_manifest(directory: Path) -> Manifest:
     if seal != manifest.seal:
         raise DataError("the manifest is damaged: its seal does not hold", where=str(path))
     return manifest
+
+
+def plain_json(facts: Mapping[str, object]) -> dict[str, object]:
+    """The facts as JSON will give them back: text keys, lists, and null for what is not finite."""
+    return {str(key): _plain(value) for key, value in facts.items()}
+
+
+def _plain(value: object) -> object:
+    if value is None or isinstance(value, (bool, str)):
+        return value
+    if isinstance(value, numbers.Integral):
+        return int(value)
+    if isinstance(value, numbers.Real):
+        return float(value) if math.isfinite(value) else None
+    if isinstance(value, Mapping):
+        return plain_json(value)
+    if isinstance(value, (list, tuple)):
+        return [_plain(item) for item in value]
+    return str(value)
 
 
 def digest(path: Path, *, sync: bool = False) -> FileFact:

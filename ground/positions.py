@@ -151,7 +151,7 @@ def _text(path: Path, shown: str) -> str:
 
 
 def read_value(text: str, shown: str, folder: Path) -> Value:
-    """Read one YAML value, as in an override `key=value`; relative paths in it start at `folder`."""
+    """Read one YAML value, as in an override `key=value`; its relative paths start at `folder`."""
     node = _compose(text, shown)
     reader = _Reader(shown, folder)
     value = None if node is None else reader.value(node, (), 0)

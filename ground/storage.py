@@ -17,7 +17,7 @@ from pathlib import Path, PurePosixPath
 
 from ground.disk import disk_errors, fsync_directory, fsync_file
 from ground.errors import DataError
-from ground.manifest import MANIFEST, Manifest, digest, read_manifest
+from ground.manifest import MANIFEST, Manifest, digest, plain_json, read_manifest
 
 PICKLES = frozenset(
     (".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt", ".distcp", ".metadata", ".joblib", ".dill")
@@ -87,7 +87,7 @@ def seal_directory(
     files = {name: digest(directory / name, sync=True) for name in _names(directory, leave_out)}
     for folder in sorted({(directory / name).parent for name in files}):
         fsync_directory(folder)
-    manifest = Manifest(files, dict(facts))
+    manifest = Manifest(files, plain_json(facts))
     write_file(directory / MANIFEST, manifest.to_json())
     return manifest
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import re
 import typing
 from collections.abc import Iterable, Iterator, Mapping
 from typing import TYPE_CHECKING, TypeVar
@@ -89,14 +90,22 @@ def _real_path(location: tuple[int | str, ...], values: Mapping[str, Value]) -> 
     path: list[str | int] = []
     current: object = values
     for index, part in enumerate(location):
-        if isinstance(current, dict) and part in current:
-            current = current[part]
-        elif isinstance(current, list) and isinstance(part, int) and part < len(current):
-            current = current[part]
+        found, inner = _descend(current, part)
+        if found:
+            current = inner
         elif index < len(location) - 1 or not isinstance(current, dict):
             continue
         path.append(part)
     return tuple(path)
+
+
+def _descend(value: object, part: int | str) -> tuple[bool, object]:
+    """Whether `value` has something at `part`, and what."""
+    if isinstance(value, dict):
+        return part in value, value.get(part)
+    if isinstance(value, list) and isinstance(part, int) and part < len(value):
+        return True, value[part]
+    return False, None
 
 
 def _origin(path: KeyPath, origins: Mapping[KeyPath, Origin]) -> Origin:
@@ -139,7 +148,7 @@ def _sentence(detail: ErrorDetails) -> str:
         return f"must be {words} {context[key]:g}, got {got}"
     if kind in ("literal_error", "enum"):
         wanted = str(context["expected"])
-        near = suggest(str(detail["input"]), [word.strip("' ") for word in wanted.split(",")])
+        near = suggest(str(detail["input"]), re.findall(r"'([^']*)'", wanted))
         return f"must be {wanted}, got {got}{near}"
     if kind == "union_tag_invalid":
         return f"has a {context['discriminator']} that must be {context['expected_tags']}"

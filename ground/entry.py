@@ -1,0 +1,216 @@
+"""How every stage starts and ends: `python -m sft.train RECIPE [key=value…] [--run DIR] …`.
+
+parsed → loaded → locked → begun → working → finished (manifest written last)
+
+if __name__ == "__main__":
+    sys.exit(stage_entry("sft", SftSection, train))
+"""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import os
+import sys
+import traceback
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Generic, TypeVar
+
+from ground.config import STAGES, Head, Section
+from ground.errors import PacktrainError
+from ground.lock import TOKEN, read_holder
+from ground.logs import install_redaction, redact, setup_logging
+from ground.metrics import Metrics, open_sinks
+from ground.provenance import stage_settings
+from ground.recipe import RecipeDocument, load_recipe
+from ground.run import RunDir
+from ground.signals import Interrupted, end_with_parent, install_signals
+from ground.trail import PLACES, Trail
+
+S = TypeVar("S", bound=Section)
+
+_Work = Callable[[Metrics, int], Mapping[str, object]]
+
+_LOG = logging.getLogger("packtrain")
+
+
+@dataclass(frozen=True)
+class Stage(Generic[S]):
+    """What a stage's function gets: its settings, its folder, and where its inputs are.
+
+    Example:
+        def train(stage: Stage[SftSection]) -> dict[str, object]:
+            model = load_model(stage.trail.model_before("sft"))
+    """
+
+    name: str
+    head: Head
+    section: S
+    run: RunDir
+    directory: Path
+    """`<run>/<name>`; for an evaluation `<run>/<of>/evaluation`."""
+    metrics: Metrics
+    resume: bool
+    """--resume was given: go on from the checkpoints in `directory`, if there are any."""
+    of: str = ""
+    """The model that an evaluation is of: base, sft, rl or dpo."""
+    incarnation: int = 0
+    """Which acquisition of the run this is; messages of an older one are refused."""
+
+    @property
+    def trail(self) -> Trail:
+        """Where the inputs are."""
+        return Trail(self.head, self.run)
+
+
+@dataclass(frozen=True, slots=True)
+class _Order:
+    """What the command line says."""
+
+    name: str
+    recipe: Path
+    overrides: tuple[str, ...]
+    run: Path | None
+    resume: bool
+    overwrite: bool
+    of: str
+    rank: int
+
+    @property
+    def place(self) -> str:
+        """The stage's folder within the run."""
+        return f"{self.of}/evaluation" if self.of else self.name
+
+    @property
+    def log_name(self) -> str:
+        """`sft.log`, `sft.evaluation.log`; further ranks have their own."""
+        rank = f".rank{self.rank}" if self.rank else ""
+        return f"{self.place.replace('/', '.')}{rank}.log"
+
+
+def stage_entry(
+    name: str,
+    model: type[S],
+    function: Callable[[Stage[S]], Mapping[str, object]],
+    argv: Sequence[str] | None = None,
+) -> int:
+    """Run one stage from the command line and return its exit code (DESIGN: exit codes).
+
+    Under `accelerate launch` every rank comes through here; only rank 0 locks the run, writes the
+    manifest and speaks, the others do the work.
+    """
+    order = _parse(name, argv)
+    install_redaction()
+    try:
+        _carry_out(order, model, function)
+    except PacktrainError as error:
+        _say(order, str(error))
+        return error.exit_code
+    except Interrupted as interruption:
+        _say(order, f"{order.place} was interrupted ({interruption}); continue it with --resume")
+        return interruption.exit_code
+    except KeyboardInterrupt:
+        _say(order, f"{order.place} was interrupted; continue it with --resume")
+        return 130
+    except Exception:
+        trace = redact(traceback.format_exc())
+        _say(order, f"{order.place} failed by a defect of packtrain:\n{trace}")
+        return 1
+    return 0
+
+
+def _parse(name: str, argv: Sequence[str] | None) -> _Order:
+    parser = argparse.ArgumentParser(description=f"the {name} stage of a packtrain recipe")
+    parser.add_argument("recipe", type=Path, help="recipe.yaml")
+    parser.add_argument("overrides", nargs="*", metavar="key.path=value")
+    parser.add_argument("--run", type=Path, help="directory of the run (default: runs/<name>)")
+    parser.add_argument("--resume", action="store_true", help="continue what was interrupted")
+    parser.add_argument("--overwrite", action="store_true", help="make the stage again")
+    if name not in STAGES:
+        parser.add_argument("--of", choices=PLACES, required=True, help="the model to evaluate")
+    given = parser.parse_intermixed_args(argv)
+    of = "" if name in STAGES else str(given.of)
+    rank = int(os.environ.get("RANK", "0"))
+    overrides = tuple(given.overrides)
+    return _Order(name, given.recipe, overrides, given.run, given.resume, given.overwrite, of, rank)
+
+
+def _carry_out(
+    order: _Order, model: type[S], function: Callable[[Stage[S]], Mapping[str, object]]
+) -> None:
+    if TOKEN in os.environ:
+        end_with_parent()
+    install_signals()
+    document = load_recipe(order.recipe, order.overrides)
+    head, section = document.stage(order.name, model)
+    run = RunDir(order.run or Path("runs") / head.name)
+
+    def work(metrics: Metrics, incarnation: int) -> Mapping[str, object]:
+        directory = run.stage(order.place)
+        return function(
+            Stage(
+                name=order.name,
+                head=head,
+                section=section,
+                run=run,
+                directory=directory,
+                metrics=metrics,
+                resume=order.resume,
+                of=order.of,
+                incarnation=incarnation,
+            )
+        )
+
+    if order.rank:
+        _follow(order, run, work)
+    else:
+        _lead(order, run, document, head, work)
+
+
+def _lead(order: _Order, run: RunDir, document: RecipeDocument, head: Head, work: _Work) -> None:
+    """Rank 0: lock, decide, work, write the manifest."""
+    with run.open(document) as lock:
+        setup_logging(run.path / "log" / order.log_name)
+        _warn_of_gaps(order, run, document)
+        settings = stage_settings(document, run, order.place)
+        if order.of:
+            run.discard(order.place)
+        if not run.begin(order.place, settings, resume=order.resume, overwrite=order.overwrite):
+            _say(order, f"{order.place} is finished already; nothing to do")
+            return
+        directory = run.stage(order.place)
+        sinks = open_sinks(head.sinks, directory, head.name)
+        with Metrics(directory / "metrics.jsonl", sinks) as metrics:
+            summary = work(metrics, lock.incarnation)
+        run.finish(order.place, settings, summary)
+        _LOG.info("%s is finished", order.place)
+
+
+def _follow(order: _Order, run: RunDir, work: _Work) -> None:
+    """Any other rank: rank 0 has the lock and decides; its refusal ends the whole launch."""
+    if run.is_done(order.place) and not order.overwrite:
+        return
+    log = run.path / "log"
+    setup_logging(log / order.log_name)
+    holder = read_holder(run.path)
+    with Metrics(log / f"{order.log_name}.metrics.jsonl") as metrics:
+        work(metrics, holder.incarnation if holder else 0)
+
+
+def _warn_of_gaps(order: _Order, run: RunDir, document: RecipeDocument) -> None:
+    """Say when a stage that the recipe turns on comes before this one and is not finished."""
+    if order.of:
+        return
+    for stage in STAGES[: STAGES.index(order.name)]:
+        if document.has(stage) and not run.is_done(stage):
+            _LOG.warning("%s goes without %s, which is not finished", order.name, stage)
+
+
+def _say(order: _Order, message: str) -> None:
+    """Tell the person once: on stderr, and in the log (whose terminal half shows warnings only)."""
+    _LOG.info("%s", message)
+    if not order.rank:
+        sys.stderr.write(f"packtrain: {redact(message)}\n")
+        sys.stderr.flush()

