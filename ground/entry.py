@@ -22,11 +22,12 @@ from ground.config import STAGES, Head, Section
 from ground.errors import PacktrainError
 from ground.lock import TOKEN, read_holder
 from ground.logs import install_redaction, redact, setup_logging
-from ground.metrics import Metrics, open_sinks
+from ground.metrics import Metrics
 from ground.provenance import stage_settings
 from ground.recipe import RecipeDocument, load_recipe
 from ground.run import RunDir
 from ground.signals import Interrupted, end_with_parent, install_signals
+from ground.sinks import open_sinks
 from ground.trail import PLACES, Trail
 
 S = TypeVar("S", bound=Section)

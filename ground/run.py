@@ -179,10 +179,10 @@ class RunDir:
                 where=str(folder / STARTED),
                 fix="start the stage again with --overwrite",
             ) from None
-        differences = changed(before, settings)
+        differences = ", ".join(changed(before, settings))
         if differences:
             raise SetupError(
-                f"stage {stage} was started with other settings (changed: {', '.join(differences)})",
+                f"stage {stage} was started with other settings (changed: {differences})",
                 where=str(folder),
                 fix="undo the change, or start it again with --overwrite",
             )
