@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import cast
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from transformers import (
@@ -69,8 +70,7 @@ def load_model(path: Path, *, dtype: torch.dtype = torch.float32) -> PreTrainedM
     check_weight_files(path)
     apply_shims()
     disable_progress_bar()
-    model_type = str(config.pop("model_type"))
-    typed_config = CONFIG_MAPPING[model_type].from_dict(config)
+    typed_config = _typed_config(path, config)
     try:
         model, loading = cast(
             tuple[PreTrainedModel, dict[str, object]],
@@ -191,7 +191,7 @@ def read_config(path: Path) -> dict[str, object]:
         raise DataError("config.json is not JSON", where=str(file), why=str(error)) from error
     if not isinstance(config, dict):
         raise DataError("config.json must hold a mapping", where=str(file))
-    if config.get("model_type") not in MODEL_TYPES:
+    if str(config.get("model_type")) not in MODEL_TYPES:
         raise DataError(
             f"model_type must be one of {', '.join(sorted(MODEL_TYPES))}; "
             f"got {config.get('model_type')!r}",
@@ -224,6 +224,19 @@ def check_weight_files(path: Path) -> list[Path]:
     if not index.exists() and not (path / names[0]).exists():
         raise _no_weights(path)
     return [_checked_shard(path, name) for name in names]
+
+
+def _typed_config(path: Path, config: dict[str, object]) -> PreTrainedConfig:
+    kind = CONFIG_MAPPING[str(config.pop("model_type"))]
+    try:
+        return kind.from_dict(config)
+    except (StrictDataclassError, ValueError, TypeError, KeyError, IndexError) as error:
+        raise DataError(
+            "config.json cannot be used",
+            where=str(path / "config.json"),
+            why=" ".join(str(error).split()),
+            fix="restore the config.json the weights were saved with",
+        ) from error
 
 
 def _architecture(config: PreTrainedConfig) -> type[PreTrainedModel]:
