@@ -37,7 +37,7 @@ class FakeEngine:
     """Answers are scripted; tokens of one answer come evenly spread over its seconds.
 
     Args:
-        answer: token ids for a request, cut at `max_new_tokens`; "stop" iff a stop id ends them.
+        answer: token ids for a request; cut behind the first stop id and at `max_new_tokens`.
         seconds: how long the whole answer takes.
         version: of the weights it pretends to have.
         logprob: recorded for every token.
@@ -75,7 +75,7 @@ class FakeEngine:
     def submit(self, request: Request) -> Future[Completion]:
         """Start playing the answer to a request."""
         check_request(request, max_length=self._max_length, vocabulary=self._vocabulary)
-        answer = tuple(self._answer(request))[: request.max_new_tokens]
+        answer = _until_stop(tuple(self._answer(request))[: request.max_new_tokens], request)
         pace = self._seconds(request) / max(len(answer), 1)
         future: Future[Completion] = Future()
         future.set_running_or_notify_cancel()
@@ -176,3 +176,8 @@ class FakeEngine:
             "policy", playing.answer[:count], (self._logprob,) * count, spans_of(playing.versions)
         )
         playing.future.set_result(Completion(playing.request.id, segment, finish))
+
+
+def _until_stop(answer: tuple[int, ...], request: Request) -> tuple[int, ...]:
+    stops = [place for place, token in enumerate(answer) if token in request.stop_ids]
+    return answer[: stops[0] + 1] if stops else answer
