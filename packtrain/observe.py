@@ -12,33 +12,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from ground.config import STAGES
+import pyarrow.parquet as pq
 
-EVALUATED = ("base", "sft", "rl", "dpo")
-"""Models of the trail that are evaluated, in order."""
+from ground.config import STAGES
+from rollout.passk import Estimate
 
 State = Literal["done", "running", "failed", "waiting"]
-
-
-@dataclass(frozen=True, slots=True)
-class Estimate:
-    """A measured share with its 95 % interval.
-
-    Example:
-        Estimate(0.53, 0.49, 0.57)
-    """
-
-    mean: float
-    low: float
-    high: float
-
-    @staticmethod
-    def read(value: object) -> Estimate | None:
-        """From `{"mean", "low", "high"}` as evaluation.json holds it."""
-        if not isinstance(value, Mapping) or not isinstance(value.get("mean"), int | float):
-            return None
-        mean = float(value["mean"])
-        return Estimate(mean, float(value.get("low", mean)), float(value.get("high", mean)))
 
 
 @dataclass(frozen=True, slots=True)
@@ -115,6 +94,26 @@ def read_progress(directory: Path) -> Progress | None:
 def evaluation(run: Path, where: str) -> dict[str, object]:
     """evaluation.json of base, sft, rl or dpo; empty when it has not been made."""
     return read_json(run / where / "evaluation" / "evaluation.json")
+
+
+def estimate(value: object) -> Estimate | None:
+    """From `{"mean", "low", "high"}` as evaluation.json holds it."""
+    fields = mapping(value)
+    mean = number(fields.get("mean"))
+    if mean is None:
+        return None
+    low, high = number(fields.get("low")), number(fields.get("high"))
+    return Estimate(mean, mean if low is None else low, mean if high is None else high)
+
+
+def read_rows(path: Path, columns: Sequence[str] | None = None) -> list[dict[str, object]]:
+    """Rows of a parquet file, none when it is missing or not whole; absent columns are left out."""
+    try:
+        file = pq.ParquetFile(path)
+        wanted = [name for name in columns if name in file.schema_arrow.names] if columns else None
+        return file.read(columns=wanted).to_pylist()
+    except (OSError, ValueError):
+        return []
 
 
 def last_metrics(run: Path, stage: str) -> dict[str, object]:

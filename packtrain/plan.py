@@ -10,7 +10,7 @@ from pathlib import Path
 from ground.config import STAGES
 from ground.errors import RecipeError
 from ground.recipe import RecipeDocument
-from packtrain.observe import EVALUATED
+from ground.trail import PLACES
 
 ENTRIES = {
     "herd": "ground.herd.train",
@@ -47,8 +47,8 @@ class Step:
 
     @property
     def log(self) -> str:
-        """Name of its files under log/, without suffix."""
-        return self.title.replace(" ", "-")
+        """Name of its log file under log/, as ground.entry names it."""
+        return f"{self.folder.replace('/', '.')}.log"
 
     @property
     def is_evaluation(self) -> bool:
@@ -96,6 +96,6 @@ def launch_line(
 
 
 def _evaluations(document: RecipeDocument, where: str) -> list[Step]:
-    if not document.has("evaluate") or where not in EVALUATED:
+    if not document.has("evaluate") or where not in PLACES:
         return []
     return [Step(f"evaluate {where}", f"{where}/evaluation", EVALUATION, ("--of", where))]

@@ -1,0 +1,179 @@
+"""`packtrain report`: one self-contained page about a run, to be opened offline and passed on.
+
+Everything that a model, a dataset or a recipe wrote is hostile text: Jinja escapes it, charts are
+built by ElementTree, control characters are removed, and the page's own policy forbids scripts,
+requests and any style but ours.
+"""
+
+from __future__ import annotations
+
+import argparse
+import base64
+import hashlib
+import json
+import time
+from collections.abc import Mapping
+from pathlib import Path
+
+import jinja2
+from markupsafe import Markup
+
+from ground.console import plain_text, say
+from ground.errors import DataError
+from ground.logs import redact
+from ground.storage import write_file
+from packtrain import figures
+from packtrain.observe import estimate, mapping, number, read_json, read_rows, text
+from packtrain.plan import ENTRIES
+from packtrain.samples import comparisons, conversation, shorten
+from packtrain.status import read_status
+from packtrain.verdict import exploration, gains, headline
+
+FOLDER = Path(__file__).parent
+EXAMPLES = 3
+"""Rows shown of what pruning kept and of what it dropped."""
+
+
+def command(arguments: argparse.Namespace) -> int:
+    """Write the report and say where it is."""
+    say(f"{headline(arguments.run)} Report: {write_report(arguments.run, arguments.output)}")
+    return 0
+
+
+def write_report(run: Path, output: Path | None = None) -> Path:
+    """Write the page of a run, finished or not; return its path.
+
+    Raises:
+        DataError: `run` is not a run directory.
+    """
+    if not any((run / name).exists() for name in ("recipe.yaml", "base", *ENTRIES)):
+        raise DataError(
+            "this is not a run directory", where=str(run), fix="name one, e.g. runs/tiny"
+        )
+    target = output or run / "report.html"
+    write_file(target, page(run))
+    return target
+
+
+def page(run: Path) -> str:
+    """The whole page as HTML."""
+    environment = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(FOLDER),
+        autoescape=True,
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters.update(plain=plain_text, percent=_percent, clock=_clock, svg=Markup)
+    style = (FOLDER / "report.css").read_text(encoding="utf-8")
+    return environment.get_template("report.html.jinja").render(
+        style=Markup(style),
+        style_hash=_hash(style),
+        made=time.strftime("%Y-%m-%d %H:%M"),
+        **contents(run),
+    )
+
+
+def contents(run: Path) -> dict[str, object]:
+    """What the page says, section by section; a section without data is empty."""
+    status = read_status(run)
+    recipe = _read_text(run / "recipe.resolved.yaml")
+    return {
+        "name": run.resolve().name,
+        "headline": headline(run),
+        "gains": gains(run),
+        "stages": status.stages,
+        "models": [_model_row(name, values) for name, values in exploration(run)],
+        "sections": {
+            "Accuracy": figures.accuracy(run),
+            "Exploration": figures.entropy(run),
+            "Training": figures.training(run),
+            "What RL trained on": figures.funnel(run) + figures.timeline(run),
+        },
+        "pruned": _pruned(run),
+        "prune_figures": figures.pruning(run),
+        "comparisons": comparisons(run),
+        "ledger": _ledger(run),
+        "environment": _flat(read_json(run / "env.json")),
+        "recipe": redact(recipe),
+    }
+
+
+def _model_row(name: str, values: Mapping[str, object]) -> dict[str, object]:
+    passes = {key: estimate(values.get(key)) for key in figures.PASSES}
+    greedy = values.get("greedy")
+    return {
+        "name": name,
+        "passes": passes,
+        "greedy": estimate(greedy) or number(greedy),
+        "entropy": number(values.get("entropy")),
+        "tokens": number(values.get("mean_tokens")),
+        "prompts": number(values.get("num_prompts")),
+    }
+
+
+def _pruned(run: Path) -> list[dict[str, object]]:
+    """Count, mean score and a few rows of what was kept and dropped."""
+    found = []
+    for name in ("dropped", "kept"):
+        rows = read_rows(run / "prune" / f"{name}.parquet")
+        if rows:
+            values = figures.scores(run, name)
+            mean = sum(values) / len(values) if values else None
+            picked = rows[:: max(len(rows) // EXAMPLES, 1)][:EXAMPLES]
+            examples = [_pruned_row(row) for row in picked]
+            found.append({"name": name, "count": len(rows), "mean": mean, "examples": examples})
+    return found
+
+
+def _pruned_row(row: Mapping[str, object]) -> dict[str, object]:
+    difficulty = mapping(row.get("difficulty"))
+    return {
+        "text": shorten(conversation(row.get("messages"))),
+        "capability": text(row.get("capability")),
+        "label": text(difficulty.get("label")),
+        "score": number(difficulty.get("score")),
+        "reason": text(row.get("meta_reason")) or text(row.get("reason")),
+    }
+
+
+def _ledger(run: Path) -> list[tuple[str, str, int]]:
+    """(state, reason, draws); the sum is what was drawn."""
+    counts = figures.ledger_counts(run)
+    return [(state, reason, count) for (state, reason), count in sorted(counts.items())]
+
+
+def _flat(values: Mapping[str, object], prefix: str = "") -> list[tuple[str, str]]:
+    """Nested settings as dotted names."""
+    rows: list[tuple[str, str]] = []
+    for key, value in values.items():
+        if isinstance(value, Mapping):
+            rows += _flat(value, f"{prefix}{key}.")
+        else:
+            shown = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+            rows.append((f"{prefix}{key}", redact(shown)))
+    return rows
+
+
+def _read_text(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8", errors="replace")
+    except OSError:
+        return ""
+
+
+def _hash(style: str) -> str:
+    """The style's hash as the page's policy names it."""
+    digest = hashlib.sha256(style.encode()).digest()
+    return f"sha256-{base64.b64encode(digest).decode()}"
+
+
+def _percent(value: float) -> str:
+    return f"{value:.1%}"
+
+
+def _clock(seconds: float | None) -> str:
+    if seconds is None:
+        return ""
+    minutes, rest = divmod(round(seconds), 60)
+    return f"{minutes} min {rest:02d} s" if minutes else f"{seconds:.1f} s"

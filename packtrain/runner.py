@@ -1,0 +1,206 @@
+"""`packtrain run`: the stages of a recipe in order, each as a process of its own.
+
+planned → (skipped | begun → done | failed | stopped)
+
+Finished stages are skipped, the first failure ends the run with that stage's exit code. What the
+runner does stands in `<run>/runner.json`, for `packtrain status` in another shell.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from ground.console import plain_text, say
+from ground.errors import SetupError
+from ground.lock import RunLock
+from ground.logs import redact
+from ground.provenance import stage_settings
+from ground.recipe import RecipeDocument, load_recipe
+from ground.run import RunDir
+from ground.storage import remove_directory, write_file
+from packtrain.child import Child, exit_name
+from packtrain.panel import LivePanel, Panel, open_panel
+from packtrain.plan import Step, launch_line, plan
+from packtrain.recipe import Recipe
+from packtrain.report import write_report
+from packtrain.verdict import headline
+
+NOTE = "runner.json"
+TAIL_LINES = 20
+CRASHES = (1, 134, 135, 136, 137, 139)
+"""Codes of an end that the stage could not explain itself: defect, abort, kill, segfault."""
+
+
+@dataclass(frozen=True, slots=True)
+class Order:
+    """What the command line asks for.
+
+    Example:
+        Order(document, RunDir(Path("runs/tiny")), tuple(steps), None)
+    """
+
+    document: RecipeDocument
+    run: RunDir
+    steps: tuple[Step, ...]
+    accelerate: Path | None
+
+    @property
+    def again(self) -> str:
+        """The command that goes on with this run."""
+        words = ["packtrain run", str(self.document.path), *self.document.overrides]
+        if self.run.path != Path("runs") / self.document.head().name:
+            words += ["--run", str(self.run.path)]
+        return " ".join([*words, "--resume"])
+
+
+def command(arguments: argparse.Namespace) -> int:
+    """Run what is left of a recipe; the exit code is that of the stage that failed."""
+    document = load_recipe(arguments.recipe, arguments.overrides)
+    recipe = document.read(Recipe)
+    run = RunDir(arguments.run or Path("runs") / recipe.name)
+    order = Order(document, run, tuple(plan(document)), arguments.accelerate)
+    if not arguments.overwrite:
+        require_resumable(order, arguments.resume)
+    with run.open(document) as lock:
+        if arguments.overwrite:
+            discard(order)
+        code = run_steps(order, lock)
+    if code == 0:
+        say(f"{headline(run.path)} Report: {write_report(run.path)}")
+    return code
+
+
+def require_resumable(order: Order, resume: bool) -> None:
+    """Refuse to go on with a half finished run unless `--resume` was given.
+
+    Raises:
+        SetupError: it is half finished, or finished with other settings.
+    """
+    states = {step.folder: order.run.state(step.folder) for step in order.steps}
+    done = [folder for folder, state in states.items() if state == "done"]
+    begun = [folder for folder, state in states.items() if state != "absent"]
+    for step in order.steps:
+        if states[step.folder] == "done":
+            order.run.is_current(step.folder, _settings(order, step))
+        else:
+            break
+    if begun and len(done) < len(order.steps) and not resume:
+        raise SetupError(
+            f"the run is half finished: {len(done)} of {len(order.steps)} steps are done",
+            where=str(order.run.path),
+            fix=f"{order.again} to go on, or --overwrite to discard it and start anew",
+        )
+
+
+def discard(order: Order) -> None:
+    """Remove what earlier runs of these stages left, later stages first."""
+    for stage in dict.fromkeys(step.stage for step in reversed(order.steps)):
+        if order.run.stage(stage).exists():
+            remove_directory(order.run.stage(stage))
+
+
+def run_steps(order: Order, lock: RunLock) -> int:
+    """Carry out the steps that are left; 0 when all are done."""
+    if all(order.run.is_done(step.folder) for step in order.steps):
+        say(f"nothing to do: all {len(order.steps)} steps of {order.run.path} are done")
+        return 0
+    panel = open_panel(order.run.path, order.steps)
+    try:
+        for index, step in enumerate(order.steps):
+            if _is_done(order, step):
+                continue
+            started = time.monotonic()
+            code = _run_step(order, lock, panel, index, step)
+            panel.end(index, time.monotonic() - started, code)
+            if code:
+                break
+        else:
+            code = 0
+    finally:
+        panel.close()
+    if code:
+        _explain(order, step, code, isinstance(panel, LivePanel))
+    return code
+
+
+def _run_step(order: Order, lock: RunLock, panel: Panel, index: int, step: Step) -> int:
+    flags = [*order.document.overrides]
+    if order.run.state(step.folder) == "unfinished":
+        flags.append("--resume")
+    line = launch_line(step, order.document.path, order.run.path, flags, order.accelerate)
+    _note(order, step, "running")
+    panel.begin(index, line)
+    with Child(
+        line,
+        lock.environment,
+        keep_open=() if lock.is_guest else (lock.fileno(),),
+        output=_output(order, step) if isinstance(panel, LivePanel) else None,
+    ) as child:
+        code = child.wait(panel.refresh)
+    if code == 0 and not order.run.is_done(step.folder):
+        code = 1
+    _note(order, step, _state(code, child.stopped_by), code)
+    return code
+
+
+def _state(code: int, stopped_by: int | None) -> str:
+    if code == 0:
+        return "done"
+    return "stopped" if stopped_by is not None or code in (130, 143) else "failed"
+
+
+def _note(order: Order, step: Step, state: str, code: int | None = None) -> None:
+    """Tell other shells what is going on."""
+    note = {
+        "pid": os.getpid(),
+        "time": time.time(),
+        "step": step.title,
+        "folder": step.folder,
+        "state": state,
+        "exit_code": code,
+        "again": order.again,
+    }
+    write_file(order.run.path / NOTE, json.dumps(note, indent=1) + "\n")
+
+
+def _explain(order: Order, step: Step, code: int, was_hidden: bool) -> None:
+    """One message: what failed, its last lines where the reader has not seen them, what to do."""
+    log = order.run.path / "log" / step.log
+    verb = "was stopped" if code in (130, 143) else "failed"
+    lines = [f"packtrain: step '{step.title}' {verb} ({exit_name(code)}); log: {log}"]
+    if was_hidden or code in CRASHES:
+        shown = tail(_output(order, step)) if was_hidden else tail(log)
+        lines += [f"  | {line}" for line in shown]
+    lines.append(f"  fix: {'' if code in (130, 143) else 'mend the cause, then '}{order.again}")
+    sys.stderr.write("\n".join(lines) + "\n")
+
+
+def tail(path: Path, count: int = TAIL_LINES) -> Sequence[str]:
+    """The last lines of a text file, without control characters and secrets; none if absent."""
+    try:
+        with path.open("rb") as file:
+            file.seek(max(path.stat().st_size - 16_384, 0))
+            content = file.read().decode(errors="replace")
+    except OSError:
+        return []
+    return plain_text(redact(content)).splitlines()[-count:]
+
+
+def _output(order: Order, step: Step) -> Path:
+    """Where a stage's stdout and stderr go while the panel has the terminal."""
+    return order.run.path / "log" / f"{step.log.removesuffix('.log')}.out"
+
+
+def _is_done(order: Order, step: Step) -> bool:
+    return order.run.is_current(step.folder, _settings(order, step))
+
+
+def _settings(order: Order, step: Step) -> dict[str, str]:
+    return stage_settings(order.document, order.run, step.folder)

@@ -1,0 +1,117 @@
+"""What a run achieved: how far pass@1 moved from model to model, and how sure that is.
+
+The models of a run answer the same held-out prompts, so differences are taken per prompt and their
+interval by resampling prompts: much narrower than the difference of two separate intervals.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from ground.trail import PLACES
+from packtrain.observe import estimate, evaluation, mapping, number, read_rows, text
+from rollout.passk import Estimate
+
+DRAWS = 2000
+"""Resamplings of the prompts behind an interval."""
+NAMES = {"base": "base", "sft": "SFT", "rl": "RL", "dpo": "DPO"}
+
+
+@dataclass(frozen=True, slots=True)
+class Gain:
+    """How pass@1 moved from one model of the trail to the next.
+
+    Example:
+        Gain("sft", "rl", Estimate(0.31, 0.28, 0.35), num_prompts=512)
+    """
+
+    before: str
+    after: str
+    change: Estimate
+    num_prompts: int
+
+    @property
+    def is_clear(self) -> bool:
+        """Whether the interval leaves zero out."""
+        return self.change.low > 0 or self.change.high < 0
+
+    @property
+    def sentence(self) -> str:
+        """One sentence for a person."""
+        name = NAMES[self.after]
+        mean, low, high = (100 * x for x in (self.change.mean, self.change.low, self.change.high))
+        interval = f"95 % interval {low:+.1f} to {high:+.1f}, {self.num_prompts} prompts"
+        if not self.is_clear:
+            return f"{name} made no clear difference to pass@1: {mean:+.1f} points ({interval})."
+        verb = "added" if mean > 0 else "cost"
+        other = NAMES[self.before]
+        link = "over" if mean > 0 else "against"
+        return f"{name} {verb} {abs(mean):.1f} points of pass@1 {link} {other} ({interval})."
+
+
+def evaluated(run: Path) -> list[str]:
+    """The models of the run that have an evaluation, in the order of the trail."""
+    return [where for where in PLACES if evaluation(run, where)]
+
+
+def gains(run: Path) -> list[Gain]:
+    """Each evaluated model against the one before it."""
+    places = evaluated(run)
+    found = [gain_between(run, a, b) for a, b in itertools.pairwise(places)]
+    return [gain for gain in found if gain is not None]
+
+
+def gain_between(run: Path, before: str, after: str) -> Gain | None:
+    """The change of pass@1 on the prompts that both evaluations asked."""
+    old, new = pass_rates(run, before), pass_rates(run, after)
+    common = sorted(old.keys() & new.keys())
+    if not common:
+        return None
+    changes = [new[prompt] - old[prompt] for prompt in common]
+    return Gain(before, after, paired_change(changes), len(common))
+
+
+def headline(run: Path) -> str:
+    """The run in one line: first and last evaluated model."""
+    places = evaluated(run)
+    scores = [estimate(evaluation(run, place).get("pass@1")) for place in places]
+    if not scores or scores[0] is None or scores[-1] is None:
+        return "No evaluation is finished yet."
+    if len(scores) == 1:
+        return f"pass@1 of the {NAMES[places[0]]} model: {scores[0].mean:.1%}."
+    verb = "rose" if scores[-1].mean > scores[0].mean else "fell"
+    ends = f"from {scores[0].mean:.1%} ({NAMES[places[0]]}) to {scores[-1].mean:.1%}"
+    return f"pass@1 {verb} {ends} ({NAMES[places[-1]]})."
+
+
+def pass_rates(run: Path, where: str) -> dict[str, float]:
+    """Prompt id → share of its samples that passed."""
+    rows = read_rows(run / where / "evaluation" / "prompts.parquet", ["id", "successes", "trials"])
+    counts = (
+        (text(row.get("id")), number(row.get("successes")), number(row.get("trials")))
+        for row in rows
+    )
+    return {key: c / n for key, c, n in counts if c is not None and n}
+
+
+def paired_change(changes: Sequence[float]) -> Estimate:
+    """Mean of per-prompt changes with its 95 % interval by resampling prompts (seeded).
+
+    Example:
+        paired_change([0.5, 0.5, 0.5]) → 0.5 in [0.5, 0.5]
+    """
+    changes_P = np.asarray(changes, dtype=np.float64)
+    generator = np.random.default_rng(0)
+    picks_DP = generator.integers(len(changes_P), size=(DRAWS, len(changes_P)))
+    low, high = np.quantile(changes_P[picks_DP].mean(axis=1), [0.025, 0.975])
+    return Estimate(float(changes_P.mean()), float(low), float(high))
+
+
+def exploration(run: Path) -> list[tuple[str, Mapping[str, object]]]:
+    """Name and evaluation of each model, for the table of accuracy and exploration."""
+    return [(NAMES[where], mapping(evaluation(run, where))) for where in evaluated(run)]

@@ -1,0 +1,187 @@
+"""A finished run as the stages would leave it, made in a moment: what status and report read."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from ground.recipe import load_recipe
+from ground.run import RunDir
+from rl.groups import SCHEMA as GROUPS
+from rollout.passk import mean_pass_at_k
+
+CAPABILITIES = ("arithmetic", "counting", "logic", "strings")
+LABELS = ("easy", "medium", "hard")
+SAMPLES = 16
+RECIPE = """\
+name: made
+herd: {}
+prune: {fraction: 0.5}
+sft: {}
+mine: {}
+rl: {steps: 30}
+dpo: {}
+evaluate: {}
+"""
+
+
+def fabricate_run(
+    directory: Path, *, text: str = "57+68=?7+8=15,5+6+1=12 => 125", num_prompts: int = 120
+) -> Path:
+    """Write a whole run; `text` stands wherever a model or a data set would have written."""
+    recipe = directory.parent / "made.yaml"
+    recipe.parent.mkdir(parents=True, exist_ok=True)
+    recipe.write_text(RECIPE)
+    document, run = load_recipe(recipe), RunDir(directory)
+    with run.open(document):
+        for index, stage in enumerate(("herd", "prune", "sft", "mine", "rl", "dpo")):
+            assert run.begin(stage, {}, resume=False, overwrite=False)
+            _WRITERS.get(stage, _nothing)(directory / stage, text)
+            run.finish(stage, {}, {"seconds": 10.0 * index})
+        for index, place in enumerate(("base", "sft", "rl", "dpo")):
+            where = f"{place}/evaluation"
+            run.begin(where, {}, resume=False, overwrite=False)
+            solved = _solved(num_prompts, (0.15, 0.35, 0.8, 0.79)[index])
+            _evaluation(directory / where, solved, text, 1.2 - 0.2 * index)
+            run.finish(where, {}, {})
+    return directory
+
+
+def _solved(num_prompts: int, level: float) -> list[int]:
+    """Successes of each prompt; prompts keep their rank from model to model."""
+    generator = np.random.default_rng(1)
+    skill_P = generator.beta(2, 2, size=num_prompts)
+    rates_P = np.clip(skill_P + level - 0.5, 0, 1)
+    return [int(x) for x in generator.binomial(SAMPLES, rates_P)]
+
+
+def _evaluation(folder: Path, solved: Sequence[int], text: str, entropy: float) -> None:
+    capabilities = [CAPABILITIES[i % 4] for i in range(len(solved))]
+    labels = [LABELS[i % 3] for i in range(len(solved))]
+    content: dict[str, object] = {
+        "model": "somewhere",
+        "num_prompts": len(solved),
+        "samples": SAMPLES,
+        **{f"pass@{k}": _estimate(solved, k) for k in (1, 4, 16)},
+        "greedy": _estimate(solved, 1),
+        "entropy": entropy,
+        "mean_tokens": 23.5,
+        "by_capability": _by(solved, capabilities),
+        "by_difficulty": _by(solved, labels),
+    }
+    (folder / "evaluation.json").write_text(json.dumps(content))
+    rows = [
+        {
+            "id": f"{i:016x}",
+            "messages": [{"role": "user", "content": f"{text} #{i}"}],
+            "capability": capabilities[i],
+            "label": labels[i],
+            "successes": count,
+            "trials": SAMPLES,
+            "texts": [text],
+        }
+        for i, count in enumerate(solved)
+    ]
+    pq.write_table(pa.Table.from_pylist(rows), folder / "prompts.parquet")
+
+
+def _by(solved: Sequence[int], names: Sequence[str]) -> dict[str, object]:
+    parts: dict[str, list[int]] = {}
+    for count, name in zip(solved, names, strict=True):
+        parts.setdefault(name, []).append(count)
+    return {
+        name: {"pass@1": _estimate(part, 1), "pass@16": _estimate(part, 16), "n": len(part)}
+        for name, part in parts.items()
+    }
+
+
+def _estimate(solved: Sequence[int], k: int) -> Mapping[str, float]:
+    found = mean_pass_at_k([(SAMPLES, count) for count in solved], k)
+    return {"mean": found.mean, "low": found.low, "high": found.high}
+
+
+def _prune(folder: Path, text: str) -> None:
+    generator = np.random.default_rng(2)
+    for name, low, high in (("dropped", 0.0, 0.5), ("kept", 0.4, 1.0)):
+        rows = [
+            {
+                "id": f"{name}{i}",
+                "messages": [
+                    {"role": "user", "content": text},
+                    {"role": "assistant", "content": text},
+                ],
+                "capability": CAPABILITIES[i % 4],
+                "difficulty": {
+                    "label": LABELS[i % 3],
+                    "score": float(score),
+                    "judged_by": "teacher",
+                },
+                "reason": "easiest half of its capability",
+            }
+            for i, score in enumerate(generator.uniform(low, high, 200))
+        ]
+        pq.write_table(pa.Table.from_pylist(rows), folder / f"{name}.parquet")
+
+
+def _sft(folder: Path, text: str) -> None:
+    del text
+    _lines(
+        folder / "metrics.jsonl", [{"step": i, "loss": 2.0 / (1 + i / 10)} for i in range(1, 60)]
+    )
+
+
+def _rl(folder: Path, text: str) -> None:
+    generator = np.random.default_rng(3)
+    _lines(
+        folder / "metrics.jsonl",
+        [
+            {
+                "step": i,
+                "reward": 0.3 + 0.5 * i / 30 + float(generator.normal(0, 0.03)),
+                "pass_rate": 0.28 + 0.5 * i / 30 + float(generator.normal(0, 0.03)),
+                "entropy": 0.8 - 0.01 * i,
+                "mismatch_kl": 0.001 + 0.0001 * i,
+                "ess": 0.95 - 0.002 * i,
+                "learner_idle_share": 0.3,
+                "rollout_idle_share": 0.1,
+            }
+            for i in range(1, 31)
+        ],
+    )
+    events = []
+    for i in range(30):
+        start = 1_763_718_000.0 + 4 * i
+        events += [
+            {"kind": "rollout", "role": f"rollout/{w}", "start": start + w, "end": start + w + 3.4}
+            for w in range(2)
+        ]
+        events.append({"kind": "train", "role": "learner", "start": start + 2, "end": start + 4.2})
+        events.append(
+            {"kind": "handover", "role": "learner", "start": start + 4.2, "end": start + 4.4}
+        )
+    _lines(folder / "events.jsonl", events)
+    ends = [("trained", "")] * 240 + [("filtered", "all-0")] * 90 + [("filtered", "all-1")] * 60
+    ends += [("withdrawn", "end")] * 10
+    _lines(folder / "ledger.jsonl", [{"draw": n, "state": "pending"} for n in range(len(ends))])
+    with (folder / "ledger.jsonl").open("a") as file:
+        for n, (state, reason) in enumerate(ends):
+            file.write(json.dumps({"draw": n, "state": state, "reason": reason}) + "\n")
+    (folder / "groups").mkdir()
+    row = {"id": "a.0", "prompt_id": "a", "texts": [text], "state": "trained", "reason": ""}
+    pq.write_table(pa.Table.from_pylist([row], GROUPS), folder / "groups" / "step_000001.parquet")
+
+
+def _lines(path: Path, rows: Sequence[Mapping[str, object]]) -> None:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+def _nothing(folder: Path, text: str) -> None:
+    del folder, text
+
+
+_WRITERS = {"prune": _prune, "sft": _sft, "rl": _rl}
