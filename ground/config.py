@@ -106,5 +106,3 @@ class Head(Section):
     """Python files of the user's own whose functions are marked `@reward("name")`."""
     sinks: list[typing.Literal["trackio", "wandb", "tensorboard"]] = Field(default_factory=list)
     """Trackers that get the numbers besides metrics.jsonl."""
-    rewards: list[Path] = Field(default_factory=list)
-    """The user's own reward functions: Python files with `@reward("name")`, run in children."""
