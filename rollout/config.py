@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Literal, Self
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from ground.config import Section
 
@@ -14,47 +14,77 @@ class EngineSection(Section):
 
     kind: Literal["hf", "vllm"] = "hf"
     """`hf` decodes with transformers and is always there; `vllm` needs the extra of that name."""
-    num_slots: int = Field(64, ge=1)
+    num_slots: int = Field(default=64, ge=1)
     """Sequences decoded at once; a step costs the same however many slots are filled."""
-    max_length: int = Field(512, ge=2)
+    max_length: int = Field(default=512, ge=2)
     """Tokens of prompt and completion together."""
-    threads: int = Field(1, ge=1)
+    threads: int = Field(default=1, ge=1)
     """CPU threads of the engine's process."""
 
 
 class SamplingSection(Section):
     """How completions are sampled; top-p and top-k are left out because they bias RL."""
 
-    temperature: float = Field(1.0, ge=0)
+    temperature: float = Field(default=1.0, ge=0)
     """0 is greedy."""
-    max_new_tokens: int = Field(128, ge=1)
+    max_new_tokens: int = Field(default=128, ge=1)
     """The completion ends here at the latest, with finish "length"."""
 
 
 class FleetSection(Section):
     """How many rollout workers there are and when one counts as lost."""
 
-    num_workers: int = Field(1, ge=1)
+    num_workers: int = Field(default=1, ge=1)
     """Ray actors with one engine each."""
-    cpus_per_worker: float = Field(1, gt=0)
+    cpus_per_worker: float = Field(default=1, gt=0)
     """What Ray reserves for a worker."""
-    reward_processes: int = Field(1, ge=1)
+    reward_processes: int = Field(default=1, ge=1)
     """Killable verifier processes of each worker."""
-    reward_deadline_seconds: float = Field(10.0, gt=0)
+    reward_deadline_seconds: float = Field(default=10.0, gt=0)
     """A verifier that takes longer is killed; the completion that did it scores 0."""
-    start_deadline_seconds: float = Field(120.0, gt=0)
+    start_deadline_seconds: float = Field(default=120.0, gt=0)
     """From creating a worker to its first acknowledged weights."""
-    rollout_deadline_seconds: float = Field(300.0, gt=0)
+    rollout_deadline_seconds: float = Field(default=300.0, gt=0)
     """One group, sampled and scored, on one worker; then the worker is replaced."""
-    publish_deadline_seconds: float = Field(120.0, gt=0)
+    publish_deadline_seconds: float = Field(default=120.0, gt=0)
     """From handing over weights to a worker's acknowledgement; then the worker is replaced."""
-    ping_every_seconds: float = Field(1.0, gt=0)
+    ping_every_seconds: float = Field(default=1.0, gt=0)
     """How often a worker is asked whether it lives."""
-    ping_deadline_seconds: float = Field(15.0, gt=0)
+    ping_deadline_seconds: float = Field(default=15.0, gt=0)
     """A worker that is silent for longer is killed and replaced."""
-    max_restarts: int = Field(3, ge=0)
+    max_restarts: int = Field(default=3, ge=0)
     """Restarts of one worker without a finished group in between, before it is given up."""
-    backoff_seconds: float = Field(0.5, ge=0)
+    backoff_seconds: float = Field(default=0.5, ge=0)
     """Pause before the first restart; doubles with each one in a row."""
-    max_attempts: int = Field(5, ge=1)
+    max_attempts: int = Field(default=5, ge=1)
     """Workers that may be lost under one group before the group itself is blamed."""
+
+
+class EvaluateSection(Section):
+    """How the models of a run are measured on the held-out prompts."""
+
+    samples: int = Field(default=16, ge=1)
+    """Completions per prompt."""
+    k: list[int] = Field(default=[1, 4, 16], min_length=1)
+    """pass@k is estimated for these, none larger than `samples`."""
+    temperature: float = Field(default=1.0, ge=0)
+    """Of the samples; entropy is that of the model only at 1."""
+    max_new_tokens: int = Field(default=128, ge=1)
+    """Tokens of a completion at most; a prompt that leaves less room is skipped and counted."""
+    greedy: bool = False
+    """Also decode each prompt once at temperature 0."""
+    max_prompts: int | None = Field(default=None, ge=1)
+    """Measure on that many prompts, chosen by the run's seed; all of them when left out."""
+    examples: int = Field(default=4, ge=0)
+    """Completions per prompt that are kept as text."""
+    engine: EngineSection = EngineSection()
+    reward_processes: int = Field(default=1, ge=1)
+    """Killable verifier processes."""
+    reward_deadline_seconds: float = Field(default=10.0, gt=0)
+    """A verifier that takes longer is killed; the completion that did it scores 0."""
+
+    @model_validator(mode="after")
+    def _enough_samples(self) -> Self:
+        if min(self.k) < 1 or max(self.k) > self.samples:
+            raise ValueError(f"k must lie within 1 and samples ({self.samples}), got {self.k}")
+        return self

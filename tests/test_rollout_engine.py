@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future
 from concurrent.futures import TimeoutError as FutureTimeoutError
+from typing import Any
 
 import numpy as np
 import pytest
@@ -52,7 +53,7 @@ def opened(
     engine.close()
 
 
-SHAPES: dict[str, dict[str, object]] = {
+SHAPES: dict[str, dict[str, Any]] = {
     "dense": {"moe_layers": [], "no_rope_layers": [1, 1, 1, 1]},
     "llama4": {"attention_chunk_size": 8, "floor_scale": 4},
 }

@@ -13,7 +13,7 @@ from conftest import make_tiny_model
 from scipy.stats import chisquare
 from transformers import (
     GenerationConfig,
-    GenerationMixin,
+    Llama4ForCausalLM,
     LlamaConfig,
     LlamaForCausalLM,
     PreTrainedModel,
@@ -112,12 +112,13 @@ def test_logprobs_are_those_of_a_plain_forward_pass(path: Path, engine: HfEngine
 
 def test_greedy_is_what_transformers_generates(path: Path, engine: HfEngine) -> None:
     model = load_model(path)
+    assert isinstance(model, LlamaForCausalLM | Llama4ForCausalLM)
     model.generation_config = GenerationConfig(do_sample=False, max_new_tokens=40)
     for length in (1, 7, 20, 40):
         prompt = tuple(range(30, 30 + length))
         request = Request("greedy", prompt, 40, 0.0, 0, ())
         [completion] = generate(engine, [request], timeout_seconds=60)
-        wanted = cast(GenerationMixin, model).generate(torch.tensor([prompt]))
+        wanted = model.generate(torch.tensor([prompt]))
         assert isinstance(wanted, torch.Tensor)
         assert list(completion.segment.token_ids) == wanted[0, length:].tolist()
 
