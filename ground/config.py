@@ -5,7 +5,7 @@ from __future__ import annotations
 import typing
 from pathlib import Path
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from ground.positions import PlacedText
 
@@ -26,29 +26,38 @@ class Section(BaseModel):
         extra="forbid", frozen=True, use_attribute_docstrings=True, allow_inf_nan=False
     )
 
-    @field_validator("*", mode="before")
+    @model_validator(mode="before")
     @classmethod
-    def _read_plainly(cls, value: object, info: ValidationInfo) -> object:
+    def _read_plainly(cls, values: object) -> object:
         """Anchor relative paths; keep `true` from passing as the number 1."""
-        annotation = cls.model_fields[info.field_name or ""].annotation
-        if isinstance(value, bool) and not _mentions(annotation, (bool, object)):
-            raise ValueError(f"must not be {str(value).lower()}")
-        if _mentions(annotation, (Path,)):
-            several = isinstance(value, list)
-            return [_anchored(each) for each in value] if several else _anchored(value)
-        return value
+        if not isinstance(values, dict):
+            return values
+        fields = cls.model_fields
+        return {
+            key: _plainly(value, fields[key].annotation) if key in fields else value
+            for key, value in values.items()
+        }
 
 
-def _anchored(value: object) -> object:
-    """A path written in a recipe, made absolute from the place that wrote it."""
-    if not isinstance(value, PlacedText):
-        return value
-    path = Path(value).expanduser()
-    return path if path.is_absolute() else (value.folder / path).absolute()
+def _plainly(value: object, annotation: object) -> object:
+    """The value of a field, or of each item of a list or mapping of plain values."""
+    if isinstance(value, list):
+        return [_plainly(item, annotation) for item in value]
+    if isinstance(value, dict):
+        return {key: _plainly(item, annotation) for key, item in value.items()}
+    if isinstance(value, bool) and _mentions(annotation, _NUMBERS):
+        return value if _mentions(annotation, (bool, Path)) else str(value).lower()
+    if isinstance(value, PlacedText) and _mentions(annotation, (Path,)):
+        path = Path(value).expanduser()
+        return path if path.is_absolute() else (value.folder / path).absolute()
+    return value
+
+
+_NUMBERS = (int, float)
 
 
 def _mentions(annotation: object, types: tuple[object, ...]) -> bool:
-    """Whether one of `types` stands in a union such as `Path | None`."""
+    """Whether one of `types` stands in an annotation such as `Path | None` or `list[int]`."""
     arguments = typing.get_args(annotation)
     return annotation in types or any(_mentions(argument, types) for argument in arguments)
 

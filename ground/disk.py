@@ -18,6 +18,7 @@ _REASONS = {
     errno.EACCES: "this user may not write there",
     errno.EPERM: "this user may not write there",
     errno.ENOTDIR: "a part of the path is a file, not a folder",
+    errno.EEXIST: "a part of the path is a file, not a folder",
     errno.EIO: "the disk reports an input/output error",
 }
 

@@ -54,8 +54,8 @@ class Manifest:
         return hashlib.sha256(text.encode()).hexdigest()
 
     def to_json(self) -> str:
-        """The file's text."""
-        return json.dumps({**self._content(), "seal": self.seal}, indent=1, sort_keys=True) + "\n"
+        """The file's text; it ends with its brace, so that no byte can be cut off unnoticed."""
+        return json.dumps({**self._content(), "seal": self.seal}, indent=1, sort_keys=True)
 
     def _content(self) -> dict[str, object]:
         files = {name: [fact.sha256, fact.size] for name, fact in self.files.items()}

@@ -151,11 +151,16 @@ def _text(path: Path, shown: str) -> str:
 
 
 def read_value(text: str, shown: str, folder: Path) -> Value:
-    """Read one YAML value, as in an override `key=value`; its relative paths start at `folder`."""
+    """Read one YAML value, as in an override `key=value`; its relative paths start at `folder`.
+
+    Raises:
+        RecipeError: its `what` is the fault alone; the caller knows which override it was.
+    """
     node = _compose(text, shown)
     reader = _Reader(shown, folder)
     value = None if node is None else reader.value(node, (), 0)
-    raise_problems([Problem(Origin(shown), problem.text) for problem in reader.problems])
+    for problem in reader.problems:
+        raise RecipeError(problem.text, where=shown)
     return value
 
 

@@ -27,6 +27,7 @@ _WANTED = {
     "model": "a mapping",
     "dict": "a mapping",
     "mapping": "a mapping",
+    "union": "a mapping",
     "list": "a list",
     "tuple": "a list",
     "set": "a list",
@@ -152,7 +153,7 @@ def _sentence(detail: ErrorDetails) -> str:
         return f"must be {wanted}, got {got}{near}"
     if kind == "union_tag_invalid":
         return f"has a {context['discriminator']} that must be {context['expected_tags']}"
-    if kind == "union_tag_not_found":
+    if kind == "union_tag_not_found" and isinstance(detail["input"], dict):
         return f"needs the key {context['discriminator']}"
     if kind == "string_pattern_mismatch":
         return f"must match {context['pattern']}, got {got}"
