@@ -132,8 +132,11 @@ def interval_chart(
     return plot.svg()
 
 
-def bar_chart(bars: Sequence[Bar], *, title: str, unit: str = "") -> str:
-    """Horizontal stacked bars with their sums; parts of equal name have equal colour."""
+def bar_chart(bars: Sequence[Bar], *, title: str, unit: str = "", digits: str = ",.0f") -> str:
+    """Horizontal stacked bars with their sums; parts of equal name have equal colour.
+
+    `digits` is the format of the sums.
+    """
     if not bars:
         return ""
     names = list(dict.fromkeys(name for bar in bars for name, _ in bar.parts))
@@ -155,8 +158,9 @@ def bar_chart(bars: Sequence[Bar], *, title: str, unit: str = "") -> str:
                 element, "title"
             ).text = f"{bar.label}, {name}: {value:,.6g} {unit}".rstrip()
             start += width
-        canvas.text(start + 6, top + 15, f"{sum(v for _, v in bar.parts):,.4g}", style="tick")
-    canvas.legend(names, y=height - 10, left=left)
+        canvas.text(start + 6, top + 15, f"{sum(v for _, v in bar.parts):{digits}}", style="tick")
+    if len(names) > 1:
+        canvas.legend(names, y=height - 10, left=left)
     return canvas.svg()
 
 
@@ -223,7 +227,7 @@ def nice_range(low: float, high: float, *, tight: bool = False) -> tuple[float, 
     """
     if high <= low:
         low, high = low - 0.5 * (abs(low) or 1.0), high + 0.5 * (abs(high) or 1.0)
-    raw = (high - low) / 4
+    raw = (high - low) / 5
     power = 10.0 ** math.floor(math.log10(raw))
     step = next(unit * power for unit in (1, 2, 5, 10) if unit * power >= raw * 0.999)
     if tight:

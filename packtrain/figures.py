@@ -20,7 +20,6 @@ from packtrain.observe import (
 )
 from packtrain.verdict import NAMES, evaluated
 
-PASSES = ("pass@1", "pass@4", "pass@16")
 IDLE = {"learner_idle_share": "trainer", "rollout_idle_share": "rollout workers"}
 FINAL = ("trained", "filtered", "withdrawn")
 REASONS = {"all-0": "all wrong", "all-1": "all right", "flat": "equal rewards", "broken": "broken"}
@@ -46,9 +45,9 @@ def accuracy(run: Path) -> list[Figure]:
     places = evaluated(run)
     names = [NAMES[place] for place in places]
     evaluations = [evaluation(run, place) for place in places]
-    ks = [k for k in PASSES if any(k in each for each in evaluations)]
+    ks = pass_names(evaluations)
     overall = [(k, [_interval(each.get(k)) for each in evaluations]) for k in ks]
-    caption = "Dots are means over held-out prompts, whiskers 95 % intervals."
+    caption = "Dots are means over held-out prompts, whiskers 95% intervals."
     figures = [
         Figure(
             "Accuracy by model",
@@ -73,6 +72,12 @@ def accuracy(run: Path) -> list[Figure]:
     return _drawn(figures)
 
 
+def pass_names(evaluations: Iterable[Mapping[str, object]]) -> list[str]:
+    """`pass@1`, `pass@4`, … as far as they were measured, k rising."""
+    names = {key for each in evaluations for key in each if key.startswith("pass@")}
+    return sorted(names, key=lambda name: int(name.removeprefix("pass@")))
+
+
 def entropy(run: Path) -> list[Figure]:
     """Entropy of the models: what SFT and DPO leave for RL to explore."""
     places = evaluated(run)
@@ -81,7 +86,7 @@ def entropy(run: Path) -> list[Figure]:
         for place in places
         if (value := number(evaluation(run, place).get("entropy"))) is not None
     ]
-    svg = charts.bar_chart(bars, title="entropy by model", unit="nats")
+    svg = charts.bar_chart(bars, title="entropy by model", unit="nats", digits=".3f")
     caption = "Mean entropy of the next token on held-out prompts, in nats."
     return _drawn([Figure("Entropy by model", svg, caption)])
 

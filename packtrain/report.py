@@ -12,7 +12,7 @@ import base64
 import hashlib
 import json
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import jinja2
@@ -78,15 +78,16 @@ def contents(run: Path) -> dict[str, object]:
     """What the page says, section by section; a section without data is empty."""
     status = read_status(run)
     recipe = _read_text(run / "recipe.resolved.yaml")
+    models = exploration(run)
+    ks = figures.pass_names(values for _, values in models)
     return {
         "name": run.resolve().name,
         "headline": headline(run),
         "gains": gains(run),
         "stages": status.stages,
-        "models": [_model_row(name, values) for name, values in exploration(run)],
+        "models": [_model_row(name, values, ks) for name, values in models],
         "sections": {
-            "Accuracy": figures.accuracy(run),
-            "Exploration": figures.entropy(run),
+            "Accuracy and exploration": figures.accuracy(run) + figures.entropy(run),
             "Training": figures.training(run),
             "What RL trained on": figures.funnel(run) + figures.timeline(run),
         },
@@ -99,8 +100,8 @@ def contents(run: Path) -> dict[str, object]:
     }
 
 
-def _model_row(name: str, values: Mapping[str, object]) -> dict[str, object]:
-    passes = {key: estimate(values.get(key)) for key in figures.PASSES}
+def _model_row(name: str, values: Mapping[str, object], ks: Sequence[str]) -> dict[str, object]:
+    passes = {key: estimate(values.get(key)) for key in ks}
     greedy = values.get("greedy")
     return {
         "name": name,

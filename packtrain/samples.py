@@ -15,14 +15,15 @@ MAX_CHARACTERS = 1500
 
 @dataclass(frozen=True, slots=True)
 class Answer:
-    """What one model said to a prompt.
+    """What one model said to a prompt: one of its samples, and how many were right.
 
     Example:
-        Answer("RL", "57+68=?7+8+0=15… => 125", successes=7, trials=8)
+        Answer("RL", "57+68=?7+8+0=15… => 125", is_right=True, successes=7, trials=8)
     """
 
     model: str
     completion: str
+    is_right: bool
     successes: int
     trials: int
 
@@ -93,7 +94,7 @@ def conversation(messages: object) -> str:
 
 def _comparison(rows: Sequence[tuple[str, Mapping[str, object]]]) -> Comparison:
     _, first = rows[0]
-    prompt = conversation(first.get("messages")) or text(first.get("prompt"))
+    prompt = conversation(first.get("messages"))
     answers = tuple(_answer(name, row) for name, row in rows)
     return Comparison(
         shorten(prompt), text(first.get("capability")), text(first.get("label")), answers
@@ -101,10 +102,11 @@ def _comparison(rows: Sequence[tuple[str, Mapping[str, object]]]) -> Comparison:
 
 
 def _answer(model: str, row: Mapping[str, object]) -> Answer:
-    texts = row.get("texts")
+    texts, passed = row.get("texts"), row.get("passed")
     completion = text(texts[0]) if isinstance(texts, list) and texts else ""
+    is_right = isinstance(passed, list) and bool(passed) and passed[0] is True
     successes, trials = number(row.get("successes")) or 0, number(row.get("trials")) or 0
-    return Answer(model, shorten(completion), int(successes), int(trials))
+    return Answer(model, shorten(completion), is_right, int(successes), int(trials))
 
 
 def _spread(ranked: Sequence[Comparison], limit: int) -> list[Comparison]:

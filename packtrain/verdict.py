@@ -45,7 +45,7 @@ class Gain:
         """One sentence for a person."""
         name = NAMES[self.after]
         mean, low, high = (100 * x for x in (self.change.mean, self.change.low, self.change.high))
-        interval = f"95 % interval {low:+.1f} to {high:+.1f}, {self.num_prompts} prompts"
+        interval = f"95% interval {low:+.1f} to {high:+.1f}, {self.num_prompts} prompts"
         if not self.is_clear:
             return f"{name} made no clear difference to pass@1: {mean:+.1f} points ({interval})."
         verb = "added" if mean > 0 else "cost"
@@ -100,7 +100,7 @@ def pass_rates(run: Path, where: str) -> dict[str, float]:
 
 
 def paired_change(changes: Sequence[float]) -> Estimate:
-    """Mean of per-prompt changes with its 95 % interval by resampling prompts (seeded).
+    """Mean of per-prompt changes with its 95% interval by resampling prompts (seeded).
 
     Example:
         paired_change([0.5, 0.5, 0.5]) → 0.5 in [0.5, 0.5]

