@@ -15,24 +15,12 @@ from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
-from pydantic import Field
 
-from ground.config import Section
+from curation.config import CurriculumSection
 from ground.errors import DataError
 from ground.records import Prompt
 
 Floats = NDArray[np.float64]
-
-
-class CurriculumSection(Section):
-    """How draws follow from pass rates."""
-
-    decay: float = Field(default=0.95, gt=0, le=1)
-    """What a version leaves of older evidence: its policy is gone (MoPPS, arXiv 2507.04632)."""
-    retire_at: float = Field(default=0.9, gt=0, le=1)
-    """A prompt with this pass rate or more is solved (ScaleRL, arXiv 2510.13786)."""
-    review_share: float = Field(default=0.02, ge=0, lt=1)
-    """Share of the draws that look again at solved prompts and at those never solved yet."""
 
 
 @dataclass(frozen=True, slots=True)

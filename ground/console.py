@@ -13,6 +13,7 @@ import os
 import re
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 from ground.logs import redact
@@ -51,6 +52,22 @@ def progress(directory: Path, step: int, total: int, **numbers: float) -> None:
     finite = {name: value if math.isfinite(value) else None for name, value in values.items()}
     own = {"pid": os.getpid(), "began": began, "first_step": first_step}
     _replace(directory / "progress.json", json.dumps({**where, **finite, **clock, **own}))
+
+
+def reporter(directory: Path, every_seconds: float = 2.0) -> Callable[[int, int], None]:
+    """A callback (done, total) for loops that are faster than anyone can read.
+
+    It tells the `progress` of this directory at most every few seconds, and at the end.
+    """
+    told = -math.inf
+
+    def report(done: int, total: int) -> None:
+        nonlocal told
+        if done == total or time.monotonic() - told >= every_seconds:
+            told = time.monotonic()
+            progress(directory, done, total)
+
+    return report
 
 
 def say(text: str) -> None:

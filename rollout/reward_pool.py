@@ -130,6 +130,11 @@ class RewardPool:
         return scored
 
     @property
+    def num_processes(self) -> int:
+        """Calls that can be under way at once."""
+        return len(self._processes)
+
+    @property
     def pids(self) -> list[int]:
         """Processes that run now."""
         return [process.pid for process in self._processes if process.pid is not None]

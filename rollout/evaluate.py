@@ -1,0 +1,75 @@
+"""`python -m rollout.evaluate RECIPE --of base|sft|rl|dpo`: measure a model on held-out prompts."""
+
+from __future__ import annotations
+
+import json
+import logging
+import sys
+import time
+
+from ground.console import reporter
+from ground.entry import Stage, stage_entry
+from ground.storage import write_file
+from ground.tables import read_prompts, write_rows
+from rollout.config import EvaluateSection, SamplingSection
+from rollout.engines import open_engine
+from rollout.evaluation import (
+    PROMPT_SCHEMA,
+    choose_prompts,
+    greedy_accuracy,
+    measure,
+    prompt_rows,
+    summarise,
+)
+from rollout.reward_pool import RewardPool
+
+logger = logging.getLogger("packtrain")
+
+
+def evaluate(stage: Stage[EvaluateSection]) -> dict[str, object]:
+    """Write `evaluation.json` and `prompts.parquet`; the summary is the former's headline."""
+    section, seed = stage.section, stage.head.seed
+    model = stage.trail.model_of(stage.of)
+    prompts = read_prompts(stage.trail.heldout(), stage.head.data, quarantine=stage.directory)
+    prompts = choose_prompts(prompts, section.max_prompts, seed)
+    sampling = SamplingSection(
+        temperature=section.temperature, max_new_tokens=section.max_new_tokens
+    )
+    start = time.monotonic()
+    engine, chat = open_engine(model, section.engine)
+    try:
+        with RewardPool(
+            section.reward_processes, section.reward_deadline_seconds, stage.head.rewards
+        ) as pool:
+            measured = measure(
+                engine,
+                chat,
+                prompts,
+                pool,
+                sampling,
+                samples=section.samples,
+                seed=seed,
+                progress=reporter(stage.directory),
+            )
+            result = {"model": str(model), **summarise(measured, section.k, seed)}
+            if section.greedy:
+                once = sampling.model_copy(update={"temperature": 0.0})
+                decoded = measure(engine, chat, prompts, pool, once, samples=1, seed=seed)
+                result["greedy"] = greedy_accuracy(decoded)
+    finally:
+        engine.close()
+    result["seconds"] = round(time.monotonic() - start, 1)
+    write_file(stage.directory / "evaluation.json", json.dumps(result, indent=2) + "\n")
+    rows = prompt_rows(measured, section.examples)
+    write_rows(stage.directory / "prompts.parquet", rows, PROMPT_SCHEMA)
+    if result["num_skipped"]:
+        logger.warning(
+            "%s prompts could not be asked: %s", result["num_skipped"], result["skipped"]
+        )
+    headline = ("num_prompts", "num_skipped", "samples", "entropy", "mean_tokens", "greedy")
+    passes = [f"pass@{k}" for k in section.k]
+    return {key: result[key] for key in (*headline, *passes) if key in result}
+
+
+if __name__ == "__main__":
+    sys.exit(stage_entry("evaluate", EvaluateSection, evaluate))

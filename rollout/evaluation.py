@@ -1,0 +1,290 @@
+"""Measure a model on prompts: sample, score, and say how sure the figures are.
+
+    prompts → encoded (too long: skipped with its reason) → sampled ─┐ scored as they come
+                                                                     └→ Measured → summarise
+
+P prompts, n samples of each.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import TimeoutError as FutureTimeoutError
+from dataclasses import asdict, dataclass
+from statistics import fmean
+from typing import TYPE_CHECKING
+
+import pyarrow as pa
+
+from ground.errors import DataError, InfraError
+from ground.records import Prompt, Rollout
+from rollout.config import SamplingSection
+from rollout.engine import Completion, Engine, Request
+from rollout.passk import mean_pass_at_k, wilson
+from rollout.reward_pool import RewardPool
+from rollout.seeds import sample_seed
+
+if TYPE_CHECKING:
+    from ground.chat import ChatTemplate
+
+STALL_SECONDS = 900.0
+"""An engine from which no completion comes for so long counts as hung."""
+UNLABELLED = "unlabelled"
+PROMPT_SCHEMA = pa.schema(
+    [
+        pa.field("id", pa.string(), nullable=False),
+        pa.field(
+            "messages",
+            pa.list_(pa.struct([("role", pa.string()), ("content", pa.string())])),
+            nullable=False,
+        ),
+        pa.field("capability", pa.string(), nullable=False),
+        pa.field("label", pa.string()),
+        pa.field("successes", pa.int64(), nullable=False),
+        pa.field("trials", pa.int64(), nullable=False),
+        pa.field("mean_reward", pa.float64()),
+        pa.field("texts", pa.list_(pa.string()), nullable=False),
+        pa.field("passed", pa.list_(pa.bool_()), nullable=False),
+        pa.field("errors", pa.list_(pa.string()), nullable=False),
+        pa.field("skipped", pa.string(), nullable=False),
+    ]
+)
+"""`prompts.parquet`: one row per prompt; lists run over the completions kept as examples."""
+
+
+@dataclass(frozen=True, slots=True)
+class Measured:
+    """A prompt and what the model made of it.
+
+    Example:
+        Measured(prompt, rollouts of which 3 of 16 passed) → successes 3, trials 16
+    """
+
+    prompt: Prompt
+    rollouts: tuple[Rollout, ...]
+    skipped: str = ""
+    """Why it was not asked (longer than the context); it then has no rollouts."""
+
+    @property
+    def successes(self) -> int:
+        """Rollouts that solved it."""
+        return sum(rollout.passed for rollout in self.rollouts)
+
+    @property
+    def trials(self) -> int:
+        """Rollouts that were scored."""
+        return len(self.rollouts)
+
+    @property
+    def label(self) -> str:
+        """The difficulty that the prompt came with."""
+        difficulty = self.prompt.difficulty
+        return difficulty.label or UNLABELLED if difficulty else UNLABELLED
+
+
+def measure(
+    engine: Engine,
+    chat: ChatTemplate,
+    prompts: Sequence[Prompt],
+    reward_pool: RewardPool,
+    sampling: SamplingSection,
+    *,
+    samples: int,
+    seed: int,
+    occasion: str = "evaluate",
+    progress: Callable[[int, int], None] | None = None,
+) -> list[Measured]:
+    """Sample and score every prompt; the results come in the order of the prompts.
+
+    Args:
+        occasion: sampling seeds follow from (seed, prompt id, occasion, sample), so equal occasions
+            on equal weights give equal completions.
+        progress: called with (prompts done, prompts) after each.
+
+    Raises:
+        InfraError: the engine gave nothing for `STALL_SECONDS`, or the reward pool cannot work.
+    """
+    asked = [
+        _ask(engine, chat, prompt, sampling, samples, seed, occasion, place)
+        for place, prompt in enumerate(prompts)
+    ]
+    measured: list[Measured] = []
+    threads = ThreadPoolExecutor(reward_pool.num_processes, thread_name_prefix="score")
+    try:
+        scored = [threads.submit(_collect, each, chat, reward_pool) for each in asked]
+        for future in scored:
+            measured.append(future.result())
+            if progress is not None:
+                progress(len(measured), len(prompts))
+    finally:
+        if len(measured) < len(prompts):
+            engine.abort([id_ for each in asked for id_ in each.requests])
+        threads.shutdown(cancel_futures=True)
+    return measured
+
+
+def summarise(measured: Sequence[Measured], ks: Sequence[int], seed: int) -> dict[str, object]:
+    """The figures of an evaluation, as `evaluation.json` holds them.
+
+    Skipped prompts are counted and stay out of every mean. `entropy` is the mean of -log p over
+    sampled tokens: at temperature 1 an unbiased estimate of the model's entropy per token.
+
+    Raises:
+        DataError: every prompt was skipped.
+    """
+    answered = [each for each in measured if each.trials]
+    if not answered:
+        reason = measured[0].skipped if measured else "there are no prompts"
+        raise DataError("nothing could be measured", why=reason, where="evaluation")
+    rollouts = [rollout for each in answered for rollout in each.rollouts]
+    logprobs = [p for r in rollouts for segment in r.segments for p in segment.logprobs]
+    skipped = Counter(each.skipped for each in measured if each.skipped)
+    errors = Counter(r.error.partition(":")[0] for r in rollouts if r.error)
+    return {
+        "num_prompts": len(answered),
+        "num_skipped": skipped.total(),
+        "skipped": dict(skipped.most_common(10)),
+        "samples": max(each.trials for each in answered),
+        **_passes(answered, ks, seed),
+        "mean_reward": fmean(rollout.reward for rollout in rollouts),
+        "entropy": -fmean(logprobs) if logprobs else 0.0,
+        "mean_tokens": fmean(rollout.num_tokens for rollout in rollouts),
+        "cut_share": fmean(rollout.finish == "length" for rollout in rollouts),
+        "errors": dict(errors),
+        "by_capability": _parts(answered, lambda each: each.prompt.capability, ks, seed),
+        "by_difficulty": _parts(answered, lambda each: each.label, ks, seed),
+    }
+
+
+def greedy_accuracy(measured: Sequence[Measured]) -> dict[str, float]:
+    """Share of prompts solved by one greedy completion each, with Wilson's interval."""
+    answered = [each for each in measured if each.trials]
+    return asdict(wilson(sum(each.successes for each in answered), len(answered)))
+
+
+def prompt_rows(measured: Iterable[Measured], examples: int) -> list[Mapping[str, object]]:
+    """Rows of `PROMPT_SCHEMA`, in the order given."""
+    return [
+        {
+            "id": each.prompt.id,
+            "messages": [{"role": m.role, "content": m.content} for m in each.prompt.messages],
+            "capability": each.prompt.capability,
+            "label": each.label,
+            "successes": each.successes,
+            "trials": each.trials,
+            "mean_reward": fmean(r.reward for r in each.rollouts) if each.rollouts else None,
+            "texts": [rollout.text for rollout in each.rollouts[:examples]],
+            "passed": [rollout.passed for rollout in each.rollouts[:examples]],
+            "errors": [rollout.error for rollout in each.rollouts[:examples]],
+            "skipped": each.skipped,
+        }
+        for each in measured
+    ]
+
+
+def choose_prompts(prompts: Sequence[Prompt], limit: int | None, seed: int) -> list[Prompt]:
+    """At most `limit` prompts, the same ones for the same seed, in their given order."""
+    if limit is None or limit >= len(prompts):
+        return list(prompts)
+
+    def lot(prompt: Prompt) -> bytes:
+        return hashlib.sha256(f"{seed}/{prompt.id}".encode()).digest()
+
+    chosen = {prompt.id for prompt in sorted(prompts, key=lot)[:limit]}
+    return [prompt for prompt in prompts if prompt.id in chosen]
+
+
+@dataclass(frozen=True, slots=True)
+class _Asked:
+    prompt: Prompt
+    requests: tuple[str, ...]
+    completions: tuple[Future[Completion], ...]
+    skipped: str = ""
+
+
+def _ask(
+    engine: Engine,
+    chat: ChatTemplate,
+    prompt: Prompt,
+    sampling: SamplingSection,
+    samples: int,
+    seed: int,
+    occasion: str,
+    place: int,
+) -> _Asked:
+    """Submit the samples of a prompt; one that the engine cannot serve is data, not a crash."""
+    ids = tuple(f"{occasion}/{place}/{prompt.id}/{sample}" for sample in range(samples))
+    futures: list[Future[Completion]] = []
+    try:
+        prompt_ids = tuple(chat.encode_prompt(prompt.messages))
+        for sample, id_ in enumerate(ids):
+            request = Request(
+                id=id_,
+                prompt_ids=prompt_ids,
+                max_new_tokens=sampling.max_new_tokens,
+                temperature=sampling.temperature,
+                seed=sample_seed(seed, prompt.id, occasion, sample),
+                stop_ids=chat.stop_ids,
+            )
+            futures.append(engine.submit(request))
+    except DataError as error:
+        engine.abort(ids)
+        return _Asked(prompt, (), (), error.what)
+    return _Asked(prompt, ids, tuple(futures))
+
+
+def _collect(asked: _Asked, chat: ChatTemplate, reward_pool: RewardPool) -> Measured:
+    if asked.skipped:
+        return Measured(asked.prompt, (), asked.skipped)
+    try:
+        completions = [future.result(STALL_SECONDS) for future in asked.completions]
+    except FutureTimeoutError:
+        raise InfraError(
+            f"a completion must arrive within {STALL_SECONDS:g} s, "
+            f"prompt {asked.prompt.id} got none",
+            where="evaluation",
+            fix="on a slow machine use fewer slots or shorter completions",
+        ) from None
+    texts = [chat.decode(completion.segment.token_ids) for completion in completions]
+    verdicts = reward_pool.score(asked.prompt, texts)
+    rollouts = tuple(
+        Rollout(
+            index=index,
+            segments=(completion.segment,),
+            text=text,
+            finish=completion.finish,
+            reward=verdict.reward,
+            reward_parts=verdict.parts,
+            passed=verdict.passed,
+            error=verdict.error,
+        )
+        for index, (completion, text, verdict) in enumerate(
+            zip(completions, texts, verdicts, strict=True)
+        )
+    )
+    return Measured(asked.prompt, rollouts)
+
+
+def _passes(measured: Sequence[Measured], ks: Sequence[int], seed: int) -> dict[str, object]:
+    outcomes = [(each.trials, each.successes) for each in measured]
+    fit = [k for k in sorted(set(ks)) if k <= min(trials for trials, _ in outcomes)]
+    return {f"pass@{k}": asdict(mean_pass_at_k(outcomes, k, seed)) for k in fit}
+
+
+def _parts(
+    measured: Sequence[Measured], key: Callable[[Measured], str], ks: Sequence[int], seed: int
+) -> dict[str, dict[str, object]]:
+    parts: defaultdict[str, list[Measured]] = defaultdict(list)
+    for each in measured:
+        parts[key(each)].append(each)
+    return {
+        name: {
+            "n": len(part),
+            **_passes(part, ks, seed),
+            "mean_reward": fmean(r.reward for each in part for r in each.rollouts),
+        }
+        for name, part in sorted(parts.items())
+    }
