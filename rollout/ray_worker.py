@@ -1,0 +1,141 @@
+"""A rollout worker as its fleet sees it: a Ray actor whose failures have been sorted.
+
+What leaves this module is one of our own errors: `InfraError` when the process, node or object was
+lost, the worker's own error when it had one, and an error of kind CODE for all that is unknown.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import signal
+from collections.abc import Awaitable
+from pathlib import Path
+from typing import Protocol, TypeVar, cast
+
+import ray
+from ray.actor import ActorHandle
+from ray.exceptions import RayError, RayTaskError
+
+from ground.errors import InfraError, PacktrainError
+from rollout.task import GroupResult, GroupTask, WorkerConfig
+from rollout.worker import RolloutWorker
+
+_CLOSE_SECONDS = 3.0
+_GONE_SECONDS = 5.0
+_POLL_SECONDS = 0.05
+
+Value = TypeVar("Value")
+
+
+class Worker(Protocol):
+    """One life of a worker; calls raise `PacktrainError` only and are bounded by the caller."""
+
+    async def ping(self) -> None:
+        """Return if it lives and its event loop turns."""
+        ...
+
+    async def load(self, version: int, weights: object) -> int:
+        """Swap weights; returns the version that it has now."""
+        ...
+
+    async def rollout(self, task: GroupTask, attempt: int) -> GroupResult:
+        """Sample and score one group; cancelling the call cancels the work."""
+        ...
+
+    def kill(self) -> None:
+        """End it at once, whatever state it is in."""
+        ...
+
+    async def close(self) -> None:
+        """End it in order if it still can, and return when its process is gone."""
+        ...
+
+
+class RayWorker:
+    """A `Worker` in a process of its own, somewhere in the Ray cluster."""
+
+    def __init__(self, config: WorkerConfig) -> None:
+        actor = ray.remote(RolloutWorker).options(
+            num_cpus=config.fleet.cpus_per_worker,
+            max_restarts=0,
+            max_task_retries=0,
+            max_concurrency=1000,
+        )
+        self._actor: ActorHandle = actor.remote(config)
+        self._process: tuple[str, int] | None = None
+
+    async def ping(self) -> None:
+        """See `Worker.ping`; remembers the process, so that it can be killed when it hangs."""
+        self._process = await _sorted(self._actor.ping.remote())
+
+    @property
+    def pid(self) -> int | None:
+        """Process id on its own node, once it has answered."""
+        return self._process[1] if self._process else None
+
+    async def load(self, version: int, weights: object) -> int:
+        """See `Worker.load`; `weights` is a reference to `Published` weights."""
+        return await _sorted(self._actor.load.remote(version, weights))
+
+    async def rollout(self, task: GroupTask, attempt: int) -> GroupResult:
+        """See `Worker.rollout`."""
+        return await _sorted(self._actor.rollout.remote(task, attempt))
+
+    def kill(self) -> None:
+        """Ray asks the process to go, which a stopped one cannot hear: so SIGKILL as well."""
+        ray.kill(self._actor)
+        if self._is_near and self._process:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(self._process[1], signal.SIGKILL)
+
+    async def close(self) -> None:
+        """See `Worker.close`."""
+        with contextlib.suppress(PacktrainError, TimeoutError):
+            async with asyncio.timeout(_CLOSE_SECONDS):
+                await _sorted(self._actor.close.remote())
+        self.kill()
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(_GONE_SECONDS):
+                while self._is_near and self._process and _is_running(self._process[1]):
+                    await asyncio.sleep(_POLL_SECONDS)
+
+    @property
+    def _is_near(self) -> bool:
+        """Whether its process id means something on this machine."""
+        here = ray.get_runtime_context().get_node_id()
+        return self._process is not None and self._process[0] == here
+
+
+async def _sorted(ref: ray.ObjectRef[Value]) -> Value:
+    """The value of a call, or its failure as one of our errors; cancelling cancels the call."""
+    try:
+        return await cast(Awaitable[Value], ref)
+    except asyncio.CancelledError:
+        ray.cancel(ref)
+        raise
+    except RayTaskError as error:
+        cause = error.cause
+        if isinstance(cause, PacktrainError):
+            raise cause from None
+        raise PacktrainError(
+            f"a rollout worker failed: {type(cause).__name__}: {cause}",
+            why=str(error),
+            fix="this is a defect, please report it with the traceback above",
+        ) from None
+    except RayError as error:
+        raise InfraError(f"{type(error).__name__}: {_first_line(error)}") from None
+
+
+def _first_line(error: Exception) -> str:
+    return next(iter(str(error).strip().splitlines()), "")
+
+
+def _is_running(pid: int) -> bool:
+    """Whether the process is there and no zombie."""
+    try:
+        state = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
+    except (FileNotFoundError, ProcessLookupError):
+        return False
+    return state != "Z"

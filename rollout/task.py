@@ -1,0 +1,70 @@
+"""What is asked of a rollout worker and what comes back; importable without torch and Ray."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from ground.records import Group, Message, Prompt
+from rollout.config import EngineSection, FleetSection, SamplingSection
+
+
+@dataclass(frozen=True, slots=True)
+class GroupTask:
+    """One draw of a prompt: a group of rollouts is wanted, one per seed.
+
+    Example:
+        GroupTask("9c1f.0", prompt, system="", sampling=SamplingSection(), seeds=(11, 12, 13, 14))
+    """
+
+    id: str
+    """`<prompt id>.<pass>`, see `Group.id`."""
+    prompt: Prompt
+    system: str
+    """System instruction to put in front; a prompt that brings its own keeps that."""
+    sampling: SamplingSection
+    seeds: tuple[int, ...]
+    """Sampling seed of each rollout (`seeds.sample_seed`); their number is the group's size."""
+
+    @property
+    def applied_system(self) -> str:
+        """The instruction that is put in front, empty when there is none."""
+        return "" if self.prompt.messages[0].role == "system" else self.system
+
+    @property
+    def messages(self) -> tuple[Message, ...]:
+        """The conversation that the policy continues."""
+        system = self.applied_system
+        return (Message("system", system),) * bool(system) + self.prompt.messages
+
+
+@dataclass(frozen=True, slots=True)
+class GroupResult:
+    """A finished group and what it cost; times are wall-clock seconds, for labels only.
+
+    Example:
+        GroupResult(group, started=100.0, sampled=101.5, ended=101.6, num_tokens=240)
+    """
+
+    group: Group
+    started: float
+    sampled: float
+    """When the last token came; from here to `ended` it was scored."""
+    ended: float
+    num_tokens: int
+
+
+@dataclass(frozen=True, slots=True)
+class WorkerConfig:
+    """All that a worker needs to come up, on whatever machine.
+
+    Example:
+        WorkerConfig(Path("runs/tiny/sft/model"), section.engine, section.fleet)
+    """
+
+    model_path: Path
+    """Architecture, tokenizer and template come from here; weights are handed over."""
+    engine: EngineSection
+    fleet: FleetSection
+    reward_files: tuple[Path, ...] = ()
+    """The user's own reward functions."""

@@ -1,0 +1,158 @@
+"""A rollout worker: one engine and one reward pool in a process of its own (a Ray actor).
+
+    task → prompt ids → G requests → completions → texts → verdicts → Group
+
+Calls overlap: the event loop only waits, tokens come from the engine's thread, verdicts from the
+pool's processes. A worker that hears no ping for its lease ends itself, so that none outlives its
+fleet even where Ray does not notice.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+import threading
+import time
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+
+import ray
+
+from ground.records import Group, Rollout
+from rollout.engine import Completion, Request
+from rollout.engines import open_engine
+from rollout.reward_pool import RewardPool, ScoredText
+from rollout.task import GroupResult, GroupTask, WorkerConfig
+from rollout.weights import Published
+
+LEASE_SECONDS = 120.0
+"""A worker that is not pinged for so long ends itself."""
+_ABANDONED = 3
+"""Exit code of a worker whose lease has lapsed."""
+
+logger = logging.getLogger(__name__)
+
+
+class RolloutWorker:
+    """Samples and scores groups; wrapped by `ray.remote` in rollout/ray_worker.py.
+
+    Its weights are those of the model folder and of no version until `load` is called.
+    """
+
+    def __init__(self, config: WorkerConfig, lease_seconds: float = LEASE_SECONDS) -> None:
+        self._engine, self._template = open_engine(config.model_path, config.engine, version=-1)
+        fleet = config.fleet
+        self._pool = RewardPool(
+            fleet.reward_processes, fleet.reward_deadline_seconds, config.reward_files
+        )
+        self._scoring = ThreadPoolExecutor(fleet.reward_processes, thread_name_prefix="score")
+        self._orders = ThreadPoolExecutor(1, thread_name_prefix="order")
+        self._pinged = time.monotonic()
+        self._lease_seconds = lease_seconds
+        threading.Thread(target=self._watch_lease, name="lease", daemon=True).start()
+
+    async def ping(self) -> tuple[str, int]:
+        """Node id and process id; renews the lease."""
+        self._pinged = time.monotonic()
+        return ray.get_runtime_context().get_node_id(), os.getpid()
+
+    async def version(self) -> int:
+        """Version of the weights that the next token is sampled with; -1 before the first."""
+        return self._engine.version
+
+    async def load(self, version: int, published: Published) -> int:
+        """Swap weights in flight; returns the version that the engine has now."""
+
+        def load() -> int:
+            self._engine.load(version, published.verified(version))
+            return self._engine.version
+
+        return await asyncio.get_running_loop().run_in_executor(self._orders, load)
+
+    async def rollout(self, task: GroupTask, attempt: int = 0) -> GroupResult:
+        """Sample and score one group.
+
+        Args:
+            attempt: how many workers were lost under this group before; only keeps ids apart.
+        """
+        started = time.time()
+        prompt_ids = tuple(self._template.encode_prompt(task.messages))
+        completions = await self._sample(self._requests(task, prompt_ids, attempt))
+        sampled = time.time()
+        texts = [self._template.decode(self._spoken(completion)) for completion in completions]
+        scored = await asyncio.get_running_loop().run_in_executor(
+            self._scoring, self._pool.score, task.prompt, texts
+        )
+        group = _group(task, prompt_ids, completions, texts, scored)
+        num_tokens = sum(rollout.num_tokens for rollout in group.rollouts)
+        return GroupResult(group, started, sampled, time.time(), num_tokens)
+
+    async def close(self) -> None:
+        """End engine and pool; their children are gone when this returns."""
+        await asyncio.to_thread(self._engine.close)
+        await asyncio.to_thread(self._pool.close)
+
+    def _requests(
+        self, task: GroupTask, prompt_ids: tuple[int, ...], attempt: int
+    ) -> list[Request]:
+        return [
+            Request(
+                id=f"{task.id}/{index}#{attempt}",
+                prompt_ids=prompt_ids,
+                max_new_tokens=task.sampling.max_new_tokens,
+                temperature=task.sampling.temperature,
+                seed=seed,
+                stop_ids=self._template.stop_ids,
+            )
+            for index, seed in enumerate(task.seeds)
+        ]
+
+    async def _sample(self, requests: Sequence[Request]) -> list[Completion]:
+        """All completions; leaves nothing running if it is cancelled or one of them fails."""
+        futures = []
+        try:
+            futures.extend(asyncio.wrap_future(self._engine.submit(each)) for each in requests)
+            return list(await asyncio.gather(*futures))
+        except BaseException:
+            ids = [request.id for request in requests]
+            self._orders.submit(self._engine.abort, ids)
+            raise
+
+    def _spoken(self, completion: Completion) -> tuple[int, ...]:
+        """Tokens without the stop id that ended them."""
+        ids = completion.segment.token_ids
+        return ids[:-1] if completion.finish == "stop" else ids
+
+    def _watch_lease(self) -> None:
+        while time.monotonic() - self._pinged < self._lease_seconds:
+            time.sleep(min(self._lease_seconds / 4, 5.0))
+        logger.error(
+            "no ping for %g s: the fleet is gone, so this worker ends", self._lease_seconds
+        )
+        os._exit(_ABANDONED)
+
+
+def _group(
+    task: GroupTask,
+    prompt_ids: tuple[int, ...],
+    completions: Sequence[Completion],
+    texts: Sequence[str],
+    scored: Sequence[ScoredText],
+) -> Group:
+    rollouts = tuple(
+        Rollout(
+            index=index,
+            segments=(completion.segment,),
+            text=text,
+            finish=completion.finish,
+            reward=verdict.reward,
+            reward_parts=verdict.parts,
+            passed=verdict.passed,
+            error=verdict.error,
+        )
+        for index, (completion, text, verdict) in enumerate(
+            zip(completions, texts, scored, strict=True)
+        )
+    )
+    return Group(task.id, task.prompt, prompt_ids, rollouts, task.applied_system)
