@@ -1,0 +1,1 @@
+"""Light supervised fine-tuning, thin over TRL."""

@@ -1,0 +1,86 @@
+"""The `sft` stage: `python -m sft.train RECIPE` or `accelerate launch … -m sft.train RECIPE`."""
+
+from __future__ import annotations
+
+import logging
+import sys
+from dataclasses import asdict
+
+from accelerate import PartialState
+
+from ground.chat import ChatTemplate
+from ground.checkpoints import Checkpoints
+from ground.entry import Stage, stage_entry
+from ground.errors import RecipeError
+from ground.model import export_model, load_model, load_tokenizer, read_config
+from ground.storage import commit_directory
+from ground.tables import read_demonstrations, write_jsonl
+from ground.training import Fit
+from sft.config import SftSection
+from sft.data import TrainingRows, encode_demonstrations
+from sft.trainer import run_sft
+
+logger = logging.getLogger(__name__)
+
+
+def train(stage: Stage[SftSection]) -> dict[str, object]:
+    """Imitate the demonstrations; leaves `model/` and what was skipped in `skipped.jsonl`."""
+    section, trail = stage.section, stage.trail
+    base, source = trail.model_before("sft"), trail.demonstrations_before("sft")
+    tokenizer = load_tokenizer(base)
+    chat = ChatTemplate(tokenizer)
+    _check_context(section.max_length, read_config(base))
+    demonstrations = read_demonstrations(source, stage.head.data, quarantine=stage.directory)
+    rows = encode_demonstrations(demonstrations, chat, section.max_length)
+    _report(stage, rows)
+
+    model = load_model(base)
+    identity = {"rows": rows.fingerprint, "template": chat.fingerprint}
+    checkpoints = Checkpoints(
+        stage.directory / "checkpoints", section.trainer.keep_checkpoints, identity
+    )
+    num_steps = run_sft(
+        model,
+        tokenizer,
+        rows,
+        section.trainer,
+        Fit(stage.directory, stage.metrics, checkpoints, section.trainer.max_seconds),
+        seed=stage.head.seed,
+        resume=stage.resume,
+    )
+    summary: dict[str, object] = {
+        "rows": len(rows.rows),
+        "skipped": len(rows.skipped),
+        "tokens": rows.num_tokens,
+        "trained_tokens": rows.num_trained,
+        "steps": num_steps,
+        "chat_template": chat.fingerprint,
+    }
+    if PartialState().is_main_process:
+        card = {"stage": "sft", "run": stage.head.name, "base": base.name, "data": source.name}
+        provenance = {**card, "rows_sha256": rows.fingerprint, **summary}
+        with commit_directory(stage.directory / "model", provenance) as folder:
+            export_model(model, tokenizer, folder, provenance)
+    return summary
+
+
+def _check_context(max_length: int, config: dict[str, object]) -> None:
+    text_config = config.get("text_config", config)
+    limit = text_config.get("max_position_embeddings") if isinstance(text_config, dict) else None
+    if isinstance(limit, int) and max_length > limit:
+        raise RecipeError(
+            f"sft.max_length must be at most the model's {limit} positions, got {max_length}",
+            fix=f"set sft.max_length to {limit}",
+        )
+
+
+def _report(stage: Stage[SftSection], rows: TrainingRows) -> None:
+    """Name what is left out, in the log and in a file."""
+    if rows.skipped and PartialState().is_main_process:
+        first = "; ".join(f"{skip.id} ({skip.reason})" for skip in rows.skipped[:3])
+        logger.warning("%d rows are left out: %s", len(rows.skipped), first)
+        write_jsonl(stage.directory / "skipped.jsonl", [asdict(skip) for skip in rows.skipped])
+
+
+if __name__ == "__main__":
+    sys.exit(stage_entry("sft", SftSection, train))
