@@ -43,7 +43,7 @@ class Checkpoints:
             raise ValueError(f"keep must be at least 1, got {self.keep}")
 
     def commit(
-        self, step: int, writer: Callable[[Path], None], facts: Mapping[str, object]
+        self, step: int, writer: Callable[[Path], object], facts: Mapping[str, object]
     ) -> Path:
         """Let `writer` fill a folder, commit it as the checkpoint of `step`, rotate older ones.
 

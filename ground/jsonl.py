@@ -114,14 +114,15 @@ def _object(raw: bytes) -> dict[str, object]:
     if raw.startswith(_MARKERS):
         raise RowError("a merge marker: the file has an unresolved merge conflict")
     try:
-        text = raw.decode("utf-8")
+        text = raw.decode("utf-8").rstrip("\r\n")
     except UnicodeDecodeError as error:
         at = f"byte 0x{raw[error.start]:02x} at column {error.start + 1}"
         raise RowError(f"not UTF-8: {at}") from None
     try:
         value = _DECODER.decode(text)
     except json.JSONDecodeError as error:
-        raise _NotJson(f"not JSON: {error.msg} at column {error.colno}") from None
+        what = error.msg.removesuffix(" at")
+        raise _NotJson(f"not JSON: {what} at column {error.colno}") from None
     except RecursionError:
         raise RowError("nested too deep") from None
     if not isinstance(value, dict):

@@ -20,6 +20,7 @@ from ground.errors import DataError
 from ground.jsonl import Line, RowError, read_lines
 from ground.records import Demonstration, Prompt
 from ground.rows import Row, demonstration_of, prompt_of, row_of
+from ground.schema import row_misfits
 from ground.storage import replace_file, write_file
 
 R = TypeVar("R", Prompt, Demonstration)
@@ -139,15 +140,10 @@ def write_rows(path: Path, rows: Iterable[Mapping[str, object]], schema: pa.Sche
     """
     kept = list(rows)
     for number, row in enumerate(kept, start=1):
-        if set(row) != set(schema.names):
-            odd = ", ".join(sorted(set(row) ^ set(schema.names)))
-            raise DataError(
-                f"row {number} must have the columns of the schema; these differ: {odd}",
-                where=str(path),
-            )
+        for what in row_misfits(row, schema):
+            raise DataError(f"cannot write row {number}: {what}", where=str(path))
     try:
         table = pa.Table.from_pylist(kept, schema=schema)
-        table.validate(full=True)
     except (pa.ArrowException, ValueError, TypeError, OverflowError) as error:
         raise DataError(f"a value does not fit its column: {error}", where=str(path)) from None
     path.parent.mkdir(parents=True, exist_ok=True)

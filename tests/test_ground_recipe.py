@@ -113,8 +113,7 @@ def test_paths_start_at_the_file_that_writes_them_and_overrides_at_the_cwd(folde
         ["data.heldout=held.jsonl", "teacher.path=~/t"],
     )
     head, section = document.stage("rl", RlSection)
-    assert head.data.sft == folder / "mine/../lib/rows.jsonl"
-    assert head.data.sft.resolve() == folder / "lib/rows.jsonl"
+    assert head.data.sft is not None and head.data.sft.resolve() == folder / "lib/rows.jsonl"
     assert head.data.prompts == Path("/abs/p.jsonl")
     assert head.data.heldout == folder / "held.jsonl"
     assert head.model is not None and head.model.path == folder / "mine/m"

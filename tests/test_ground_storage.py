@@ -86,7 +86,9 @@ def test_a_folder_with_its_own_manifest_is_covered_by_it(tmp_path: Path) -> None
         commit(staging / "model", "abc")
     assert list(read_manifest(tmp_path / "stage").files) == ["model/manifest.json"]
     (tmp_path / "stage" / "model" / "weights.safetensors").write_text("x")
-    with pytest.raises(DataError, match="model/weights.safetensors: the file must have 150 bytes"):
+    with pytest.raises(
+        DataError, match=r"model/weights\.safetensors: the file must have 150 bytes"
+    ):
         verify_directory(tmp_path / "stage")
 
 
@@ -312,9 +314,7 @@ def test_a_full_disk_is_said_with_its_free_space_and_keeps_the_older_checkpoint(
     checkpoints = Checkpoints(small_disk, 2)
     checkpoints.commit(100, save("old"), {})
     with pytest.raises(SetupError) as caught:
-        checkpoints.commit(
-            200, lambda folder: (folder / "big").write_bytes(b"x" * (2 << 20)) and None, {}
-        )
+        checkpoints.commit(200, lambda folder: (folder / "big").write_bytes(b"x" * (2 << 20)), {})
     assert caught.value.what.startswith("the disk is full (")
     assert caught.value.where == str(small_disk / "step_000200")
     assert caught.value.why == "what was there before is untouched"
