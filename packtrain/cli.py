@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import importlib
+import re
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -55,7 +56,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def parse(words: Sequence[str]) -> argparse.Namespace:
-    """Read the command line; overrides (`key.path=value`) may stand anywhere among the flags.
+    """Read the command line; overrides (`key.path=value`) may stand anywhere after the recipe.
 
     Raises:
         RecipeError: a word is not known; the message names the nearest one that is.
@@ -65,11 +66,13 @@ def parse(words: Sequence[str]) -> argparse.Namespace:
         _refuse(words[0], "command", names)
     parser = _parser()
     arguments, rest = parser.parse_known_args(words)
-    flags = _flags_of(parser, arguments.command)
+    flags = _flags_of(arguments.command)
     overrides = [word for word in rest if "=" in word and not word.startswith("-")]
     for word in rest:
+        if word.startswith("-"):
+            _refuse(word, "flag", flags)
         if word not in overrides:
-            _refuse(word, "flag" if word.startswith("-") else "argument", flags)
+            raise RecipeError(f"unexpected argument '{word}'", fix="packtrain --help")
     if overrides and "overrides" not in arguments:
         raise RecipeError(
             f"`packtrain {arguments.command}` takes no overrides, got '{overrides[0]}'"
@@ -102,12 +105,12 @@ def _parser() -> _Parser:
     return parser
 
 
-def _flags_of(parser: argparse.ArgumentParser, name: str) -> list[str]:
+def _flags_of(name: str) -> list[str]:
     """The flags that a command understands."""
     command = next(each for each in COMMANDS if each.name == name)
-    probe = argparse.ArgumentParser(add_help=True)
+    probe = argparse.ArgumentParser()
     command.add_arguments(probe)
-    return [word for word in probe.format_help().replace("[", " ").split() if word[:2] == "--"]
+    return re.findall(r"--[a-z]+", probe.format_usage())
 
 
 def _refuse(word: str, kind: str, known: Sequence[str]) -> NoReturn:
@@ -119,7 +122,7 @@ def _refuse(word: str, kind: str, known: Sequence[str]) -> NoReturn:
 def _recipe_argument(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("recipe", type=Path, metavar="RECIPE", help="path of a recipe.yaml")
     parser.set_defaults(overrides=[])
-    parser.epilog = "KEY.PATH=VALUE anywhere on the line changes one value of the recipe."
+    parser.epilog = "KEY.PATH=VALUE after RECIPE changes one value of it."
 
 
 def _run_arguments(parser: argparse.ArgumentParser) -> None:

@@ -37,26 +37,21 @@ class Progress:
 def read_json(path: Path) -> dict[str, object]:
     """A JSON object, or an empty one where the file is missing or torn."""
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+        return _object(path.read_bytes())
+    except OSError:
         return {}
-    return value if isinstance(value, dict) else {}
 
 
 def read_lines(path: Path) -> Iterator[dict[str, object]]:
     """The objects of a JSONL file that is still being appended to; a torn line is left out."""
     try:
-        lines = path.open(encoding="utf-8", errors="replace")
+        lines = path.open("rb")
     except OSError:
         return
     with lines:
         for line in lines:
-            try:
-                value = json.loads(line)
-            except ValueError:
-                continue
-            if isinstance(value, dict):
-                yield value
+            if record := _object(line):
+                yield record
 
 
 def number(value: object) -> float | None:
@@ -125,14 +120,7 @@ def last_metrics(run: Path, stage: str) -> dict[str, object]:
             lines = file.read().splitlines()
     except OSError:
         return {}
-    for line in reversed(lines):
-        try:
-            value = json.loads(line)
-        except ValueError:
-            continue
-        if isinstance(value, dict):
-            return value
-    return {}
+    return next((record for line in reversed(lines) if (record := _object(line))), {})
 
 
 def series(rows: Sequence[Mapping[str, object]], key: str) -> tuple[tuple[float, float], ...]:
@@ -144,3 +132,12 @@ def series(rows: Sequence[Mapping[str, object]], key: str) -> tuple[tuple[float,
 def present_stages(run: Path, recipe: Mapping[str, object]) -> list[str]:
     """Stages that the recipe asks for or that have left a directory."""
     return [stage for stage in STAGES if stage in recipe or (run / stage).is_dir()]
+
+
+def _object(content: bytes) -> dict[str, object]:
+    """A JSON object whose NaN and Infinity are nulls; empty where it is not one."""
+    try:
+        value = json.loads(content, parse_constant=lambda _: None)
+    except (ValueError, RecursionError):
+        return {}
+    return value if isinstance(value, dict) else {}

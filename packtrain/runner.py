@@ -26,6 +26,7 @@ from ground.recipe import RecipeDocument, load_recipe
 from ground.run import RunDir
 from ground.storage import remove_directory, write_file
 from packtrain.child import Child, exit_name
+from packtrain.doctor import shadows
 from packtrain.panel import LivePanel, Panel, open_panel
 from packtrain.plan import Step, launch_line, plan
 from packtrain.recipe import Recipe
@@ -65,6 +66,12 @@ def command(arguments: argparse.Namespace) -> int:
     document = load_recipe(arguments.recipe, arguments.overrides)
     recipe = document.read(Recipe)
     run = RunDir(arguments.run or Path("runs") / recipe.name)
+    hidden = shadows(Path.cwd())
+    if hidden:
+        raise SetupError(
+            f"{', '.join(hidden)} would hide packtrain's own modules from the stages",
+            fix="start packtrain from another folder, or rename them",
+        )
     order = Order(document, run, tuple(plan(document)), arguments.accelerate)
     if not arguments.overwrite:
         require_resumable(order, arguments.resume)

@@ -105,10 +105,12 @@ def read_status(run: Path) -> RunStatus:
             "this is not a run directory", where=str(run), fix="name one, e.g. runs/tiny"
         )
     note = read_json(run / "runner.json")
-    held = is_held(run)
+    holder = read_holder(run) if is_held(run) else None
+    if holder and note.get("pid") == holder.pid and note.get("state") in ("failed", "stopped"):
+        holder = None  # that command is about to end
     names = [*(["base"] if "evaluate" in recipe or (run / "base").is_dir() else []), *stages]
-    found = tuple(_stage_status(run, name, note, held) for name in names)
-    return RunStatus(run, found, read_holder(run) if held else None, text(note.get("again")))
+    found = tuple(_stage_status(run, name, note, holder is not None) for name in names)
+    return RunStatus(run, found, holder, text(note.get("again")))
 
 
 def _stage_status(run: Path, name: str, note: Mapping[str, object], held: bool) -> StageStatus:

@@ -1,0 +1,71 @@
+"""`packtrain validate`: everything about a recipe that can be checked without running it."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from ground.config import Head
+from ground.console import say
+from ground.errors import RecipeError
+from ground.recipe import RecipeDocument, load_recipe
+from packtrain.plan import plan
+from packtrain.recipe import Recipe
+
+NEEDS = {
+    "prune": ("teacher", "data.sft"),
+    "sft": ("model", "data.sft"),
+    "mine": ("model", "data.prompts"),
+    "rl": ("model", "data.prompts"),
+    "dpo": ("model",),
+    "evaluate": ("model", "data.heldout"),
+}
+"""Section → what must be given when no `herd` makes it."""
+
+
+def command(arguments: argparse.Namespace) -> int:
+    """Check a recipe and say what it would do."""
+    document = load_recipe(arguments.recipe, arguments.overrides)
+    recipe = document.read(Recipe)
+    steps = plan(document)
+    check_inputs(document, recipe)
+    titles = " → ".join(step.title for step in steps)
+    say(f"{document.shown}: valid; run '{recipe.name}' has {len(steps)} steps: {titles}")
+    return 0
+
+
+def check_inputs(document: RecipeDocument, head: Head) -> None:
+    """Every path that a stage will read is named and exists.
+
+    Raises:
+        RecipeError: naming all that is missing at once.
+    """
+    given = {
+        "model": head.model.path if head.model else None,
+        "teacher": head.teacher.path if head.teacher else None,
+        "data.sft": head.data.sft,
+        "data.prompts": head.data.prompts,
+        "data.heldout": head.data.heldout,
+    }
+    problems = [
+        f"{key} names {path}, which does not exist"
+        for key, path in given.items()
+        if path is not None and not path.exists()
+    ]
+    if not document.has("herd"):
+        problems += _absent(document, given)
+    if problems:
+        raise RecipeError("\n  ".join(problems), where=document.shown)
+
+
+def _absent(document: RecipeDocument, given: dict[str, Path | None]) -> list[str]:
+    """Inputs that are needed and neither named nor made."""
+    wanted: dict[str, list[str]] = {}
+    for section, keys in NEEDS.items():
+        for key in keys if document.has(section) else ():
+            wanted.setdefault(key, []).append(section)
+    return [
+        f"{', '.join(sections)} needs {key}{'.path' if key in ('model', 'teacher') else ''}"
+        for key, sections in wanted.items()
+        if given[key] is None
+    ]

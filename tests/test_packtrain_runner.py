@@ -1,0 +1,225 @@
+"""`packtrain run`: order, skipping, resuming, refusing; real processes through ground.entry."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from ground.errors import RecipeError, SetupError
+from ground.lock import RunLock
+from ground.recipe import load_recipe
+from ground.run import RunDir
+from packtrain.plan import Step, launch_line, plan
+from packtrain.runner import Order, discard, require_resumable, run_steps
+from packtrain.status import read_status
+
+STAGE = """\
+import json, os, sys, time
+from pathlib import Path
+from ground.config import Section
+from ground.console import progress
+from ground.entry import stage_entry
+from ground.errors import DataError
+
+class Settings(Section):
+    fail: bool = False
+    crash: bool = False
+    wait: float = 0
+
+def train(stage):
+    progress(stage.directory, 1, 2, reward=0.5)
+    deadline = time.monotonic() + stage.section.wait
+    while time.monotonic() < deadline:
+        time.sleep(0.05)
+    if stage.section.fail:
+        raise DataError("answer is null", where="rows.jsonl:7", fix="give every row an answer")
+    if stage.section.crash:
+        os.abort()
+    with (stage.run.path / "order.txt").open("a") as file:
+        file.write(stage.name + "\\n")
+    return {"resumed": stage.resume}
+
+if __name__ == "__main__":
+    sys.exit(stage_entry("NAME", Settings, train))
+"""
+
+
+class Trail:
+    """Two small real stages, `sft` then `dpo`, run by the runner in a folder of their own."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.recipe = folder / "recipe.yaml"
+        self.recipe.write_text("name: small\nsft: {}\ndpo: {}\n")
+        for name in ("sft", "dpo"):
+            (folder / f"stage_{name}.py").write_text(STAGE.replace("NAME", name))
+
+    def order(self, *overrides: str) -> Order:
+        """The run as the command line would ask for it."""
+        document = load_recipe(self.recipe, overrides)
+        steps = tuple(Step(name, name, f"stage_{name}") for name in ("sft", "dpo"))
+        return Order(document, RunDir(self.folder / "run"), steps, None)
+
+    def run(self, *overrides: str, resume: bool = False) -> int:
+        """What `packtrain run` does, from the check to the last stage."""
+        order = self.order(*overrides)
+        require_resumable(order, resume)
+        with order.run.open(order.document) as lock:
+            return run_steps(order, lock)
+
+    @property
+    def finished(self) -> list[str]:
+        """Stages that ran to their end, in order."""
+        return (self.folder / "run" / "order.txt").read_text().split()
+
+
+@pytest.fixture
+def trail(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Trail:
+    """A trail whose stage modules can be found by the child processes."""
+    monkeypatch.chdir(tmp_path)
+    return Trail(tmp_path)
+
+
+def test_the_tiny_recipe_has_ten_steps_in_the_order_of_the_trail() -> None:
+    recipe = Path(__file__).parents[1] / "recipes" / "tiny" / "recipe.yaml"
+    assert [step.title for step in plan(load_recipe(recipe))] == [
+        *("herd", "evaluate base", "prune", "sft", "evaluate sft", "mine"),
+        *("rl", "evaluate rl", "dpo", "evaluate dpo"),
+    ]
+
+
+def test_without_a_herd_the_base_is_evaluated_first(tmp_path: Path) -> None:
+    path = tmp_path / "r.yaml"
+    path.write_text("name: x\nsft: {}\nevaluate: {}\n")
+    assert [step.folder for step in plan(load_recipe(path))] == [
+        *("base/evaluation", "sft", "sft/evaluation")
+    ]
+
+
+@pytest.mark.parametrize("text", ["name: x\n", "name: x\ntargets: {}\n"])
+def test_a_recipe_that_cannot_be_run_is_refused(tmp_path: Path, text: str) -> None:
+    (tmp_path / "r.yaml").write_text(text)
+    with pytest.raises(RecipeError):
+        plan(load_recipe(tmp_path / "r.yaml"))
+
+
+def test_the_launch_line_can_be_typed_again() -> None:
+    step = Step("evaluate sft", "sft/evaluation", "rollout.evaluate", ("--of", "sft"))
+    line = launch_line(step, Path("r.yaml"), Path("runs/x"), ["rl.steps=3", "--resume"])
+    assert line[1:] == [
+        *("-m", "rollout.evaluate", "r.yaml", "--of", "sft", "--run", "runs/x"),
+        *("rl.steps=3", "--resume"),
+    ]
+    sft = launch_line(Step("sft", "sft", "sft.train"), Path("r"), Path("d"), [], Path("zero3.yaml"))
+    assert sft[1:5] == ["-m", "accelerate.commands.launch", "--config_file", "zero3.yaml"]
+
+
+def test_stages_run_in_order_once(trail: Trail, capfd: pytest.CaptureFixture[str]) -> None:
+    assert trail.run() == 0
+    assert trail.finished == ["sft", "dpo"]
+    shown = capfd.readouterr().out
+    assert "[1/2] python" in shown and "-m stage_sft" in shown
+    assert "stage=sft step=1 total=2 reward=0.5" in shown
+    assert trail.run() == 0
+    assert "nothing to do: all 2 steps" in capfd.readouterr().out
+    assert trail.finished == ["sft", "dpo"]
+
+
+def test_a_failure_ends_the_run_with_its_code_and_says_how_to_go_on(
+    trail: Trail, capfd: pytest.CaptureFixture[str]
+) -> None:
+    assert trail.run("dpo.fail=true") == 3
+    shown = capfd.readouterr().err
+    assert "rows.jsonl:7: answer is null" in shown
+    assert "step 'dpo' failed (exit code 3)" in shown
+    assert f"packtrain run {trail.recipe} dpo.fail=true --run" in shown
+    status = read_status(trail.folder / "run")
+    assert [(s.name, s.state) for s in status.stages] == [("sft", "done"), ("dpo", "failed")]
+    assert status.stages[1].problem == "ended with exit code 3"
+    with pytest.raises(SetupError, match="half finished: 1 of 2 steps are done"):
+        trail.run("dpo.fail=true")
+    with pytest.raises(SetupError, match="half finished"):
+        trail.run()
+
+
+def test_resuming_goes_on_behind_what_is_done(trail: Trail) -> None:
+    assert trail.run("dpo.crash=true") == 134
+    assert trail.run("dpo.crash=true", resume=True) == 134
+    assert trail.finished == ["sft"]
+
+
+def test_a_finished_stage_with_other_settings_is_refused(trail: Trail) -> None:
+    assert trail.run() == 0
+    with pytest.raises(SetupError, match=r"sft is finished, with other settings \(changed: sft\)"):
+        trail.run("sft.wait=0.01")
+    order = trail.order("sft.wait=0.01")
+    with order.run.open(order.document) as lock:
+        discard(order)
+        assert run_steps(order, lock) == 0
+    assert trail.finished == ["sft", "dpo", "sft", "dpo"]
+
+
+def test_a_second_run_is_refused_with_pid_and_age(trail: Trail) -> None:
+    run = trail.folder / "run"
+    run.mkdir()
+    held = (
+        "import sys, time; from pathlib import Path; from ground.lock import RunLock\n"
+        f"lock = RunLock.acquire(Path({str(run)!r})); print('held', flush=True); time.sleep(60)"
+    )
+    with subprocess.Popen([sys.executable, "-c", held], stdout=subprocess.PIPE) as holder:
+        assert holder.stdout is not None
+        assert holder.stdout.readline() == b"held\n"
+        try:
+            with pytest.raises(SetupError, match=rf"held by pid {holder.pid} on .*, started \d+ s"):
+                trail.run()
+        finally:
+            holder.kill()
+    assert trail.run() == 0
+
+
+def test_the_killed_command_lets_its_stage_end_and_can_be_resumed(trail: Trail) -> None:
+    code = (
+        "from pathlib import Path; import sys; sys.path.insert(0, sys.argv[1])\n"
+        "from test_packtrain_runner import Trail\n"
+        "sys.exit(Trail(Path(sys.argv[2])).run('dpo.wait=60'))"
+    )
+    line = [sys.executable, "-c", code, str(Path(__file__).parent), str(trail.folder)]
+    note = trail.folder / "run" / "dpo" / "progress.json"
+    with subprocess.Popen(line, stdout=subprocess.DEVNULL) as command:
+        deadline = time.monotonic() + 60
+        while not note.exists():
+            assert time.monotonic() < deadline and command.poll() is None
+            time.sleep(0.05)
+        assert read_status(trail.folder / "run").stages[1].state == "running"
+        os.kill(command.pid, signal.SIGKILL)
+    assert json.loads(note.read_text())["step"] == 1
+    assert read_status(trail.folder / "run").stages[1].state == "failed"
+    with RunLock.acquire(
+        trail.folder / "run"
+    ):  # waits until the stage, told by the kernel, is gone
+        pass
+    assert "interrupted" in (trail.folder / "run" / "log" / "dpo.log").read_text()
+    assert trail.order().run.state("dpo") == "unfinished"
+
+
+def test_an_interrupted_run_returns_130_and_says_how_to_go_on(
+    trail: Trail, capfd: pytest.CaptureFixture[str]
+) -> None:
+    pid, note = os.getpid(), trail.folder / "run" / "sft" / "progress.json"
+    watcher = (
+        "import os, signal, sys, time\n"
+        f"while not os.path.exists({str(note)!r}): time.sleep(0.05)\n"
+        f"os.kill({pid}, signal.SIGINT)"
+    )
+    with subprocess.Popen([sys.executable, "-c", watcher]):
+        assert trail.run("sft.wait=60") == 130
+    shown = capfd.readouterr().err
+    assert "step 'sft' was stopped (SIGINT)" in shown
+    assert "--resume" in shown
