@@ -13,7 +13,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from typing import TypedDict, cast
+from typing import Literal, TypedDict, cast
 
 from curation.bands import Band, band
 from curation.curriculum import Curriculum, Observation
@@ -22,8 +22,9 @@ from rl.buffer import Buffer, Outcome, Slot
 from rl.ledger import Ledger, State
 from rl.source import Draw, Source
 
-BROKEN = "broken"
-"""Reason of a draw whose group the machinery could not finish; it says nothing of the prompt."""
+Broken = Literal["broken", "refused"]
+"""Why a draw has no group: the machinery could not finish it, or the engine cannot take the prompt.
+Neither says anything about how hard the prompt is."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,13 +32,19 @@ class Plan:
     """What a step trains on, and why the other slots give nothing.
 
     Example:
-        Plan(step=3, groups=(group,), filtered={"all-1": 2})    # of 2 slots: one kept, 2 flat draws
+        Plan(step=3, groups=(group,), filtered={"all-1": 2}, …)    # one slot kept, 2 flat draws
     """
 
     step: int
     groups: tuple[Group, ...]
     filtered: dict[str, int]
     """Draws of the step's slots that were filtered, by reason."""
+    rollouts: int
+    """Answers that the step's slots cost, those of filtered groups included."""
+    reward: float
+    """Mean reward of all those answers."""
+    pass_rate: float
+    """Share of them that the verifier accepted."""
 
 
 class _SavedSlot(TypedDict):
@@ -76,8 +83,8 @@ class Books:
         """A draw goes to the fleet."""
         self.ledger.move(draw.number, State.IN_FLIGHT)
 
-    def settle(self, draw: Draw, group: Group | None) -> Draw | None:
-        """A group came back, or was broken by the machinery (None); returns what replaces it."""
+    def settle(self, draw: Draw, group: Group | Broken) -> Draw | None:
+        """A group came back, or why there is none; returns the draw that replaces it."""
         outcome = _outcome(draw, group)
         refill = self.buffer.put(outcome)
         if outcome.reason:
@@ -92,13 +99,27 @@ class Books:
         """Whether a step's slots are open and settled."""
         return self.buffer.has(step) and self.buffer.is_ready(step)
 
+    def describe_waiting(self, step: int) -> str:
+        """What a step still waits for, in words."""
+        if not self.buffer.has(step):
+            return f"version {step - self.buffer.max_staleness} to be published"
+        draws = [slot.draw for slot in self.buffer.waiting(step)]
+        names = ", ".join(f"slot {draw.slot} (group {draw.group_id})" for draw in draws[:3])
+        return names + (f" and {len(draws) - 3} more" if len(draws) > 3 else "")
+
     def plan(self, step: int) -> Plan:
         """What a ready step trains on; asking twice gives the same."""
         slots = self.buffer.take(step)
-        reasons = Counter(
-            outcome.reason for slot in slots for outcome in slot.outcomes if outcome.reason
+        outcomes = [outcome for slot in slots for outcome in slot.outcomes]
+        answers = [r for outcome in outcomes if outcome.group for r in outcome.group.rollouts]
+        return Plan(
+            step=step,
+            groups=tuple(slot.group for slot in slots if slot.group),
+            filtered=dict(Counter(outcome.reason for outcome in outcomes if outcome.reason)),
+            rollouts=len(answers),
+            reward=sum(answer.reward for answer in answers) / max(len(answers), 1),
+            pass_rate=sum(answer.passed for answer in answers) / max(len(answers), 1),
         )
-        return Plan(step, tuple(slot.group for slot in slots if slot.group), dict(reasons))
 
     def publish(self, version: int) -> tuple[list[Outcome], list[Draw]]:
         """Version `version` is out: its step's slots are trained and freed, new ones opened.
@@ -149,9 +170,9 @@ class Books:
             slot.outcomes.append(Outcome(draw, reason, observation))
 
 
-def _outcome(draw: Draw, group: Group | None) -> Outcome:
-    if group is None:
-        return Outcome(draw, BROKEN)
+def _outcome(draw: Draw, group: Group | Broken) -> Outcome:
+    if not isinstance(group, Group):
+        return Outcome(draw, group)
     passed = sum(rollout.passed for rollout in group.rollouts)
     observation = Observation(draw.prompt.id, passed, len(group.rollouts))
     kind = band(group)

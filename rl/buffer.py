@@ -72,7 +72,7 @@ class Buffer:
     """The open slots; bounded by construction, since opening beyond capacity is a defect."""
 
     def __init__(self, *, groups_per_step: int, max_staleness: int) -> None:
-        self._groups_per_step = groups_per_step
+        self._groups_per_step, self.max_staleness = groups_per_step, max_staleness
         self.capacity = (max_staleness + 1) * groups_per_step
         self._slots: dict[int, Slot] = {}
 

@@ -6,7 +6,7 @@ from typing import Literal, Self
 
 from pydantic import Field, model_validator
 
-from curation.curriculum import CurriculumSection
+from curation.config import CurriculumSection
 from ground.config import Section
 from rollout.config import EngineSection, FleetSection, SamplingSection
 
@@ -65,6 +65,8 @@ class RlSection(Section):
     """Tokens, padding included, of one forward and backward pass."""
     max_empty_steps: int = Field(default=3, ge=1)
     """Steps in a row without any group that teaches, before the run stops with the reasons."""
+    threads: int = Field(default=1, ge=1)
+    """CPU threads of the learner; the workers have `engine.threads` each."""
     checkpoint_every: int = Field(default=10, ge=1)
     """Versions between two checkpoints; the last version is always kept."""
     checkpoints_kept: int = Field(default=2, ge=1)

@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 
 from curation.bands import Band, band
-from curation.curriculum import Curriculum, CurriculumSection, Observation, gradient_chance
+from curation.config import CurriculumSection
+from curation.curriculum import Curriculum, Observation, gradient_chance
 from ground.errors import DataError
 from ground.records import Difficulty, Group, Message, Prompt, Rollout
 

@@ -9,7 +9,8 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
-from curation.curriculum import Curriculum, CurriculumSection
+from curation.config import CurriculumSection
+from curation.curriculum import Curriculum
 from ground.errors import DataError
 from ground.records import Difficulty, Group, Message, Prompt, Rollout, Segment, Span
 from rl.books import Books
@@ -108,7 +109,7 @@ def test_a_flat_group_is_replaced_once_within_its_capability_then_the_slot_is_gi
     assert books.settle(refill, make_group(refill, ALL_WRONG)) is None
     second = books.buffer.take(0)[1].draw
     books.send(second)
-    books.settle(second, None)
+    books.settle(second, "broken")
     replaced = books.buffer.take(0)[1].draw
     books.send(replaced)
     books.settle(replaced, make_group(replaced, MIXED))
@@ -232,7 +233,7 @@ class BooksMachine(RuleBasedStateMachine):
     def settle(self, data: st.DataObject, passed: list[bool] | None) -> None:
         draw = data.draw(st.sampled_from(self.in_flight))
         self.in_flight.remove(draw)
-        group = make_group(draw, passed, self.books.version) if passed else None
+        group = make_group(draw, passed, self.books.version) if passed else "broken"
         refill = self.books.settle(draw, group)
         self.waiting += [refill] if refill else []
 

@@ -1,0 +1,164 @@
+"""The controller as a Ray actor: builds its parts from a job and serves the learner."""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Awaitable, Mapping
+from typing import cast
+
+import ray
+from ray.actor import ActorHandle
+
+from curation.curriculum import Curriculum
+from ground.config import Data
+from ground.errors import DataError
+from ground.logs import setup_logging
+from ground.records import Prompt
+from ground.tables import read_prompts
+from rl.books import Books, Plan
+from rl.buffer import Buffer
+from rl.controller import Controller
+from rl.job import Job
+from rl.journal import Journal
+from rl.source import Source
+from rollout.fleet import Fleet
+from rollout.ray_worker import RayWorker
+from rollout.seeds import sample_seed
+from rollout.systems import draw_system
+from rollout.task import WorkerConfig
+from rollout.weights import start_keeper
+
+
+class ControllerActor:
+    """One asyncio actor with source, buffer, ledger and fleet; its calls overlap.
+
+    It owns fleet and weight keeper: they end with it, the learner's end does not touch them.
+    """
+
+    def __init__(self, job: Job) -> None:
+        setup_logging(job.log_directory / "rl.controller.log")
+        logging.getLogger("ray").setLevel(logging.WARNING)
+        section = job.section
+        self._ledger = Journal(job.directory / "ledger.jsonl")
+        self._events = Journal(job.directory / "events.jsonl")
+        pool = read_prompts(job.prompts, Data())
+        validation, self._pool = split_pool(pool, section.validation.prompts, job.seed)
+        curriculum = Curriculum(
+            self._pool, section.curriculum, seed=job.seed, group_size=section.group_size
+        )
+        source = Source(
+            curriculum,
+            steps=section.steps,
+            groups_per_step=section.groups_per_step,
+            max_staleness=section.max_staleness,
+            max_refills=section.max_refills,
+        )
+        buffer = Buffer(
+            groups_per_step=section.groups_per_step, max_staleness=section.max_staleness
+        )
+        self._books = Books(source, buffer, self._ledger.append)
+        config = WorkerConfig(job.model, section.engine, section.fleet, job.rewards)
+        self._fleet = Fleet(section.fleet, lambda: RayWorker(config), self._events.append)
+        self._keeper = start_keeper()
+        self._controller = Controller(
+            self._books,
+            self._fleet,
+            section,
+            seed=job.seed,
+            validation=validation,
+            system_of=lambda prompt, pass_: draw_system(
+                job.systems,
+                prompt.capability,
+                run_seed=job.seed,
+                prompt_id=prompt.id,
+                pass_=pass_,
+            ),
+            in_flight=groups_in_flight(job),
+            groups_directory=job.directory / "groups",
+            note=self._events.append,
+        )
+
+    async def keeper(self) -> ActorHandle:
+        """The actor that takes published weights."""
+        return self._keeper
+
+    async def start(self) -> None:
+        """Bring the workers up; weights come with `begin`."""
+        await self._fleet.start()
+
+    async def begin(self, version: int, saved: Mapping[str, object] | None) -> None:
+        """Hand the first weights over and start sampling, from saved books if there are any."""
+        waiting = None
+        if saved is None:
+            self._ledger.rewind(0)
+        else:
+            self._ledger.rewind(cast(int, saved["ledger_bytes"]))
+            pool = {prompt.id: prompt for prompt in self._pool}
+            waiting = self._books.load_state_dict(saved, pool)
+        await self._controller.begin(version, await self._weights(version), waiting)
+
+    async def next_batch(self, step: int) -> tuple[Plan, dict[str, float]]:
+        """See `Controller.next_batch`."""
+        return await self._controller.next_batch(step)
+
+    async def publish(self, version: int, evaluate: bool) -> float | None:
+        """See `Controller.publish`; the weights lie with the keeper."""
+        weights = await self._weights(version)
+        return await self._controller.publish(version, weights, evaluate=evaluate)
+
+    async def state(self) -> dict[str, object]:
+        """The books, and how far the ledger's file goes with them."""
+        return {**self._controller.state(), "ledger_bytes": self._ledger.sync()}
+
+    async def close(self, reason: str) -> dict[str, int]:
+        """End sampling and fleet; returns the ledger's closing sums."""
+        sums = await self._controller.close(reason)
+        await self._fleet.close()
+        self._ledger.close()
+        self._events.close()
+        return sums
+
+    async def _weights(self, version: int) -> ray.ObjectRef:
+        answer = cast(Awaitable[tuple[int, ray.ObjectRef]], self._keeper.current.remote())
+        current, reference = await answer
+        if current != version:
+            raise DataError(f"the keeper must have version {version}, it has {current}", where="rl")
+        return reference
+
+
+def start_controller(job: Job) -> ActorHandle:
+    """Start the controller of a job and, in the background, its workers."""
+    actor = (
+        ray.remote(ControllerActor)
+        .options(name=job.controller_name, num_cpus=0, max_restarts=0, max_concurrency=1000)
+        .remote(job)
+    )
+    actor.start.remote()
+    return cast(ActorHandle, actor)
+
+
+def split_pool(
+    pool: list[Prompt], num_validation: int, seed: int
+) -> tuple[list[Prompt], list[Prompt]]:
+    """A slice that is only looked at, and the rest, by seeded hash of each prompt's content.
+
+    Raises:
+        DataError: nothing would be left to train on.
+    """
+    if num_validation >= len(pool):
+        raise DataError(
+            f"the pool must be larger than the validation slice of {num_validation}, "
+            f"it has {len(pool)} prompts",
+            where="rl.validation.prompts",
+            fix="lower rl.validation.prompts, or give more prompts",
+        )
+    shuffled = sorted(pool, key=lambda prompt: sample_seed(seed, prompt.id, "validation", 0))
+    return shuffled[:num_validation], shuffled[num_validation:]
+
+
+def groups_in_flight(job: Job) -> int:
+    """As many groups as the fleet's engines can decode, and one more each to keep them fed."""
+    section = job.section
+    per_worker = math.ceil(section.engine.num_slots / section.group_size) + 1
+    return per_worker * section.fleet.num_workers

@@ -1,0 +1,264 @@
+"""The loop between curriculum, fleet and learner: asyncio, and nothing of Ray.
+
+            observe(outcomes)                  flat: count, refill from the same capability
+ Curriculum ◀──────────────── Controller ────────────────────────────────────────────┐
+     │ open                                                                          │
+     └──────▶ admit ──▶ fleet.rollout(task) ──▶ Group ──▶ settle ──▶ buffer ─────────┘
+                 ▲                                             │ next_batch(step)
+                 └────────────── publish(version) ◀─ learner ◀─┘
+
+`rl/books.py` decides everything; this only carries: it keeps as many groups in flight as the fleet
+can decode (the oldest slot first, so that a refill overtakes younger slots), hands out plans, and
+makes a version known. Every wait has a deadline and says what it waits for; a background task that
+fails fails the run.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections.abc import Callable, Coroutine, Mapping, Sequence
+from pathlib import Path
+from typing import Protocol
+
+from ground.errors import DataError, InfraError, WorkersLostError
+from ground.records import Group, Prompt
+from rl.books import Books, Broken, Plan
+from rl.config import RlSection
+from rl.groups import groups_path, write_groups
+from rl.source import Draw
+from rollout.seeds import sample_seed
+from rollout.task import GroupTask
+
+logger = logging.getLogger("packtrain")
+
+
+class Fleet(Protocol):
+    """What the controller needs of rollout/fleet.py."""
+
+    async def rollout(self, task: GroupTask) -> Group:
+        """Sample and score one group."""
+        ...
+
+    async def publish(self, version: int, weights: object) -> None:
+        """Return once every worker that serves has these weights."""
+        ...
+
+
+class Controller:
+    """Carries groups from the fleet to the learner and versions back.
+
+    Example:
+        await controller.begin(0, weights)
+        plan = await controller.next_batch(0);  …;  await controller.publish(1, weights)
+
+    Args:
+        books: not opened yet, or restored; `waiting` are then the draws that wait.
+        in_flight: groups that the fleet is given at a time.
+        note: receives an event for the timeline.
+    """
+
+    def __init__(
+        self,
+        books: Books,
+        fleet: Fleet,
+        section: RlSection,
+        *,
+        seed: int,
+        validation: Sequence[Prompt],
+        system_of: Callable[[Prompt, int], str],
+        in_flight: int,
+        groups_directory: Path,
+        note: Callable[[Mapping[str, object]], None],
+    ) -> None:
+        self._books, self._fleet, self._section, self._seed = books, fleet, section, seed
+        self._validation, self._system_of = validation, system_of
+        self._in_flight, self._groups_directory, self._note = in_flight, groups_directory, note
+        self._queue: asyncio.PriorityQueue[tuple[int, int, Draw]] = asyncio.PriorityQueue()
+        self._changed = asyncio.Condition()
+        self._tasks: list[asyncio.Task[None]] = []
+        self._failure: BaseException | None = None
+        self._busy = BusyClock()
+
+    async def begin(
+        self, version: int, weights: object, waiting: Sequence[Draw] | None = None
+    ) -> None:
+        """Bring the first weights to the fleet and start sampling."""
+        await self._hand_over(version, weights)
+        self._admit(self._books.open() if waiting is None else waiting)
+        for number in range(self._in_flight):
+            self._tasks.append(asyncio.create_task(self._guarded(self._sample(), f"s{number}")))
+
+    async def next_batch(self, step: int) -> tuple[Plan, dict[str, float]]:
+        """The plan of a step once its slots are settled, and how the fleet did meanwhile.
+
+        Raises:
+            InfraError: the slots were not settled within the deadline; names them.
+        """
+        seconds = self._section.step_deadline_seconds
+        try:
+            async with asyncio.timeout(seconds), self._changed:
+                await self._changed.wait_for(
+                    lambda: self._failure is not None or self._books.is_ready(step)
+                )
+        except TimeoutError:
+            raise InfraError(
+                f"step {step} must have its groups within {seconds:g} s, it waits for "
+                f"{self._books.describe_waiting(step)}",
+                where="controller",
+                fix="look at the workers' log, or raise rl.step_deadline_seconds",
+            ) from None
+        self._raise_failure()
+        return self._books.plan(step), self._gauges()
+
+    async def publish(
+        self, version: int, weights: object, *, evaluate: bool = False
+    ) -> float | None:
+        """Step `version - 1` is done: give the fleet the new weights, free its slots, go on.
+
+        With `evaluate` it returns once the validation slice was answered by exactly these weights,
+        and how well: publications come one after another, so the next one waits for it.
+        """
+        await self._hand_over(version, weights)
+        outcomes, draws = self._books.publish(version)
+        self._admit(draws)
+        path = groups_path(self._groups_directory, version)
+        await asyncio.to_thread(write_groups, path, outcomes)
+        score = await self._evaluate(version) if evaluate and self._validation else None
+        self._raise_failure()
+        return score
+
+    def state(self) -> dict[str, object]:
+        """The books as of the last publication and of what came in since."""
+        return self._books.state_dict()
+
+    async def close(self, reason: str) -> dict[str, int]:
+        """Stop sampling, withdraw what is still open, and return the ledger's sums."""
+        for task in self._tasks:
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+        self._books.ledger.withdraw_all(reason)
+        return self._books.ledger.counts()
+
+    def _admit(self, draws: Sequence[Draw]) -> None:
+        for draw in draws:
+            self._queue.put_nowait((draw.slot, draw.attempt, draw))
+
+    async def _sample(self) -> None:
+        """One of `in_flight` loops: take the oldest waiting draw, have it sampled, settle it."""
+        while True:
+            _, _, draw = await self._queue.get()
+            self._books.send(draw)
+            with self._busy:
+                group = await self._group_of(draw)
+            refill = self._books.settle(draw, group)
+            self._admit([refill] if refill else [])
+            async with self._changed:
+                self._changed.notify_all()
+
+    async def _group_of(self, draw: Draw) -> Group | Broken:
+        task = self._task(draw.prompt, draw.group_id, draw.number, self._section.group_size)
+        try:
+            return await self._fleet.rollout(task)
+        except WorkersLostError:
+            raise
+        except InfraError as error:
+            logger.warning("group %s is broken: %s", draw.group_id, error)
+            return "broken"
+        except DataError as error:
+            logger.warning("prompt %s is refused: %s", draw.prompt.id, error)
+            return "refused"
+
+    def _task(self, prompt: Prompt, group_id: str, pass_: int | str, size: int) -> GroupTask:
+        seeds = tuple(sample_seed(self._seed, prompt.id, pass_, sample) for sample in range(size))
+        number = pass_ if isinstance(pass_, int) else 0
+        return GroupTask(
+            id=group_id,
+            prompt=prompt,
+            system=self._system_of(prompt, number),
+            sampling=self._section.sampling,
+            seeds=seeds,
+        )
+
+    async def _hand_over(self, version: int, weights: object) -> None:
+        start = time.time()
+        await self._fleet.publish(version, weights)
+        self._timeline("handover", start, version)
+
+    async def _evaluate(self, version: int) -> float:
+        """Pass rate on the validation slice; each look uses the same seeds, so looks compare."""
+        start, size = time.time(), self._section.validation.samples
+        tasks = [
+            self._task(prompt, f"{prompt.id}.validation-{version}", "validation", size)
+            for prompt in self._validation
+        ]
+        groups = await asyncio.gather(*map(self._fleet.rollout, tasks), return_exceptions=True)
+        answered = [group for group in groups if isinstance(group, Group)]
+        self._timeline("evaluate", start, version)
+        if not answered:
+            raise InfraError("no prompt of the validation slice was answered", where="controller")
+        return sum(group.pass_rate for group in answered) / len(answered)
+
+    def _gauges(self) -> dict[str, float]:
+        counts = self._books.curriculum.counts()
+        return {
+            "rollout_idle_share": 1 - self._busy.share(),
+            "buffered": float(self._books.buffer.num_settled),
+            **{f"prompts_{name}": float(count) for name, count in counts.items()},
+        }
+
+    def _timeline(self, kind: str, start: float, version: int) -> None:
+        now = time.time()
+        self._note(
+            {"time": now, "kind": kind, "role": "controller", "start": start, "end": now}
+            | {"version": version}
+        )
+
+    async def _guarded(self, work: Coroutine[None, None, None], name: str) -> None:
+        """Keep the first failure of a background task for whoever waits, and wake them."""
+        try:
+            await work
+        except Exception as error:
+            logger.error("background task %s failed: %s", name, error)
+            self._failure = self._failure or error
+            async with self._changed:
+                self._changed.notify_all()
+
+    def _raise_failure(self) -> None:
+        if self._failure is not None:
+            raise self._failure
+
+
+class BusyClock:
+    """Measures the share of the time in which at least one body is inside.
+
+    Example:
+        with clock: …;  clock.share() → 0.8 since the last share()
+    """
+
+    def __init__(self, now: Callable[[], float] = time.monotonic) -> None:
+        self._now = now
+        self._inside, self._busy_seconds = 0, 0.0
+        self._since = self._asked = now()
+
+    def __enter__(self) -> None:
+        self._tick()
+        self._inside += 1
+
+    def __exit__(self, *error: object) -> None:
+        self._tick()
+        self._inside -= 1
+
+    def share(self) -> float:
+        """Busy share since the last call, or since the beginning."""
+        self._tick()
+        elapsed, busy = self._since - self._asked, self._busy_seconds
+        self._asked, self._busy_seconds = self._since, 0.0
+        return busy / elapsed if elapsed > 0 else 0.0
+
+    def _tick(self) -> None:
+        now = self._now()
+        if self._inside:
+            self._busy_seconds += now - self._since
+        self._since = now

@@ -1,0 +1,68 @@
+"""What the processes of the loop are told when they start."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from ground.config import Section, Systems
+from rl.config import RlSection
+
+
+class Job(Section):
+    """One life of the loop: which run, from where, and where its files are.
+
+    Example:
+        Job.model_validate_json(line) in the learner; handed over by value to the controller
+    """
+
+    section: RlSection
+    seed: int
+    run_name: str
+    incarnation: int
+    """Lives of the loop in this stage so far; names the actors, so that no old one is met."""
+    model: Path
+    """The policy to start from."""
+    prompts: Path
+    """The mined pool, as parquet of our own."""
+    directory: Path
+    """The stage's folder."""
+    log_directory: Path
+    systems: Systems = Systems()
+    rewards: tuple[Path, ...] = ()
+    """Files with the user's own reward functions."""
+
+    @property
+    def controller_name(self) -> str:
+        """Name of the controller's actor."""
+        return f"controller-{self.incarnation}"
+
+    @property
+    def checkpoints_directory(self) -> Path:
+        """Cuts of learner and controller."""
+        return self.directory / "checkpoints"
+
+    @property
+    def best_directory(self) -> Path:
+        """Weights of the version that did best on the validation slice."""
+        return self.directory / "checkpoints" / "best"
+
+
+class Report(BaseModel):
+    """A line that the learner says to its supervisor.
+
+    Example:
+        {"kind": "step", "step": 3, "numbers": {"reward": 0.4}}
+        {"kind": "failed", "facts": {"type": "DivergedError", "what": …, "where": …, …}}
+    """
+
+    model_config = ConfigDict(
+        frozen=True, use_attribute_docstrings=True, ser_json_inf_nan="strings"
+    )
+
+    kind: Literal["step", "validation", "done", "failed"]
+    step: int = 0
+    numbers: dict[str, float] = Field(default_factory=dict)
+    facts: dict[str, object] = Field(default_factory=dict)

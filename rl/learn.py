@@ -1,0 +1,159 @@
+"""The learner's process: `python -m rl.learn`, told by lines on stdin, telling by lines on stdout.
+
+in:  Job (at once: imports and loading go on while Ray starts) → Ray's address → end of file: leave
+out: Report, one per step and validation, and one at the end
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import sys
+import threading
+from collections.abc import Mapping
+from typing import TextIO
+
+import ray
+import torch
+from accelerate import Accelerator
+from safetensors.torch import save_file
+
+from ground.chat import ChatTemplate
+from ground.checkpoints import Checkpoints, step_of
+from ground.errors import PacktrainError
+from ground.logs import setup_logging
+from ground.model import export_model, load_model, load_tokenizer
+from ground.signals import Pending, held_signals
+from ground.storage import commit_directory
+from rl.batch import collate, rows_of
+from rl.books import Plan
+from rl.cluster import NAMESPACE
+from rl.job import Job, Report
+from rl.learner import Learner
+from rl.loop import LearnerLoop
+from rl.publisher import Publisher
+from rl.remote import RemoteLoop
+from rl.snapshot import read_books, read_snapshot
+
+logger = logging.getLogger("packtrain")
+
+
+class Speaker:
+    """Writes reports to the real stdout; what libraries print goes to stderr instead."""
+
+    def __init__(self) -> None:
+        self._out = os.fdopen(os.dup(1), "w", encoding="utf-8")
+        self._lock = threading.Lock()
+        os.dup2(2, 1)
+
+    def say(self, report: Report) -> None:
+        """One line, whole, from any thread."""
+        with self._lock:
+            self._out.write(report.model_dump_json() + "\n")
+            self._out.flush()
+
+    def step(self, step: int, numbers: Mapping[str, float]) -> None:
+        """What a step measured."""
+        self.say(Report(kind="step", step=step, numbers=dict(numbers)))
+
+    def score(self, version: int, score: float) -> None:
+        """How a version did on the validation slice."""
+        self.say(Report(kind="validation", step=version, numbers={"pass_rate": score}))
+
+
+def main() -> int:
+    """Live one life of the learner and return its exit code."""
+    speaker = Speaker()
+    job = Job.model_validate_json(sys.stdin.readline())
+    setup_logging(job.log_directory / "rl.learner.log")
+    try:
+        with held_signals() as pending:
+            facts = learn(job, speaker, pending)
+            if not pending.requested:
+                speaker.say(Report(kind="done", facts=facts))
+    except PacktrainError as error:
+        facts = {"type": type(error).__name__, "what": error.what, "where": error.where}
+        speaker.say(Report(kind="failed", facts={**facts, "why": error.why, "fix": error.fix}))
+        return error.exit_code
+    return 0
+
+
+def learn(job: Job, speaker: Speaker, pending: Pending) -> dict[str, object]:
+    """Load, join, train, export; returns the facts for the manifest."""
+    torch.set_num_threads(job.section.threads)
+    accelerator = Accelerator()
+    model, tokenizer = load_model(job.model), load_tokenizer(job.model)
+    learner = Learner(model, accelerator, job.section, ChatTemplate(tokenizer).pad_id)
+    checkpoints = Checkpoints(job.checkpoints_directory, job.section.checkpoints_kept)
+    folder, version, saved = checkpoints.latest(), 0, None
+    if folder is not None:
+        version, saved = step_of(folder), read_books(folder)
+        snapshot = read_snapshot(folder, version)
+        learner.load(snapshot.model, snapshot.optimizer)
+        logger.info("going on from %s", folder)
+    loop = _join(job, sys.stdin)
+    loop.begin(version, learner.model_tensors(), saved)
+    publisher = Publisher(loop, checkpoints, Checkpoints(job.best_directory, keep=1), speaker.score)
+    steps = LearnerLoop(
+        learner,
+        loop,
+        publisher,
+        accelerator,
+        job.section,
+        tell=speaker.step,
+        keep_batch=lambda plan: _keep_batch(job, plan),
+    )
+    version = steps.run(version, pending)
+    if version < job.section.steps:
+        return {}
+    ledger = loop.close("run ended")
+    best = publisher.best_weights()
+    if best is not None:
+        model.load_state_dict(best, strict=False)
+    facts: dict[str, object] = {"stage": "rl", "run": job.run_name, "base": str(job.model)}
+    facts |= {"version": publisher.best.version if publisher.best else version}
+    with commit_directory(job.directory / "model", facts) as staging:
+        export_model(model, tokenizer, staging, facts)
+    score = publisher.best.score if publisher.best else None
+    return {**facts, "validation_pass_rate": score, "ledger": ledger}
+
+
+def _join(job: Job, lines: TextIO) -> RemoteLoop:
+    """Wait for Ray's address, join, and leave with the supervisor from now on."""
+    address = lines.readline().strip()
+    if not address:
+        sys.exit(0)
+    threading.Thread(target=_leave_at_end, args=(lines,), name="lifeline", daemon=True).start()
+    ray.init(
+        address=address,
+        namespace=NAMESPACE,
+        log_to_driver=False,
+        logging_level=logging.WARNING,
+        configure_logging=False,
+    )
+    return RemoteLoop(job)
+
+
+def _leave_at_end(lines: TextIO) -> None:
+    """The supervisor holds the other end of the pipe: when it is gone, so are we."""
+    lines.read()
+    os._exit(1)
+
+
+def _keep_batch(job: Job, plan: Plan) -> None:
+    """Save the rollouts that a step diverged on."""
+    rows = [row for group in plan.groups for row in rows_of(group)]
+    batch = collate(rows, pad_id=0)
+    tensors = {
+        "tokens": batch.tokens_BT,
+        "mask": batch.mask_BT,
+        "loss_mask": batch.loss_mask_BT,
+        "behavior_logprobs": batch.behavior_logprobs_BT,
+        "advantages": batch.advantages_BT,
+    }
+    with commit_directory(job.directory / "diverged", {"step": plan.step}) as staging:
+        save_file(tensors, staging / "batch.safetensors")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

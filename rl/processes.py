@@ -1,0 +1,100 @@
+"""Our processes, found by two signs, so that none can outlive the stage, whatever ends it.
+
+    reserved: folder, token, mark, reaper → processes come and go, `sweep` between → reaped
+
+Signs: a mark in the environment, and open files in the stage's own folder for Ray. The second is
+needed because Ray's workers and agents overwrite their environment with their title.
+"""
+
+from __future__ import annotations
+
+import os
+import secrets
+import signal
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+
+import psutil
+
+from rollout.descendants import end_tree
+
+_MARK = "PACKTRAIN_LOOP"
+_REAP_SECONDS = 15.0
+
+
+@dataclass(frozen=True, slots=True)
+class Reserved:
+    """Where Ray may put its files, and how our processes are told from others.
+
+    Example:
+        with reserved() as ours: ray.init(_temp_dir=str(ours.folder)); …; ours.sweep()
+    """
+
+    folder: Path
+    """Short, because Ray puts sockets into it (107 characters at most)."""
+    mark: str
+
+    def sweep(self) -> int:
+        """Kill every process that was started since, and whatever those started."""
+        return end_all(f"{_MARK}={self.mark}", self.folder, spare=os.getpid())
+
+
+@contextmanager
+def reserved() -> Iterator[Reserved]:
+    """Mark all processes to come, and have a reaper end them even if this one is killed.
+
+    Enter it before Ray is imported: Ray reads RAY_AUTH_MODE when it is loaded.
+    """
+    folder = Path(tempfile.mkdtemp(prefix="packtrain-"))
+    mark, token = secrets.token_hex(8), folder / "token"
+    token.touch(mode=0o600)
+    token.write_text(secrets.token_hex(32))
+    reaper = subprocess.Popen(
+        [sys.executable, "-m", "rl.reaper", f"{_MARK}={mark}", str(folder), str(os.getpid())],
+        stdin=subprocess.PIPE,
+        start_new_session=True,
+    )
+    os.environ.update(
+        {
+            _MARK: mark,
+            "RAY_AUTH_MODE": "token",
+            "RAY_AUTH_TOKEN_PATH": str(token),
+            "RAY_USAGE_STATS_ENABLED": "0",
+        }
+    )
+    try:
+        yield Reserved(folder, mark)
+    finally:
+        if reaper.stdin:
+            reaper.stdin.close()
+        with suppress(subprocess.TimeoutExpired):
+            reaper.wait(_REAP_SECONDS)
+
+
+def end_all(mark: str, folder: Path, *, spare: int) -> int:
+    """Kill what carries the mark or has a file open in the folder; returns how many there were.
+
+    Args:
+        spare: the process that all this belongs to; Ray leaves files of its own open in it.
+    """
+    ended = end_tree(None, mark)
+    for pid in _with_files_in(folder) - {spare}:
+        with suppress(ProcessLookupError, PermissionError):
+            os.kill(pid, signal.SIGKILL)
+            ended += 1
+    return ended
+
+
+def _with_files_in(folder: Path) -> set[int]:
+    inside = f"{folder}{os.sep}"
+    found: set[int] = set()
+    for process in psutil.process_iter():
+        with suppress(psutil.Error):
+            if any(file.path.startswith(inside) for file in process.open_files()):
+                found.add(process.pid)
+    return found

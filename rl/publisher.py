@@ -1,0 +1,114 @@
+"""Publishes versions in the background, keeps checkpoints and the best weights.
+
+    publish(snapshot) ──▶ keeper ──▶ controller (hand-over, slots, evaluation) ──▶ best, checkpoint
+
+One publication at a time, on a thread named `publish`: the learner trains on meanwhile and waits
+only when it has the next version ready before the last one is out. What fails there fails the
+learner at its next call.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Protocol
+
+from torch import Tensor
+
+from ground.checkpoints import Checkpoints
+from ground.manifest import read_manifest
+from rl.snapshot import Snapshot, read_weights, write_cut, write_weights
+
+
+class Loop(Protocol):
+    """What the learner's side needs of the controller's, wherever that runs."""
+
+    def publish(self, version: int, weights: Mapping[str, Tensor], evaluate: bool) -> float | None:
+        """Make a version known to all; returns once it is, with its validation if asked."""
+        ...
+
+    def state(self) -> dict[str, object]:
+        """The books as of the last publication."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class Best:
+    """The version that did best on the validation slice; the later one of two equals.
+
+    Example:
+        Best(version=30, score=0.61)
+    """
+
+    version: int
+    score: float
+
+
+class Publisher:
+    """Hands versions out in order: `publish → … → finish`."""
+
+    def __init__(
+        self,
+        loop: Loop,
+        checkpoints: Checkpoints,
+        best: Checkpoints,
+        tell_score: Callable[[int, float], None],
+    ) -> None:
+        self._loop, self._checkpoints, self._kept = loop, checkpoints, best
+        self._tell_score = tell_score
+        self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="publish")
+        self._current: Future[None] | None = None
+        self.best = _read_best(best)
+
+    def publish(self, snapshot: Snapshot, *, evaluate: bool, save: bool) -> None:
+        """Begin to publish, once the publication before is done."""
+        self.finish()
+        self._current = self._thread.submit(self._publish, snapshot, evaluate, save)
+
+    def finish(self) -> None:
+        """Wait for the publication under way, if any, and raise what went wrong in it.
+
+        Its steps (hand-over, evaluation, files) have their own deadlines.
+        """
+        current, self._current = self._current, None
+        if current:
+            current.result()
+
+    def save(self, snapshot: Snapshot) -> None:
+        """Commit a checkpoint of the last published version."""
+        books = self._loop.state()
+        facts = {"books_version": books["version"]}
+        self._checkpoints.commit(
+            snapshot.version, lambda folder: write_cut(folder, snapshot, books), facts
+        )
+
+    def best_weights(self) -> Mapping[str, Tensor] | None:
+        """The weights that did best; None when nothing was evaluated."""
+        folder = self._kept.latest()
+        return read_weights(folder) if folder else None
+
+    def _publish(self, snapshot: Snapshot, evaluate: bool, save: bool) -> None:
+        score = self._loop.publish(snapshot.version, snapshot.model, evaluate)
+        if score is not None:
+            self._consider(snapshot, score)
+        if save:
+            self.save(snapshot)
+
+    def _consider(self, snapshot: Snapshot, score: float) -> None:
+        self._tell_score(snapshot.version, score)
+        if self.best is None or score >= self.best.score:
+            self.best = Best(snapshot.version, score)
+            self._kept.commit(
+                snapshot.version,
+                lambda folder: write_weights(folder, snapshot.model),
+                {"score": score},
+            )
+
+
+def _read_best(kept: Checkpoints) -> Best | None:
+    folder = kept.latest()
+    if folder is None:
+        return None
+    facts = read_manifest(folder).facts
+    return Best(int(str(facts["step"])), float(str(facts["score"])))

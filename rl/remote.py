@@ -1,0 +1,117 @@
+"""The controller as the learner sees it through Ray: blocking calls with deadlines, our errors."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Protocol, cast
+
+import ray
+from ray.exceptions import GetTimeoutError, RayError, RayTaskError
+from torch import Tensor
+
+from ground.errors import InfraError, PacktrainError
+from rl.books import Plan
+from rl.cluster import NAMESPACE
+from rl.job import Job
+
+_POLL_SECONDS = 0.5
+_SLACK_SECONDS = 30.0
+"""The controller's own deadlines say more, so ours come later."""
+
+
+class _Method(Protocol):
+    def remote(self, *args: object) -> ray.ObjectRef: ...
+
+
+class _Actor(Protocol):
+    """An actor's methods by name (Ray makes them when it runs)."""
+
+    def __getattr__(self, name: str) -> _Method: ...
+
+
+class RemoteLoop:
+    """The controller and the weight keeper of one life of the loop.
+
+    Example:
+        loop = RemoteLoop(job); loop.begin(0, tensors); loop.next_batch(0, stop=lambda: False)
+    """
+
+    def __init__(self, job: Job) -> None:
+        self._seconds = job.section.step_deadline_seconds + _SLACK_SECONDS
+        with our_errors("find the controller"):
+            self._controller = cast(_Actor, ray.get_actor(job.controller_name, NAMESPACE))
+        self._keeper = cast(_Actor, self._call("start", self._controller.keeper.remote()))
+
+    def begin(self, version: int, weights: Mapping[str, Tensor], saved: object) -> None:
+        """Publish the first weights and let the fleet start, from saved books if there are any."""
+        self._keep(version, weights)
+        self._call("start", self._controller.begin.remote(version, saved))
+
+    def next_batch(
+        self, step: int, stop: Callable[[], bool]
+    ) -> tuple[Plan, dict[str, float]] | None:
+        """Wait for a step's plan; None as soon as `stop` says so."""
+        answer = self._controller.next_batch.remote(step)
+        deadline = time.monotonic() + self._seconds
+        while not stop():
+            try:
+                with our_errors(f"give step {step} its groups"):
+                    return cast(
+                        tuple[Plan, dict[str, float]], ray.get(answer, timeout=_POLL_SECONDS)
+                    )
+            except TimeoutError:
+                self._check_deadline(deadline, f"give step {step} its groups")
+        return None
+
+    def publish(self, version: int, weights: Mapping[str, Tensor], evaluate: bool) -> float | None:
+        """Make a version known to all; returns once it is, with its validation if asked."""
+        self._keep(version, weights)
+        answer = self._controller.publish.remote(version, evaluate)
+        return cast(float | None, self._call(f"publish version {version}", answer))
+
+    def state(self) -> dict[str, object]:
+        """The books as of the last publication."""
+        return cast(dict[str, object], self._call("save", self._controller.state.remote()))
+
+    def close(self, reason: str) -> dict[str, int]:
+        """End the loop; returns the ledger's closing sums."""
+        return cast(dict[str, int], self._call("close", self._controller.close.remote(reason)))
+
+    def _keep(self, version: int, weights: Mapping[str, Tensor]) -> None:
+        answer = self._keeper.publish.remote(version, dict(weights))
+        self._call(f"keep version {version}", answer)
+
+    def _call(self, purpose: str, answer: ray.ObjectRef) -> object:
+        try:
+            with our_errors(purpose):
+                return ray.get(answer, timeout=self._seconds)
+        except TimeoutError:
+            raise _late(purpose, self._seconds) from None
+
+    def _check_deadline(self, deadline: float, purpose: str) -> None:
+        if time.monotonic() > deadline:
+            raise _late(purpose, self._seconds)
+
+
+@contextmanager
+def our_errors(purpose: str) -> Iterator[None]:
+    """Turn Ray's errors into ours: a typed one from the other side, else "the actor is gone"."""
+    try:
+        yield
+    except GetTimeoutError:
+        raise TimeoutError(purpose) from None
+    except RayTaskError as error:
+        cause = error.cause
+        if isinstance(cause, PacktrainError):
+            raise cause from error
+        raise
+    except (RayError, ValueError) as error:
+        raise InfraError(
+            f"the controller must {purpose}, but it is gone", where="learner", why=str(error)
+        ) from error
+
+
+def _late(purpose: str, seconds: float) -> InfraError:
+    return InfraError(f"the controller must {purpose} within {seconds:g} s", where="learner")

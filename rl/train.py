@@ -1,0 +1,58 @@
+"""The `rl` stage: `python -m rl.train RECIPE [key.path=value …] [--run DIR] [--resume]`."""
+
+from __future__ import annotations
+
+import sys
+
+from ground.console import progress
+from ground.entry import Stage, stage_entry
+from rl.config import RlSection
+from rl.job import Job, Report
+from rl.journal import read_journal
+from rl.ledger import audit_ledger
+from rl.processes import reserved
+
+
+def train(stage: Stage[RlSection]) -> dict[str, object]:
+    """Run the loop to its end and audit its ledger; returns the summary for the manifest."""
+    with reserved() as ours:
+        # Ray reads its authentication mode from the environment when it is imported.
+        from rl.supervisor import supervise
+
+        facts = supervise(lambda life: _job(stage, life), ours, lambda report: _tell(stage, report))
+    audited = audit_ledger(read_journal(stage.directory / "ledger.jsonl"))
+    return {**facts, "audited": audited}
+
+
+def _job(stage: Stage[RlSection], life: int) -> Job:
+    return Job(
+        section=stage.section,
+        seed=stage.head.seed,
+        run_name=stage.head.name,
+        incarnation=life,
+        model=stage.trail.model_before("rl").resolve(),
+        prompts=stage.trail.prompts_before("rl").resolve(),
+        directory=stage.directory.resolve(),
+        log_directory=(stage.run.path / "log").resolve(),
+        systems=stage.head.systems,
+        rewards=tuple(path.resolve() for path in stage.head.rewards),
+    )
+
+
+def _tell(stage: Stage[RlSection], report: Report) -> None:
+    numbers = report.numbers
+    if report.kind == "validation":
+        stage.metrics.log(report.step, numbers, phase="validation")
+        return
+    stage.metrics.log(report.step, numbers)
+    shown = ("reward", "pass_rate", "kept_share", "entropy", "ess", "learner_idle_share")
+    progress(
+        stage.directory,
+        report.step,
+        stage.section.steps,
+        **{name: numbers[name] for name in shown if name in numbers},
+    )
+
+
+if __name__ == "__main__":
+    sys.exit(stage_entry("rl", RlSection, train))
