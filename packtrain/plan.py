@@ -62,14 +62,8 @@ def plan(document: RecipeDocument) -> list[Step]:
     The base is evaluated as soon as it exists: after `herd`, or first.
 
     Raises:
-        RecipeError: no stage is on, or one that this version cannot run.
+        RecipeError: no stage is on.
     """
-    if document.has("targets"):
-        raise RecipeError(
-            "the stage 'targets' is not built yet",
-            where=document.shown,
-            fix="leave the section out; co-distillation comes with a later version",
-        )
     stages = [stage for stage in STAGES if document.has(stage)]
     if not stages and not document.has("evaluate"):
         raise RecipeError(

@@ -9,7 +9,9 @@ from __future__ import annotations
 from curation.config import MineSection, PruneSection
 from dpo.config import DpoSection
 from ground.config import Head
+from ground.errors import RecipeError
 from ground.herd.config import HerdSection
+from ground.recipe import RecipeDocument
 from rl.config import RlSection
 from rollout.config import EvaluateSection
 from sft.config import SftSection
@@ -32,3 +34,18 @@ class Recipe(Head):
     """Light preference optimisation for corner cases."""
     evaluate: EvaluateSection | None = None
     """Evaluate the base and what sft, rl and dpo made of it."""
+
+
+def read_recipe(document: RecipeDocument) -> Recipe:
+    """The validated recipe; all errors at once.
+
+    Raises:
+        RecipeError: something is wrong with it, or it turns on a stage that is not built yet.
+    """
+    if document.has("targets"):
+        raise RecipeError(
+            "the stage 'targets' is not built yet",
+            where=document.shown,
+            fix="leave the section out; co-distillation comes with a later version",
+        )
+    return document.read(Recipe)

@@ -29,7 +29,7 @@ from packtrain.child import Child, exit_name
 from packtrain.doctor import shadows
 from packtrain.panel import LivePanel, Panel, open_panel
 from packtrain.plan import Step, launch_line, plan
-from packtrain.recipe import Recipe
+from packtrain.recipe import read_recipe
 from packtrain.report import write_report
 from packtrain.verdict import headline
 
@@ -64,7 +64,7 @@ class Order:
 def command(arguments: argparse.Namespace) -> int:
     """Run what is left of a recipe; the exit code is that of the stage that failed."""
     document = load_recipe(arguments.recipe, arguments.overrides)
-    recipe = document.read(Recipe)
+    recipe = read_recipe(document)
     run = RunDir(arguments.run or Path("runs") / recipe.name)
     hidden = shadows(Path.cwd())
     if hidden:

@@ -10,15 +10,15 @@ from ground.console import say
 from ground.errors import RecipeError
 from ground.recipe import RecipeDocument, load_recipe
 from packtrain.plan import plan
-from packtrain.recipe import Recipe
+from packtrain.recipe import read_recipe
 
 NEEDS = {
-    "prune": ("teacher", "data.sft"),
-    "sft": ("model", "data.sft"),
-    "mine": ("model", "data.prompts"),
-    "rl": ("model", "data.prompts"),
-    "dpo": ("model",),
-    "evaluate": ("model", "data.heldout"),
+    "prune": ("teacher.path", "data.sft"),
+    "sft": ("model.path", "data.sft"),
+    "mine": ("model.path", "data.prompts"),
+    "rl": ("model.path", "data.prompts"),
+    "dpo": ("model.path",),
+    "evaluate": ("model.path", "data.heldout"),
 }
 """Section → what must be given when no `herd` makes it."""
 
@@ -26,7 +26,7 @@ NEEDS = {
 def command(arguments: argparse.Namespace) -> int:
     """Check a recipe and say what it would do."""
     document = load_recipe(arguments.recipe, arguments.overrides)
-    recipe = document.read(Recipe)
+    recipe = read_recipe(document)
     steps = plan(document)
     check_inputs(document, recipe)
     titles = " → ".join(step.title for step in steps)
@@ -41,8 +41,8 @@ def check_inputs(document: RecipeDocument, head: Head) -> None:
         RecipeError: naming all that is missing at once.
     """
     given = {
-        "model": head.model.path if head.model else None,
-        "teacher": head.teacher.path if head.teacher else None,
+        "model.path": head.model.path if head.model else None,
+        "teacher.path": head.teacher.path if head.teacher else None,
         "data.sft": head.data.sft,
         "data.prompts": head.data.prompts,
         "data.heldout": head.data.heldout,
@@ -65,7 +65,7 @@ def _absent(document: RecipeDocument, given: dict[str, Path | None]) -> list[str
         for key in keys if document.has(section) else ():
             wanted.setdefault(key, []).append(section)
     return [
-        f"{', '.join(sections)} needs {key}{'.path' if key in ('model', 'teacher') else ''}"
+        f"{', '.join(sections)} needs {key}"
         for key, sections in wanted.items()
         if given[key] is None
     ]

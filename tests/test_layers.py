@@ -26,12 +26,13 @@ BELOW: dict[str, set[str]] = {
 ADDRESSES: dict[str, set[str]] = {
     "trl": {"sft/trainer.py", "dpo/trainer.py"},
     "ray": {
-        "rollout/worker.py",
+        "rollout/ray_worker.py",
         "rollout/fleet.py",
         "rollout/weights.py",
-        "rl/controller.py",
-        "rl/supervisor.py",
-        "rl/launch.py",
+        "rl/actors.py",
+        "rl/cluster.py",
+        "rl/learn.py",
+        "rl/remote.py",
     },
     "vllm": {"rollout/vllm_engine.py"},
     "pandas": {"curation/inspect.py"},

@@ -103,10 +103,9 @@ def test_without_a_herd_the_base_is_evaluated_first(tmp_path: Path) -> None:
     ]
 
 
-@pytest.mark.parametrize("text", ["name: x\n", "name: x\ntargets: {}\n"])
-def test_a_recipe_that_cannot_be_run_is_refused(tmp_path: Path, text: str) -> None:
-    (tmp_path / "r.yaml").write_text(text)
-    with pytest.raises(RecipeError):
+def test_a_recipe_without_stages_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "r.yaml").write_text("name: x\n")
+    with pytest.raises(RecipeError, match="needs at least one stage"):
         plan(load_recipe(tmp_path / "r.yaml"))
 
 
