@@ -1,0 +1,57 @@
+"""The demo's data files: balanced, disjoint, and the same bytes for the same seed."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from pathlib import Path
+
+import pytest
+
+from ground.config import Data
+from ground.herd.config import HerdSection
+from ground.herd.files import data_files
+from ground.tables import read_demonstrations, read_prompts
+
+SECTION = HerdSection(demonstrations_per_level=6, prompts_per_level=4, heldout_per_level=3)  # pyright: ignore[reportCallIssue]
+
+
+@pytest.fixture(scope="module")
+def files() -> dict[str, str]:
+    return data_files(SECTION, seed=0)
+
+
+def _rows(content: str) -> list[dict]:
+    return [json.loads(line) for line in content.splitlines()]
+
+
+def _question(row: dict) -> str:
+    return next(message["content"] for message in row["messages"] if message["role"] == "user")
+
+
+def test_equal_seeds_give_equal_bytes(files: dict[str, str]) -> None:
+    assert data_files(SECTION, seed=0) == files
+    assert data_files(SECTION, seed=1) != files
+
+
+def test_no_question_stands_in_two_files_or_twice_in_one(files: dict[str, str]) -> None:
+    questions = [_question(row) for content in files.values() for row in _rows(content)]
+    assert len(questions) == len(set(questions)) == 21 * (6 + 4 + 3)
+
+
+def test_families_and_levels_have_equal_shares(files: dict[str, str]) -> None:
+    cells = Counter(
+        (json.loads(row["answer"])["family"], row["difficulty"]["label"])
+        for row in _rows(files["heldout.jsonl"])
+    )
+    assert len(cells) == 21 and set(cells.values()) == {3}
+
+
+def test_the_house_reads_them(files: dict[str, str], tmp_path: Path) -> None:
+    for name, content in files.items():
+        (tmp_path / name).write_text(content, encoding="utf-8")
+    demonstrations = read_demonstrations(tmp_path / "sft.jsonl", Data())
+    prompts = read_prompts(tmp_path / "prompts.jsonl", Data())
+    assert len(demonstrations) == 126 and len(prompts) == 84
+    assert demonstrations[0].messages[-1].role == "assistant"
+    assert prompts[0].reward == "reasoning_gym"
