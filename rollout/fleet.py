@@ -13,36 +13,22 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import Callable
 from contextlib import suppress
-from dataclasses import dataclass, field
-from enum import StrEnum
-from typing import TypeVar
+from dataclasses import dataclass
 
 from ground.errors import InfraError, PacktrainError, WorkersLostError
 from ground.records import Group
 from rollout.config import FleetSection
-from rollout.ray_worker import Worker
+from rollout.seat import Seat, State, Worker
 from rollout.task import GroupTask
 
 logger = logging.getLogger(__name__)
 
-Value = TypeVar("Value")
 Event = dict[str, object]
 
 _MAX_FAILED_TASKS = 3
 """Tasks in a row that may fail on a worker which still answers pings, before it is replaced."""
-
-
-class State(StrEnum):
-    """Where a worker is in its life."""
-
-    STARTING = "starting"
-    STALE = "stale"
-    HEALTHY = "healthy"
-    DEAD = "dead"
-    RESTARTING = "restarting"
-    RETIRED = "retired"
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,48 +50,6 @@ class FleetStats:
     """Attempts that were lost with their worker and made again."""
 
 
-@dataclass(eq=False, slots=True)
-class _Seat:
-    """A worker's place: its current life and its record over all lives."""
-
-    index: int
-    state: State = State.STARTING
-    worker: Worker | None = None
-    lost: asyncio.Future[str] = field(default_factory=asyncio.Future)
-    """Completed with the cause as soon as somebody finds this life to be over."""
-    version: int = -1
-    in_flight: int = 0
-    failures: int = 0
-    """Lives lost since the last finished group."""
-    failed_tasks: int = 0
-    causes: list[str] = field(default_factory=list)
-
-    @property
-    def name(self) -> str:
-        return f"worker {self.index}"
-
-    def lose(self, cause: str) -> None:
-        """Declare this life over; the first cause counts."""
-        if not self.lost.done():
-            self.lost.set_result(cause)
-
-    async def within(self, seconds: float, doing: str, call: Awaitable[Value]) -> Value:
-        """Wait for a call to this life, but no longer than its deadline, nor than it lives.
-
-        Raises:
-            InfraError: the deadline passed (which ends this life) or the life was lost.
-        """
-        task = asyncio.ensure_future(call)
-        try:
-            await asyncio.wait({task, self.lost}, timeout=seconds, return_when="FIRST_COMPLETED")
-            if task.done():
-                return task.result()
-            self.lose(f"{doing} must be done within {seconds:g} s")
-            raise InfraError(self.lost.result(), where=self.name)
-        finally:
-            task.cancel()
-
-
 class Fleet:
     """Keeps `section.num_workers` workers going and spreads tasks over them.
 
@@ -123,7 +67,7 @@ class Fleet:
         note: Callable[[Event], None] = lambda event: None,
     ) -> None:
         self._section, self._spawn, self._note = section, spawn, note
-        self._seats: list[_Seat] = []
+        self._seats: list[Seat] = []
         self._tending: list[asyncio.Task[None]] = []
         self._changed = asyncio.Event()
         self._weights: tuple[int, object] | None = None
@@ -136,7 +80,7 @@ class Fleet:
         Raises:
             WorkersLostError: none came up.
         """
-        self._seats = [_Seat(index) for index in range(self._section.num_workers)]
+        self._seats = [Seat(index) for index in range(self._section.num_workers)]
         self._tending = [
             asyncio.create_task(self._tend(seat), name=seat.name) for seat in self._seats
         ]
@@ -209,7 +153,7 @@ class Fleet:
         workers = [seat.worker for seat in self._seats if seat.worker]
         await asyncio.gather(*(worker.close() for worker in workers))
 
-    async def _attempt(self, seat: _Seat, task: GroupTask, attempt: int) -> Group:
+    async def _attempt(self, seat: Seat, task: GroupTask, attempt: int) -> Group:
         assert seat.worker
         started = time.time()
         seat.in_flight += 1
@@ -239,20 +183,20 @@ class Fleet:
         )
         return result.group
 
-    def _count_failure(self, seat: _Seat, error: InfraError) -> None:
+    def _count_failure(self, seat: Seat, error: InfraError) -> None:
         """A worker may answer pings and still do no work: too many in a row end its life."""
         seat.failed_tasks += 1
         if seat.failed_tasks >= _MAX_FAILED_TASKS:
             seat.lose(f"{seat.failed_tasks} groups in a row failed, the last with: {error.what}")
 
-    async def _least_loaded(self) -> _Seat:
-        def healthy() -> list[_Seat]:
+    async def _least_loaded(self) -> Seat:
+        def healthy() -> list[Seat]:
             return [s for s in self._seats if s.state is State.HEALTHY and not s.lost.done()]
 
         await self._until(lambda: bool(healthy()))
         return min(healthy(), key=lambda seat: (seat.in_flight, seat.index))
 
-    async def _tend(self, seat: _Seat) -> None:
+    async def _tend(self, seat: Seat) -> None:
         """Carry a seat around its life for as long as the restart budget lasts."""
         try:
             while True:
@@ -270,14 +214,14 @@ class Fleet:
             self._fail(PacktrainError(f"{seat.name}: {type(error).__name__}: {error}"))
             raise
 
-    async def _live(self, seat: _Seat, began: float) -> None:
+    async def _live(self, seat: Seat, began: float) -> None:
         """One life, from birth to the loss; returns when it is over."""
         section = self._section
         seat.lost, seat.version, seat.failed_tasks = asyncio.Future(), -1, 0
         self._move(seat, State.STARTING)
         try:
             seat.worker = self._spawn()
-            await seat.within(section.start_deadline_seconds, "starting", seat.worker.ping())
+            await seat.within(section.start_deadline_seconds, "starting", seat.worker.open())
             self._move(seat, State.STALE)
             await self._become_healthy(seat)
             if seat.failures:
@@ -288,7 +232,7 @@ class Fleet:
         except InfraError as error:
             seat.lose(error.what)
 
-    async def _become_healthy(self, seat: _Seat) -> None:
+    async def _become_healthy(self, seat: Seat) -> None:
         """Load the current weights until they still are the current ones when acknowledged."""
         assert seat.worker
         while self._weights is None:
@@ -298,13 +242,13 @@ class Fleet:
             await self._load(seat, *self._weights)
         self._move(seat, State.HEALTHY)
 
-    async def _refit(self, seat: _Seat) -> None:
+    async def _refit(self, seat: Seat) -> None:
         """Load the current weights into a healthy worker; a loss is left to `_tend`."""
         assert self._weights
         with suppress(InfraError):
             await self._load(seat, *self._weights)
 
-    async def _load(self, seat: _Seat, version: int, weights: object) -> None:
+    async def _load(self, seat: Seat, version: int, weights: object) -> None:
         assert seat.worker
         seconds = self._section.publish_deadline_seconds
         try:
@@ -319,7 +263,7 @@ class Fleet:
             raise InfraError(seat.lost.result(), where=seat.name)
         seat.version = version
 
-    def _bury(self, seat: _Seat) -> None:
+    def _bury(self, seat: Seat) -> None:
         cause = seat.lost.result()
         seat.failures += 1
         seat.causes.append(cause)
@@ -329,7 +273,7 @@ class Fleet:
         logger.warning("%s is lost (%d in a row): %s", seat.name, seat.failures, cause)
         self._move(seat, State.DEAD)
 
-    def _retire(self, seat: _Seat) -> None:
+    def _retire(self, seat: Seat) -> None:
         self._move(seat, State.RETIRED)
         if any(other.state is not State.RETIRED for other in self._seats):
             return
@@ -370,7 +314,7 @@ class Fleet:
         self._changed.set()
         self._changed = asyncio.Event()
 
-    def _move(self, seat: _Seat, state: State) -> None:
+    def _move(self, seat: Seat, state: State) -> None:
         seat.state = state
         self._tell()
 
@@ -379,7 +323,7 @@ class Fleet:
         self._failure = self._failure or error
         self._tell()
 
-    def _mark(self, kind: str, seat: _Seat, start: float, **details: object) -> None:
+    def _mark(self, kind: str, seat: Seat, start: float, **details: object) -> None:
         now = time.time()
         event: Event = {"time": now, "kind": kind, "role": seat.name, "start": start, "end": now}
         self._note(event | details)

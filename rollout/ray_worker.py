@@ -12,13 +12,14 @@ import os
 import signal
 from collections.abc import Awaitable
 from pathlib import Path
-from typing import Protocol, TypeVar, cast
+from typing import TypeVar, cast
 
 import ray
-from ray.actor import ActorHandle
-from ray.exceptions import RayError, RayTaskError
+from ray.actor import ActorHandle, ActorProxy
+from ray.exceptions import RayActorError, RayError, RayTaskError
 
 from ground.errors import InfraError, PacktrainError
+from rollout.seat import WorkerDiedError
 from rollout.task import GroupResult, GroupTask, WorkerConfig
 from rollout.worker import RolloutWorker
 
@@ -27,30 +28,6 @@ _GONE_SECONDS = 5.0
 _POLL_SECONDS = 0.05
 
 Value = TypeVar("Value")
-
-
-class Worker(Protocol):
-    """One life of a worker; calls raise `PacktrainError` only and are bounded by the caller."""
-
-    async def ping(self) -> None:
-        """Return if it lives and its event loop turns."""
-        ...
-
-    async def load(self, version: int, weights: object) -> int:
-        """Swap weights; returns the version that it has now."""
-        ...
-
-    async def rollout(self, task: GroupTask, attempt: int) -> GroupResult:
-        """Sample and score one group; cancelling the call cancels the work."""
-        ...
-
-    def kill(self) -> None:
-        """End it at once, whatever state it is in."""
-        ...
-
-    async def close(self) -> None:
-        """End it in order if it still can, and return when its process is gone."""
-        ...
 
 
 class RayWorker:
@@ -63,12 +40,16 @@ class RayWorker:
             max_task_retries=0,
             max_concurrency=1000,
         )
-        self._actor: ActorHandle = actor.remote(config)
+        self._actor: ActorProxy[RolloutWorker] = actor.remote(config)
         self._process: tuple[str, int] | None = None
 
+    async def open(self) -> None:
+        """See `Worker.open`; remembers the process, so that it can be killed when it hangs."""
+        self._process = await _sorted(self._actor.open.remote())
+
     async def ping(self) -> None:
-        """See `Worker.ping`; remembers the process, so that it can be killed when it hangs."""
-        self._process = await _sorted(self._actor.ping.remote())
+        """See `Worker.ping`."""
+        await _sorted(self._actor.ping.remote())
 
     @property
     def pid(self) -> int | None:
@@ -85,7 +66,7 @@ class RayWorker:
 
     def kill(self) -> None:
         """Ray asks the process to go, which a stopped one cannot hear: so SIGKILL as well."""
-        ray.kill(self._actor)
+        ray.kill(cast(ActorHandle, self._actor))
         if self._is_near and self._process:
             with contextlib.suppress(ProcessLookupError):
                 os.kill(self._process[1], signal.SIGKILL)
@@ -124,12 +105,15 @@ async def _sorted(ref: ray.ObjectRef[Value]) -> Value:
             why=str(error),
             fix="this is a defect, please report it with the traceback above",
         ) from None
+    except RayActorError as error:
+        raise WorkerDiedError(f"{type(error).__name__}: {_last_line(error)}") from None
     except RayError as error:
-        raise InfraError(f"{type(error).__name__}: {_first_line(error)}") from None
+        raise InfraError(f"{type(error).__name__}: {_last_line(error)}") from None
 
 
-def _first_line(error: Exception) -> str:
-    return next(iter(str(error).strip().splitlines()), "")
+def _last_line(error: Exception) -> str:
+    """Ray's messages begin with generalities and end with the cause."""
+    return (str(error).strip().splitlines() or [""])[-1].strip()
 
 
 def _is_running(pid: int) -> bool:

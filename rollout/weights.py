@@ -10,13 +10,15 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import ray
-import torch
-from ray.actor import ActorHandle
-from torch import Tensor
+from ray.actor import ActorProxy
 
 from ground.errors import DataError, InfraError
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 _KEPT = 2
 
@@ -80,7 +82,7 @@ class WeightKeeper:
         return sorted(self._refs)
 
 
-def start_keeper(name: str | None = None) -> ActorHandle:
+def start_keeper(name: str | None = None) -> ActorProxy[WeightKeeper]:
     """Start a keeper that belongs to the calling process and dies with it, not with a learner."""
     options = {"num_cpus": 0, "max_restarts": 0} | ({"name": name} if name else {})
     return ray.remote(WeightKeeper).options(**options).remote()
@@ -88,6 +90,8 @@ def start_keeper(name: str | None = None) -> ActorHandle:
 
 def digest_of(tensors: Mapping[str, Tensor]) -> str:
     """sha256 over names, shapes, dtypes and bytes, in the order of names."""
+    import torch  # here and not above: who starts a keeper needs no torch
+
     digest = hashlib.sha256()
     for name, tensor in sorted(tensors.items()):
         digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}\n".encode())

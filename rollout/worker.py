@@ -19,9 +19,9 @@ from concurrent.futures import ThreadPoolExecutor
 
 import ray
 
+from ground.errors import InfraError
 from ground.records import Group, Rollout
 from rollout.engine import Completion, Request
-from rollout.engines import open_engine
 from rollout.reward_pool import RewardPool, ScoredText
 from rollout.task import GroupResult, GroupTask, WorkerConfig
 from rollout.weights import Published
@@ -41,21 +41,35 @@ class RolloutWorker:
     """
 
     def __init__(self, config: WorkerConfig, lease_seconds: float = LEASE_SECONDS) -> None:
+        self._config, self._lease_seconds = config, lease_seconds
+
+    async def open(self) -> tuple[str, int]:
+        """Load the model and make ready; returns node id and process id.
+
+        Not part of the constructor, because Ray keeps only the text of what a constructor raises.
+        """
+        config, fleet = self._config, self._config.fleet
+        try:
+            # Imported in the worker's own process: whoever only creates workers needs no torch.
+        from rollout.engines import open_engine
+
         self._engine, self._template = open_engine(config.model_path, config.engine, version=-1)
-        fleet = config.fleet
+        except (OSError, RuntimeError, MemoryError) as error:
+            raise InfraError(
+                f"the engine must open, got {type(error).__name__}: {error}"
+            ) from error
         self._pool = RewardPool(
             fleet.reward_processes, fleet.reward_deadline_seconds, config.reward_files
         )
         self._scoring = ThreadPoolExecutor(fleet.reward_processes, thread_name_prefix="score")
         self._orders = ThreadPoolExecutor(1, thread_name_prefix="order")
         self._pinged = time.monotonic()
-        self._lease_seconds = lease_seconds
         threading.Thread(target=self._watch_lease, name="lease", daemon=True).start()
-
-    async def ping(self) -> tuple[str, int]:
-        """Node id and process id; renews the lease."""
-        self._pinged = time.monotonic()
         return ray.get_runtime_context().get_node_id(), os.getpid()
+
+    async def ping(self) -> None:
+        """Renew the lease; answers while tokens are sampled."""
+        self._pinged = time.monotonic()
 
     async def version(self) -> int:
         """Version of the weights that the next token is sampled with; -1 before the first."""

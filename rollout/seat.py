@@ -1,0 +1,106 @@
+"""A worker's place in the fleet: its state, its current life, and what a worker is to it."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable
+from dataclasses import dataclass, field
+from enum import StrEnum
+from typing import Protocol, TypeVar
+
+from ground.errors import InfraError
+from rollout.task import GroupResult, GroupTask
+
+Value = TypeVar("Value")
+
+
+class WorkerDiedError(InfraError):
+    """The process behind a worker is gone; whatever else was asked of it is lost too."""
+
+
+class State(StrEnum):
+    """Where a worker is in its life."""
+
+    STARTING = "starting"
+    STALE = "stale"
+    HEALTHY = "healthy"
+    DEAD = "dead"
+    RESTARTING = "restarting"
+    RETIRED = "retired"
+
+
+class Worker(Protocol):
+    """One life of a worker; calls raise `PacktrainError` only and are bounded by the caller."""
+
+    async def open(self) -> None:
+        """Return when it can take weights and tasks."""
+        ...
+
+    async def ping(self) -> None:
+        """Return if it lives and its event loop turns."""
+        ...
+
+    async def load(self, version: int, weights: object) -> int:
+        """Swap weights; returns the version that it has now."""
+        ...
+
+    async def rollout(self, task: GroupTask, attempt: int) -> GroupResult:
+        """Sample and score one group; cancelling the call cancels the work."""
+        ...
+
+    def kill(self) -> None:
+        """End it at once, whatever state it is in."""
+        ...
+
+    async def close(self) -> None:
+        """End it in order if it still can, and return when its process is gone."""
+        ...
+
+
+@dataclass(eq=False, slots=True)
+class Seat:
+    """A worker's place: its current life and its record over all lives."""
+
+    index: int
+    state: State = State.STARTING
+    worker: Worker | None = None
+    lost: asyncio.Future[str] = field(default_factory=asyncio.Future)
+    """Completed with the cause as soon as somebody finds this life to be over."""
+    version: int = -1
+    in_flight: int = 0
+    failures: int = 0
+    """Lives lost since the last finished group."""
+    failed_tasks: int = 0
+    causes: list[str] = field(default_factory=list)
+
+    @property
+    def name(self) -> str:
+        """How messages and events call it."""
+        return f"worker {self.index}"
+
+    def lose(self, cause: str) -> None:
+        """Declare this life over; the first cause counts."""
+        if not self.lost.done():
+            self.lost.set_result(cause)
+
+    async def within(self, seconds: float, doing: str, call: Awaitable[Value]) -> Value:
+        """Wait for a call to this life, but no longer than its deadline, nor than it lives.
+
+        Raises:
+            InfraError: the deadline passed (which ends this life) or the life was lost.
+        """
+        task = asyncio.ensure_future(call)
+        try:
+            if not self.lost.done():
+                await asyncio.wait(
+                    {task, self.lost}, timeout=seconds, return_when="FIRST_COMPLETED"
+                )
+            if task.done():
+                return task.result()
+            self.lose(f"{doing} must be done within {seconds:g} s")
+            raise InfraError(self.lost.result(), where=self.name)
+        except WorkerDiedError as error:
+            self.lose(error.what)
+            raise
+        finally:
+            task.cancel()

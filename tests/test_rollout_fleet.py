@@ -1,0 +1,421 @@
+"""The fleet as a state machine, on scripted workers and without Ray: routing, loss, hand-over."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable, Callable, Coroutine
+from dataclasses import dataclass, field
+
+import pytest
+
+from ground.errors import DataError, InfraError, PacktrainError, WorkersLostError
+from ground.records import Group, Message, Prompt, Rollout, Segment, Span
+from rollout.config import FleetSection, SamplingSection
+from rollout.fleet import Event, Fleet
+from rollout.seat import WorkerDiedError
+from rollout.task import GroupResult, GroupTask
+
+SECTION = FleetSection(
+    num_workers=2,
+    start_deadline_seconds=0.5,
+    rollout_deadline_seconds=0.5,
+    publish_deadline_seconds=0.5,
+    ping_every_seconds=0.02,
+    ping_deadline_seconds=0.1,
+    max_restarts=2,
+    backoff_seconds=0.01,
+    max_attempts=3,
+)
+Call = Callable[["ScriptedWorker"], Awaitable[None]]
+
+
+async def _forever(worker: ScriptedWorker) -> None:
+    await asyncio.sleep(60)
+
+
+async def _at_once(worker: ScriptedWorker) -> None:
+    return
+
+
+def _failing(error: Exception) -> Call:
+    async def fail(worker: ScriptedWorker) -> None:
+        raise error
+
+    return fail
+
+
+@dataclass
+class ScriptedWorker:
+    """Does what it is told at each call; all lives are listed in `Script.born`."""
+
+    number: int
+    opening: Call = _at_once
+    pinging: Call = _at_once
+    loading: Call = _at_once
+    sampling: Call = _at_once
+    killed: bool = False
+    loads: list[int] = field(default_factory=list)
+    tasks: list[tuple[str, int]] = field(default_factory=list)
+    ack_lag: int = 0
+
+    async def open(self) -> None:
+        await self.opening(self)
+
+    async def ping(self) -> None:
+        await self.pinging(self)
+
+    async def load(self, version: int, weights: object) -> int:
+        assert weights == f"weights {version}"
+        await self.loading(self)
+        self.loads.append(version)
+        return version - self.ack_lag
+
+    async def rollout(self, task: GroupTask, attempt: int) -> GroupResult:
+        self.tasks.append((task.id, attempt))
+        await self.sampling(self)
+        version = self.loads[-1]
+        segment = Segment("policy", (5, 2), (-0.1, -0.2), (Span(version, 2),))
+        rollouts = tuple(Rollout(n, (segment,), f"{self.number}") for n in range(len(task.seeds)))
+        return GroupResult(Group(task.id, task.prompt, (1,), rollouts), 0.0, 1.0, 2.0, 4)
+
+    def kill(self) -> None:
+        self.killed = True
+
+    async def close(self) -> None:
+        self.killed = True
+
+
+class Script:
+    """Makes workers; `plans[n]` prepares the n-th one born, counted over all seats."""
+
+    def __init__(self, **plans: Callable[[ScriptedWorker], None]) -> None:
+        self.plans = plans
+        self.born: list[ScriptedWorker] = []
+        self.events: list[Event] = []
+
+    def __call__(self) -> ScriptedWorker:
+        worker = ScriptedWorker(len(self.born))
+        self.plans.get(f"worker{worker.number}", self.plans.get("others", lambda worker: None))(
+            worker
+        )
+        self.born.append(worker)
+        return worker
+
+
+def _set(**attributes: object) -> Callable[[ScriptedWorker], None]:
+    def apply(worker: ScriptedWorker) -> None:
+        for name, value in attributes.items():
+            setattr(worker, name, value)
+
+    return apply
+
+
+def _task(name: str) -> GroupTask:
+    prompt = Prompt.make((Message("user", name),), capability="c", reward="exact", answer="")
+    return GroupTask(name, prompt, "", SamplingSection(), (1, 2))
+
+
+def _run(
+    script: Script,
+    scenario: Callable[[Fleet], Coroutine[None, None, None]],
+    section: FleetSection = SECTION,
+) -> None:
+    async def main() -> None:
+        fleet = Fleet(section, script, script.events.append)
+        try:
+            async with asyncio.timeout(10):
+                await scenario(fleet)
+        finally:
+            await fleet.close()
+        assert all(worker.killed for worker in script.born)
+
+    asyncio.run(main())
+
+
+async def _begin(fleet: Fleet) -> None:
+    await fleet.start()
+    await fleet.publish(0, "weights 0")
+
+
+async def _pause(worker: ScriptedWorker) -> None:
+    await asyncio.sleep(0.05)
+
+
+def test_tasks_go_to_the_worker_with_the_least_to_do() -> None:
+    script = Script(others=_set(sampling=_pause))
+
+    async def scenario(fleet: Fleet) -> None:
+        await _begin(fleet)
+        groups = await asyncio.gather(*(fleet.rollout(_task(f"g{n}")) for n in range(6)))
+        assert [group.id for group in groups] == [f"g{n}" for n in range(6)]
+        assert [len(worker.tasks) for worker in script.born] == [3, 3]
+        stats = fleet.stats()
+        assert (stats.groups, stats.tokens, stats.in_flight) == (6, 24, 0)
+
+    _run(script, scenario)
+
+
+def test_nothing_is_sampled_before_the_first_weights_are_acknowledged() -> None:
+    script = Script()
+
+    async def scenario(fleet: Fleet) -> None:
+        await fleet.start()
+        assert fleet.stats().states == ("stale", "stale")
+        early = asyncio.create_task(fleet.rollout(_task("early")))
+        await asyncio.sleep(0.1)
+        assert not any(worker.tasks for worker in script.born)
+        await fleet.publish(3, "weights 3")
+        assert (await early).oldest_version == 3
+        assert fleet.stats().states == ("healthy", "healthy")
+
+    _run(script, scenario)
+
+
+def test_tasks_of_a_lost_worker_are_done_elsewhere_with_the_next_attempt() -> None:
+    script = Script(worker0=_set(sampling=_failing(WorkerDiedError("ActorDiedError: killed"))))
+
+    async def scenario(fleet: Fleet) -> None:
+        await _begin(fleet)
+        script.born[0].pinging = _failing(WorkerDiedError("ActorDiedError: killed"))
+        group = await fleet.rollout(_task("g"))
+        assert group.rollouts[0].text == "1"
+        assert script.born[1].tasks == [("g", 1)]
+        await asyncio.sleep(0.2)
+        assert script.born[0].killed and fleet.stats().states == ("healthy", "healthy")
+        assert script.born[2].loads == [0]
+
+    _run(script, scenario)
+    kinds = [(event["kind"], event["role"]) for event in script.events]
+    assert kinds == [("rollout", "worker 1"), ("restart", "worker 0")]
+    assert script.events[0]["attempt"] == 1 and script.events[0]["tokens"] == 4
+    assert "killed" in str(script.events[1]["cause"])
+
+
+@pytest.mark.parametrize("silent", ["pinging", "sampling", "loading"])
+def test_a_hanging_worker_is_killed_and_replaced(silent: str) -> None:
+    script = Script()
+
+    async def scenario(fleet: Fleet) -> None:
+        await _begin(fleet)
+        setattr(script.born[0], silent, _forever)
+        if silent == "loading":
+            await fleet.publish(1, "weights 1")
+        groups = await asyncio.gather(*(fleet.rollout(_task(f"g{n}")) for n in range(4)))
+        await asyncio.sleep(0.3)
+        assert len(groups) == 4 and script.born[0].killed and not script.born[1].killed
+        assert fleet.stats().states == ("healthy", "healthy")
+        assert len(script.born) == 3
+
+    _run(script, scenario)
+
+
+def test_a_worker_that_never_comes_up_is_given_up_after_its_budget() -> None:
+    script = Script(others=_set(opening=_failing(InfraError("RuntimeError: no such kernel"))))
+
+    async def scenario(fleet: Fleet) -> None:
+        with pytest.raises(WorkersLostError, match="all 2 are lost after 2 restarts") as caught:
+            await fleet.start()
+        assert "worker 1: RuntimeError: no such kernel" in caught.value.why
+        assert fleet.stats().states == ("retired", "retired")
+        assert len(script.born) == 2 * 3
+        with pytest.raises(WorkersLostError):
+            await fleet.rollout(_task("g"))
+
+    _run(script, scenario)
+
+
+def test_the_fleet_goes_on_with_who_is_left() -> None:
+    script = Script(others=_set(opening=_forever), worker1=_set())
+
+    async def scenario(fleet: Fleet) -> None:
+        await fleet.start()
+        assert fleet.stats().states == ("retired", "stale")
+        await fleet.publish(0, "weights 0")
+        assert (await fleet.rollout(_task("g"))).rollouts[0].text == "1"
+
+    _run(script, scenario, SECTION.model_copy(update={"start_deadline_seconds": 0.05}))
+
+
+def test_losing_the_whole_fleet_under_a_task_names_what_happened() -> None:
+    died = _failing(WorkerDiedError("ActorDiedError: out of memory"))
+    script = Script(others=_set(sampling=died, pinging=died))
+
+    async def scenario(fleet: Fleet) -> None:
+        await _begin(fleet)
+        with pytest.raises(WorkersLostError, match="all 2 are lost") as caught:
+            await asyncio.gather(*(fleet.rollout(_task(f"g{n}")) for n in range(3)))
+        assert "worker 0: ActorDiedError: out of memory" in caught.value.why
+
+    _run(script, scenario, SECTION.model_copy(update={"max_attempts": 99}))
+
+
+def test_a_group_that_costs_too_many_workers_is_given_up() -> None:
+    script = Script()
+
+    async def sampling(worker: ScriptedWorker) -> None:
+        if worker.tasks[-1][0] == "poison":
+            raise WorkerDiedError("ActorDiedError: SIGSEGV")
+
+    script.plans["others"] = _set(sampling=sampling)
+
+    async def scenario(fleet: Fleet) -> None:
+        await _begin(fleet)
+        with pytest.raises(InfraError, match="group poison must be done in 3 attempts") as caught:
+            await fleet.rollout(_task("poison"))
+        assert caught.value.why.count("SIGSEGV") == 3
+        await fleet.rollout(_task("fine"))
+        assert fleet.stats().retries == 3
+
+    _run(script, scenario)
+
+
+def test_a_worker_on_which_task_after_task_fails_is_replaced() -> None:
+    """It answers pings and acknowledges weights all the while."""
+    script = Script(worker0=_set(sampling=_failing(InfraError("no reward process"))))
+    section = SECTION.model_copy(update={"num_workers": 1, "max_attempts": 9})
+
+    async def scenario(fleet: Fleet) -> None:
+        await _begin(fleet)
+        assert (await fleet.rollout(_task("g"))).rollouts[0].text == "1"
+        assert script.born[0].tasks == [("g", 0), ("g", 1), ("g", 2)]
+        assert script.born[0].killed
+
+    _run(script, scenario, section)
+
+
+@pytest.mark.parametrize("error", [DataError("prompt too long"), PacktrainError("a defect")])
+def test_what_is_wrong_with_the_task_is_told_and_not_tried_again(error: PacktrainError) -> None:
+    script = Script(others=_set(sampling=_failing(error)))
+
+    async def scenario(fleet: Fleet) -> None:
+        await _begin(fleet)
+        with pytest.raises(type(error), match=error.what):
+            await fleet.rollout(_task("g"))
+        assert sum(len(worker.tasks) for worker in script.born) == 1
+        assert fleet.stats().states == ("healthy", "healthy")
+
+    _run(script, scenario)
+
+
+def test_a_slow_loader_does_not_hold_up_the_others() -> None:
+    script = Script()
+    release = asyncio.Event()
+
+    async def scenario(fleet: Fleet) -> None:
+        await _begin(fleet)
+
+        async def slowly(worker: ScriptedWorker) -> None:
+            await release.wait()
+
+        script.born[0].loading = slowly
+        publishing = asyncio.create_task(fleet.publish(1, "weights 1"))
+        await asyncio.sleep(0.05)
+        assert (script.born[0].loads, script.born[1].loads) == ([0], [0, 1])
+        groups = await asyncio.gather(*(fleet.rollout(_task(f"g{n}")) for n in range(4)))
+        assert sorted(group.oldest_version for group in groups) == [0, 0, 1, 1]
+        assert not publishing.done()
+        release.set()
+        await publishing
+        assert script.born[0].loads == [0, 1]
+
+    _run(script, scenario)
+
+
+def test_a_restarted_worker_serves_only_under_the_newest_weights() -> None:
+    """It dies under version 0 and comes up again while version 1 and 2 are published."""
+    gate = asyncio.Event()
+
+    async def wait(worker: ScriptedWorker) -> None:
+        await gate.wait()
+
+    script = Script(worker2=_set(opening=wait))
+
+    async def scenario(fleet: Fleet) -> None:
+        await _begin(fleet)
+        script.born[0].pinging = _failing(WorkerDiedError("ActorDiedError: killed"))
+        await asyncio.sleep(0.1)
+        await fleet.publish(1, "weights 1")
+        await fleet.publish(2, "weights 2")
+        assert fleet.stats().states == ("starting", "healthy")
+        gate.set()
+        await asyncio.sleep(0.1)
+        assert fleet.stats().states == ("healthy", "healthy")
+        assert script.born[2].loads == [2]
+
+    _run(script, scenario)
+
+
+def test_a_worker_that_acknowledges_another_version_is_replaced() -> None:
+    script = Script(worker0=_set(ack_lag=1))
+
+    async def scenario(fleet: Fleet) -> None:
+        await fleet.start()
+        await fleet.publish(4, "weights 4")
+        await asyncio.sleep(0.2)
+        assert script.born[0].killed and script.born[2].loads == [4]
+        assert fleet.stats().states == ("healthy", "healthy")
+
+    _run(script, scenario)
+
+
+@pytest.mark.parametrize("first", [True, False])
+def test_weights_that_do_not_fit_are_the_publishers_error(first: bool) -> None:
+    script = Script()
+
+    async def scenario(fleet: Fleet) -> None:
+        await fleet.start()
+        if not first:
+            await fleet.publish(0, "weights 0")
+        for worker in script.born:
+            worker.loading = _failing(DataError("1 are missing: model.norm.weight"))
+        with pytest.raises(DataError, match=r"model\.norm\.weight"):
+            await fleet.publish(1, "weights 1")
+
+    _run(script, scenario)
+
+
+def test_a_finished_group_renews_the_restart_budget() -> None:
+    script = Script()
+
+    async def scenario(fleet: Fleet) -> None:
+        await _begin(fleet)
+        for _ in range(5):
+            script.born[-1].pinging = _failing(WorkerDiedError("ActorDiedError: killed"))
+            await asyncio.sleep(0.1)
+            await fleet.rollout(_task("g"))
+        assert fleet.stats().restarts == 5
+
+    _run(script, scenario, SECTION.model_copy(update={"num_workers": 1}))
+
+
+def test_a_cancelled_rollout_frees_its_worker() -> None:
+    script = Script(others=_set(sampling=_forever))
+
+    async def scenario(fleet: Fleet) -> None:
+        await _begin(fleet)
+        waiting = asyncio.create_task(fleet.rollout(_task("g")))
+        await asyncio.sleep(0.05)
+        assert fleet.stats().in_flight == 1
+        waiting.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await waiting
+        assert fleet.stats().in_flight == 0
+        assert fleet.stats().states == ("healthy", "healthy")
+
+    _run(script, scenario)
+
+
+def test_a_closed_fleet_refuses_work() -> None:
+    script = Script(others=_set(sampling=_forever))
+
+    async def scenario(fleet: Fleet) -> None:
+        await _begin(fleet)
+        waiting = asyncio.create_task(fleet.rollout(_task("g")))
+        await asyncio.sleep(0.02)
+        await fleet.close()
+        with pytest.raises(InfraError, match="closed"):
+            await waiting
+        with pytest.raises(InfraError, match="closed"):
+            await fleet.rollout(_task("h"))
+
+    _run(script, scenario)
