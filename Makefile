@@ -29,6 +29,8 @@ check: $(INSTALLED)
 	$(BIN)/python -m pytest tests/test_layers.py
 
 bench: $(INSTALLED)
+	$(BIN)/python -m benchmarks.gsm8k_verdicts
+	$(BIN)/python -m benchmarks.judge
 	$(BIN)/python -m benchmarks.trail
 
 install: $(INSTALLED)

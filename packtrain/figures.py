@@ -20,6 +20,7 @@ from packtrain.observe import (
 )
 from packtrain.verdict import NAMES, evaluated
 
+SHARES = {"kept_share": "trained on", "flat_share": "flat"}
 IDLE = {"learner_idle_share": "trainer", "rollout_idle_share": "rollout workers"}
 FINAL = ("trained", "filtered", "withdrawn")
 REASONS = {"all-0": "all wrong", "all-1": "all right", "flat": "equal rewards", "broken": "broken"}
@@ -93,27 +94,28 @@ def entropy(run: Path) -> list[Figure]:
 
 def training(run: Path) -> list[Figure]:
     """Losses of SFT and DPO, and what RL watches."""
-    sft, rl, dpo = ([*read_lines(run / s / "metrics.jsonl")] for s in ("sft", "rl", "dpo"))
+    sft, rl, dpo = (_steps(run, stage) for stage in ("sft", "rl", "dpo"))
+    looks = _steps(run, "rl", phase="validation")
+    solved = {"pass_rate": "pass rate"}
     return _drawn(
         [
-            _lines(
-                "SFT loss", sft, {"loss": "training", "eval_loss": "held out"}, "nats per token"
-            ),
-            _lines(
-                "RL: reward and pass rate",
-                rl,
-                {"reward": "reward", "pass_rate": "pass rate"},
-                "mean",
-            ),
+            _lines("SFT loss", sft, {"loss": "training"}, "nats per token"),
+            _lines("RL: reward and pass rate", rl, {"reward": "reward", **solved}, "mean"),
+            _lines("RL: pass rate on its validation slice", looks, solved, "mean"),
             _lines("RL: entropy", rl, {"entropy": "entropy"}, "nats per token"),
-            _lines(
-                "RL: mismatch of sampler and learner", rl, {"mismatch_kl": "KL"}, "nats per token"
-            ),
+            _lines("RL: mismatch of sampler and learner", rl, {"mismatch_kl": "KL"}, "nats"),
             _lines("RL: effective sample size", rl, {"ess": "ESS / n"}, "share"),
+            _lines("RL: shares of the drawn groups", rl, SHARES, "share of the draws"),
             _lines("RL: idle time", rl, IDLE, "share of the step"),
             _lines("DPO loss", dpo, {"loss": "training"}, "loss"),
         ]
     )
+
+
+def _steps(run: Path, stage: str, phase: str | None = None) -> list[dict[str, object]]:
+    """The lines of a stage's metrics about training steps, or about another phase."""
+    rows = read_lines(run / stage / "metrics.jsonl")
+    return [row for row in rows if row.get("phase") == phase]
 
 
 def funnel(run: Path) -> list[Figure]:
