@@ -1,0 +1,86 @@
+"""What `make quickstart` leaves in runs/tiny: whole, readable, and worth the wait."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+from pathlib import Path
+
+import html5lib
+import pyarrow.parquet as pq
+import pytest
+
+from ground.storage import verify_directory
+from packtrain.figures import ledger_counts
+from packtrain.status import read_status
+from packtrain.verdict import gain_between
+
+ROOT = Path(__file__).parents[1]
+RUN = ROOT / "runs" / "tiny"
+MODELS = ("base", "sft", "rl", "dpo")
+
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(
+        not (RUN / "dpo" / "evaluation" / "manifest.json").exists(),
+        reason="there is no finished runs/tiny: make quickstart",
+    ),
+]
+
+
+def test_every_stage_is_done() -> None:
+    stages = {stage.name: stage.state for stage in read_status(RUN).stages}
+    assert stages == dict.fromkeys(("base", "herd", "prune", "sft", "mine", "rl", "dpo"), "done")
+
+
+@pytest.mark.parametrize("stage", ["herd", "prune", "sft", "mine", "rl", "dpo"])
+def test_every_file_has_the_hash_of_its_manifest(stage: str) -> None:
+    assert verify_directory(RUN / stage).facts["summary"]
+
+
+@pytest.mark.parametrize("model", MODELS)
+def test_every_model_answered_500_held_out_prompts_16_times(model: str) -> None:
+    content = json.loads((RUN / model / "evaluation" / "evaluation.json").read_text())
+    assert content["num_prompts"] >= 500
+    assert content["samples"] == 16
+    assert content["pass@1"]["low"] <= content["pass@1"]["mean"] <= content["pass@1"]["high"]
+    assert content["entropy"] > 0
+    rows = pq.read_table(RUN / model / "evaluation" / "prompts.parquet").num_rows
+    assert rows == content["num_prompts"] + content["num_skipped"]
+
+
+def test_rl_adds_much_and_dpo_costs_little() -> None:
+    rl, dpo = gain_between(RUN, "sft", "rl"), gain_between(RUN, "rl", "dpo")
+    assert rl is not None and dpo is not None
+    assert rl.change.mean >= 0.15
+    assert dpo.change.mean >= -0.01
+
+
+def test_half_of_the_demonstrations_were_pruned_and_they_were_the_easy_half() -> None:
+    kept, dropped = (pq.read_table(RUN / "prune" / f"{n}.parquet") for n in ("kept", "dropped"))
+    assert abs(kept.num_rows - dropped.num_rows) <= 1
+    means = [
+        sum(row["score"] for row in table["difficulty"].to_pylist()) / table.num_rows
+        for table in (kept, dropped)
+    ]
+    assert means[0] > means[1]
+
+
+def test_the_ledger_closed() -> None:
+    counts = ledger_counts(RUN)
+    assert {state for state, _ in counts} <= {"trained", "filtered", "withdrawn"}
+    assert sum(counts.values()) > 0
+
+
+def test_the_report_opens_and_shows_every_part() -> None:
+    html = (RUN / "report.html").read_text()
+    html5lib.HTMLParser(strict=False).parse(html)
+    for heading in ("Accuracy by model", "Filter funnel", "The same prompts, before and after"):
+        assert heading in html
+
+
+def test_a_second_call_finds_nothing_to_do() -> None:
+    line = [ROOT / ".venv" / "bin" / "packtrain", "run", "recipes/tiny/recipe.yaml", "--resume"]
+    done = subprocess.run(line, cwd=ROOT, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    assert "nothing to do: all 10 steps" in done.stdout
