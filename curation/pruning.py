@@ -75,8 +75,8 @@ class Decision:
 def quotas(counts: Mapping[str, int], share: Fraction) -> dict[str, int]:
     """How many rows of each group are dropped: floor(share · n) of all n rows together.
 
-    Each group gives the floor of its share; what is missing to the total comes from the largest
-    remainders (ties by name), never a group's last row.
+    Each group gives the floor of its share; what is missing to the total is taken one by one where
+    the remainder is largest (ties by name), but never a group's last row.
 
     Example:
         {a: 3, b: 3, c: 4} at 1/2 → 5 in all: floors 1, 1, 2, one more from a → {a: 2, b: 1, c: 2}
@@ -84,20 +84,22 @@ def quotas(counts: Mapping[str, int], share: Fraction) -> dict[str, int]:
     Raises:
         DataError: fewer rows would stay than there are groups.
     """
-    exact = {name: share * count for name, count in counts.items()}
-    given = {name: int(part) for name, part in exact.items()}
-    missing = int(share * sum(counts.values())) - sum(given.values())
-    order = sorted(counts, key=lambda name: (given[name] - exact[name], name))
-    able = [name for name in order if given[name] + 1 < counts[name]]
-    if missing > len(able) or any(given[name] >= counts[name] for name in counts):
-        small = min(counts, key=lambda name: (counts[name], name), default="the set")
+    num, exact = sum(counts.values()), {name: share * count for name, count in counts.items()}
+    wanted = int(share * num)
+    if num - wanted < len(counts):
+        small = min(counts, key=lambda name: (counts[name], name))
         raise DataError(
-            f"at least one row of every group must stay, but removing {float(share):g} of "
-            f"{sum(counts.values())} rows would empty {small!r} ({counts.get(small, 0)} rows)",
+            f"at least one row of every group must stay, but removing {float(share):g} of {num} "
+            f"rows leaves {num - wanted} for {len(counts)} groups, the smallest being "
+            f"{small!r} with {counts[small]}",
             where="prune",
             fix="lower prune.fraction, give more data, or set prune.per to all",
         )
-    return {name: given[name] + (name in able[:missing]) for name in counts}
+    given = {name: int(part) for name, part in exact.items()}
+    for _ in range(wanted - sum(given.values())):
+        able = [name for name, count in counts.items() if given[name] + 1 < count]
+        given[min(able, key=lambda name: (given[name] - exact[name], name))] += 1
+    return given
 
 
 def group_counts(rows: Iterable[Demonstration], per: str) -> dict[str, int]:

@@ -1,0 +1,1 @@
+"""Measurements whose results are committed, each with the command that repeats it."""

@@ -1,0 +1,190 @@
+"""What each stage of the quickstart adds, and whether RL beats more SFT in the same time.
+
+    for each seed:  packtrain run recipes/tiny  →  base, SFT, RL, DPO on the held-out prompts
+                    control: the SFT model trained on, on the same rows, for as long as RL took
+
+All four models and the control answer the same held-out prompts 16 times each. Differences are
+paired by prompt; intervals are 95 % bootstrap intervals over prompts, all seeds together. The
+control's learning rate is the best of three, chosen on its own held-out accuracy: in its favour.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pyarrow.parquet as pq
+import yaml
+
+from benchmarks.harness import Figure, Report, run_benchmark
+from benchmarks.processes import RECIPE, stage, trail
+
+SEEDS = (0, 1, 2)
+CONTROL_RATES = (1e-4, 3e-4, 1e-3)
+BOOTSTRAPS = 2000
+
+
+@dataclass(frozen=True, slots=True)
+class Model:
+    """Solve rates of one model: (seed, prompt id) → share of its 16 answers that passed."""
+
+    rates: Mapping[tuple[int, str], float]
+    labels: Mapping[tuple[int, str], str]
+
+    @property
+    def mean(self) -> float:
+        """pass@1 in percent."""
+        return 100 * float(np.mean(list(self.rates.values())))
+
+
+def measure(quick: bool) -> Report:
+    """One seed and one control with --quick; three of each otherwise."""
+    seeds, rates = (SEEDS[:1], CONTROL_RATES[1:2]) if quick else (SEEDS, CONTROL_RATES)
+    parts: dict[str, list[Model]] = {name: [] for name in ("base", "sft", "rl", "dpo", "control")}
+    details: dict[str, object] = {}
+    seconds: list[float] = []
+    for seed in seeds:
+        with tempfile.TemporaryDirectory() as folder:
+            run = Path(folder) / "run"
+            start = time.monotonic()
+            trail(RECIPE, run, f"seed={seed}")
+            seconds.append(time.monotonic() - start)
+            for name in ("base", "sft", "rl", "dpo"):
+                parts[name].append(_evaluated(run / name / "evaluation", seed))
+            controls = {rate: _control(run, seed, rate) for rate in rates}
+            best = max(controls, key=lambda rate: controls[rate].mean)
+            parts["control"].append(controls[best])
+            details[f"seed {seed}"] = _facts(run, {rate: m.mean for rate, m in controls.items()})
+    models = {name: _joined(each) for name, each in parts.items()}
+    gain, control_gain = (
+        _difference(models["rl"], models["sft"]),
+        _difference(models["rl"], models["control"]),
+    )
+    cost = _difference(models["rl"], models["dpo"])
+    details["differences in points: mean, low, high"] = {
+        "rl - sft": gain,
+        "rl - control": control_gain,
+        "rl - dpo": cost,
+        **{
+            f"rl - sft, {label}": _difference(models["rl"], models["sft"], label)
+            for label in ("easy", "medium", "hard")
+        },
+    }
+    return Report(_figures(models, gain, control_gain, cost, seconds), details)
+
+
+def _figures(
+    models: Mapping[str, Model],
+    gain: Sequence[float],
+    control_gain: Sequence[float],
+    cost: Sequence[float],
+    seconds: Sequence[float],
+) -> list[Figure]:
+    by_label = {
+        label: _difference(models["rl"], models["sft"], label)[0]
+        for label in ("easy", "medium", "hard")
+    }
+    points = "points"
+    return [
+        *(Figure(f"pass@1 of {name}", model.mean, "%") for name, model in models.items()),
+        Figure("rl over sft", gain[0], points, goal=15, tolerance=6),
+        Figure("rl over sft, low", gain[1], points),
+        Figure("rl over control", control_gain[0], points, goal=10, tolerance=6),
+        Figure("rl over control, low", control_gain[1], points),
+        Figure("dpo's cost", cost[0], points, goal=1, better="lower", tolerance=1.5),
+        *(Figure(f"rl over sft, {label}", value, points) for label, value in by_label.items()),
+        Figure(
+            "medium and hard over easy",
+            (by_label["medium"] + by_label["hard"]) / 2 - by_label["easy"],
+            points,
+            goal=0.001,
+        ),
+        Figure("seconds of the whole trail", max(seconds), "s", goal=480, better="lower"),
+    ]
+
+
+def _control(run: Path, seed: int, learning_rate: float) -> Model:
+    """Train the SFT model on for RL's wall-clock, start-up included, and evaluate it."""
+    recipe = yaml.safe_load((run / "recipe.resolved.yaml").read_text())
+    trainer = {
+        **recipe["sft"]["trainer"],
+        "learning_rate": learning_rate,
+        "epochs": 1000,
+        "max_seconds": _manifest(run / "rl")["facts"]["seconds"],
+        "schedule": "constant",
+    }
+    control = {
+        "name": "control",
+        "seed": seed,
+        "model": {"path": str(run / "sft" / "model")},
+        "data": {
+            "sft": str(run / "prune" / "kept.parquet"),
+            "heldout": str(run / "herd" / "data" / "heldout.jsonl"),
+        },
+        "sft": {**recipe["sft"], "trainer": trainer},
+        "evaluate": recipe["evaluate"],
+    }
+    folder = run.parent / f"control-{learning_rate:g}"
+    path = run.parent / f"control-{learning_rate:g}.yaml"
+    path.write_text(yaml.safe_dump(control))
+    stage("sft.train", path, folder)
+    stage("rollout.evaluate", path, folder, "--of", "sft")
+    return _evaluated(folder / "sft" / "evaluation", seed)
+
+
+def _evaluated(folder: Path, seed: int) -> Model:
+    rows = [row for row in pq.read_table(folder / "prompts.parquet").to_pylist() if row["trials"]]
+    return Model(
+        {(seed, row["id"]): row["successes"] / row["trials"] for row in rows},
+        {(seed, row["id"]): row["label"] for row in rows},
+    )
+
+
+def _joined(models: Sequence[Model]) -> Model:
+    return Model(
+        {key: rate for model in models for key, rate in model.rates.items()},
+        {key: label for model in models for key, label in model.labels.items()},
+    )
+
+
+def _difference(a: Model, b: Model, label: str | None = None) -> list[float]:
+    """Mean of a - b over prompts in points, and its 95 % bootstrap interval."""
+    keep: Callable[[tuple[int, str]], bool] = lambda key: label in (None, a.labels[key])  # noqa: E731
+    paired = np.array([100 * (a.rates[key] - b.rates[key]) for key in a.rates if keep(key)])
+    draws = np.random.default_rng(0).integers(len(paired), size=(BOOTSTRAPS, len(paired)))
+    low, high = np.quantile(paired[draws].mean(axis=1), (0.025, 0.975))
+    return [float(paired.mean()), float(low), float(high)]
+
+
+def _facts(run: Path, controls: Mapping[float, float]) -> dict[str, object]:
+    seconds = {
+        path.parent.name: round(_manifest(path.parent)["facts"]["seconds"], 1)
+        for path in sorted(run.glob("*/manifest.json"))
+    }
+    evaluations = {
+        name: json.loads((run / name / "evaluation" / "evaluation.json").read_text())
+        for name in ("base", "sft", "rl", "dpo")
+    }
+    kept = ("pass@1", "pass@4", "pass@16", "entropy", "mean_tokens", "by_difficulty")
+    return {
+        "seconds of stages": seconds,
+        "evaluations": {
+            name: {key: each[key] for key in kept if key in each}
+            for name, each in evaluations.items()
+        },
+        "controls, pass@1 by learning rate": {f"{r:g}": v for r, v in controls.items()},
+    }
+
+
+def _manifest(folder: Path) -> dict:
+    return json.loads((folder / "manifest.json").read_text())
+
+
+if __name__ == "__main__":
+    sys.exit(run_benchmark("trail", measure, seeds=SEEDS))
