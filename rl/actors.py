@@ -8,7 +8,7 @@ from collections.abc import Awaitable, Mapping
 from typing import cast
 
 import ray
-from ray.actor import ActorHandle
+from ray.actor import ActorHandle, ActorProxy
 
 from curation.curriculum import Curriculum
 from ground.config import Data
@@ -27,7 +27,7 @@ from rollout.ray_worker import RayWorker
 from rollout.seeds import sample_seed
 from rollout.systems import draw_system
 from rollout.task import WorkerConfig
-from rollout.weights import start_keeper
+from rollout.weights import WeightKeeper, start_keeper
 
 
 class ControllerActor:
@@ -79,7 +79,7 @@ class ControllerActor:
             note=self._events.append,
         )
 
-    async def keeper(self) -> ActorHandle:
+    async def keeper(self) -> ActorProxy[WeightKeeper]:
         """The actor that takes published weights."""
         return self._keeper
 

@@ -46,7 +46,7 @@ def cluster(folder: Path, num_cpus: float) -> Iterator[str]:
             namespace=NAMESPACE,
             _temp_dir=str(folder),
         )
-    except (ConnectionError, RuntimeError) as error:
+    except Exception as error:  # a raylet that is slow to start is a bare Exception
         ray.shutdown()
         raise InfraError("Ray must come up on this machine", where="rl", why=str(error)) from error
     finally:

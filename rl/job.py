@@ -65,4 +65,7 @@ class Report(BaseModel):
     kind: Literal["step", "validation", "done", "failed"]
     step: int = 0
     numbers: dict[str, float] = Field(default_factory=dict)
+    started: float = 0.0
+    """Unix seconds between which the weights were being changed."""
+    ended: float = 0.0
     facts: dict[str, object] = Field(default_factory=dict)

@@ -10,7 +10,6 @@ import logging
 import os
 import sys
 import threading
-from collections.abc import Mapping
 from typing import TextIO
 
 import ray
@@ -52,10 +51,6 @@ class Speaker:
             self._out.write(report.model_dump_json() + "\n")
             self._out.flush()
 
-    def step(self, step: int, numbers: Mapping[str, float]) -> None:
-        """What a step measured."""
-        self.say(Report(kind="step", step=step, numbers=dict(numbers)))
-
     def score(self, version: int, score: float) -> None:
         """How a version did on the validation slice."""
         self.say(Report(kind="validation", step=version, numbers={"pass_rate": score}))
@@ -91,8 +86,11 @@ def learn(job: Job, speaker: Speaker, pending: Pending) -> dict[str, object]:
         snapshot = read_snapshot(folder, version)
         learner.load(snapshot.model, snapshot.optimizer)
         logger.info("going on from %s", folder)
+    logger.info("loaded %s at version %d", job.model, version)
     loop = _join(job, sys.stdin)
+    logger.info("joined; the workers are coming up")
     loop.begin(version, learner.model_tensors(), saved)
+    logger.info("the workers have version %d", version)
     publisher = Publisher(loop, checkpoints, Checkpoints(job.best_directory, keep=1), speaker.score)
     steps = LearnerLoop(
         learner,
@@ -100,7 +98,7 @@ def learn(job: Job, speaker: Speaker, pending: Pending) -> dict[str, object]:
         publisher,
         accelerator,
         job.section,
-        tell=speaker.step,
+        tell=speaker.say,
         keep_batch=lambda plan: _keep_batch(job, plan),
     )
     version = steps.run(version, pending)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import time
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Protocol
 
 from accelerate import Accelerator
@@ -19,6 +19,7 @@ from ground.errors import DivergedError
 from ground.signals import Pending
 from rl.books import Plan
 from rl.config import RlSection
+from rl.job import Report
 from rl.learner import Learner
 from rl.publisher import Publisher
 from rl.snapshot import Snapshot
@@ -85,7 +86,7 @@ class LearnerLoop:
         accelerator: Accelerator,
         section: RlSection,
         *,
-        tell: Callable[[int, Mapping[str, float]], None],
+        tell: Callable[[Report], None],
         keep_batch: Callable[[Plan], None],
     ) -> None:
         self._learner, self._plans, self._publisher = learner, plans, publisher
@@ -116,9 +117,9 @@ class LearnerLoop:
             return False
         plan, gauges = received
         self._guard.check(plan)
-        waited = time.monotonic() - began
+        waited, started = time.monotonic() - began, time.time()
         numbers = self._step(plan)
-        stepped = time.monotonic()
+        stepped, ended = time.monotonic(), time.time()
         if self._accelerator.is_main_process:
             self._publish(step + 1)
         now = time.monotonic()
@@ -128,7 +129,10 @@ class LearnerLoop:
             "learner_idle_share": (waited + now - stepped) / (now - began),
             "tokens_per_second": numbers.get("trained_tokens", 0) / (now - began),
         }
-        self._tell(step + 1, {**_of_plan(plan), **numbers, **gauges, **clock})
+        measured = {**_of_plan(plan), **numbers, **gauges, **clock}
+        self._tell(
+            Report(kind="step", step=step + 1, numbers=measured, started=started, ended=ended)
+        )
         return True
 
     def _publish(self, version: int) -> None:

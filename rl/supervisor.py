@@ -17,7 +17,6 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
-from pathlib import Path
 from typing import IO
 
 from ground.errors import (
@@ -32,7 +31,6 @@ from ground.errors import (
 from rl.actors import start_controller
 from rl.cluster import cluster
 from rl.job import Job, Report
-from rl.journal import Journal
 from rl.processes import Reserved
 
 _TYPES: dict[str, type[PacktrainError]] = {
@@ -54,13 +52,18 @@ logger = logging.getLogger("packtrain")
 
 
 def supervise(
-    job_of_life: Callable[[int], Job], ours: Reserved, on_report: Callable[[Report], None]
+    job_of_life: Callable[[int], Job],
+    ours: Reserved,
+    *,
+    on_report: Callable[[Report], None],
+    note: Callable[[Mapping[str, object]], None],
 ) -> dict[str, object]:
     """Run the loop to its end, over as many lives as the recipe allows; returns its facts.
 
     Args:
         job_of_life: the job of a life, by number from 0.
         on_report: receives the learner's reports.
+        note: receives an event for the timeline.
 
     Raises:
         WorkersLostError: the last allowed life was lost as well.
@@ -81,7 +84,11 @@ def supervise(
                     fix=f"look at {job.log_directory}, then continue with --resume",
                 ) from error
             logger.warning("the loop is started again from its last checkpoint: %s", error)
-            _note_restart(job, str(error))
+            now = time.time()
+            note(
+                {"time": now, "kind": "restart", "role": "supervisor", "start": now, "end": now}
+                | {"cause": error.what}
+            )
             life += 1
 
 
@@ -163,18 +170,3 @@ def _error_of(facts: Mapping[str, object]) -> PacktrainError:
         why=str(facts["why"]),
         fix=str(facts["fix"]),
     )
-
-
-def _note_restart(job: Job, why: str) -> None:
-    now = time.time()
-    events = Journal(events_path(job.directory))
-    events.append(
-        {"time": now, "kind": "restart", "role": "supervisor", "start": now, "end": now}
-        | {"why": why}
-    )
-    events.close()
-
-
-def events_path(directory: Path) -> Path:
-    """The timeline's file."""
-    return directory / "events.jsonl"

@@ -8,7 +8,7 @@ from ground.console import progress
 from ground.entry import Stage, stage_entry
 from rl.config import RlSection
 from rl.job import Job, Report
-from rl.journal import read_journal
+from rl.journal import Journal, read_journal
 from rl.ledger import audit_ledger
 from rl.processes import reserved
 
@@ -19,7 +19,14 @@ def train(stage: Stage[RlSection]) -> dict[str, object]:
         # Ray reads its authentication mode from the environment when it is imported.
         from rl.supervisor import supervise
 
-        facts = supervise(lambda life: _job(stage, life), ours, lambda report: _tell(stage, report))
+        timeline = Journal(stage.directory / "events.jsonl")
+        facts = supervise(
+            lambda life: _job(stage, life),
+            ours,
+            on_report=lambda report: _tell(stage, timeline, report),
+            note=timeline.append,
+        )
+        timeline.close()
     audited = audit_ledger(read_journal(stage.directory / "ledger.jsonl"))
     return {**facts, "audited": audited}
 
@@ -39,12 +46,16 @@ def _job(stage: Stage[RlSection], life: int) -> Job:
     )
 
 
-def _tell(stage: Stage[RlSection], report: Report) -> None:
+def _tell(stage: Stage[RlSection], timeline: Journal, report: Report) -> None:
     numbers = report.numbers
     if report.kind == "validation":
         stage.metrics.log(report.step, numbers, phase="validation")
         return
     stage.metrics.log(report.step, numbers)
+    timeline.append(
+        {"time": report.ended, "kind": "train", "role": "learner", "start": report.started}
+        | {"end": report.ended, "version": report.step}
+    )
     shown = ("reward", "pass_rate", "kept_share", "entropy", "ess", "learner_idle_share")
     progress(
         stage.directory,

@@ -1,0 +1,281 @@
+"""The loop's carrying part against engines that play back a script."""
+
+from __future__ import annotations
+
+import asyncio
+import random
+from collections.abc import Callable
+from pathlib import Path
+
+import pyarrow.parquet as pq
+import pytest
+
+from curation.config import CurriculumSection
+from curation.curriculum import Curriculum
+from ground.errors import DataError, InfraError, PacktrainError, WorkersLostError
+from ground.records import Difficulty, Group, Message, Prompt, Rollout
+from rl.books import Books
+from rl.buffer import Buffer
+from rl.config import RlSection, ValidationSection
+from rl.controller import BusyClock, Controller
+from rl.groups import SCHEMA
+from rl.ledger import audit_ledger
+from rl.source import Source
+from rollout.engine import Request
+from rollout.fake_engine import FakeEngine
+from rollout.task import GroupTask
+
+RIGHT, WRONG, STOP = 7, 8, 2
+
+
+class ScriptedFleet:
+    """Groups from a FakeEngine: a rollout is right when its answer begins with RIGHT."""
+
+    def __init__(self, is_right: Callable[[GroupTask, int], bool], jitter: float = 0.0) -> None:
+        self._is_right, self._random, self._jitter = is_right, random.Random(0), jitter
+        self._tasks: dict[str, GroupTask] = {}
+        self.engine = FakeEngine(self._answer, seconds=self._seconds)
+        self.finished: list[str] = []
+        self.failures: dict[str, PacktrainError] = {}
+
+    async def publish(self, version: int, weights: object) -> None:
+        self.engine.load(version, {})
+
+    async def rollout(self, task: GroupTask) -> Group:
+        if error := self.failures.get(task.prompt.messages[0].content):
+            raise error
+        self._tasks[task.id] = task
+        futures = [
+            asyncio.wrap_future(
+                self.engine.submit(Request(f"{task.id}/{index}", (1, 5), 4, 1.0, seed, (STOP,)))
+            )
+            for index, seed in enumerate(task.seeds)
+        ]
+        completions = await asyncio.gather(*futures)
+        self.finished.append(task.id)
+        rollouts = tuple(
+            Rollout(
+                index,
+                (completion.segment,),
+                text=str(completion.segment.token_ids),
+                finish=completion.finish,
+                reward=float(completion.segment.token_ids[0] == RIGHT),
+                passed=completion.segment.token_ids[0] == RIGHT,
+            )
+            for index, completion in enumerate(completions)
+        )
+        return Group(task.id, task.prompt, (1, 5), rollouts, task.system)
+
+    def _answer(self, request: Request) -> tuple[int, ...]:
+        task, index = request.id.rsplit("/", 1)
+        return (RIGHT if self._is_right(self._tasks[task], int(index)) else WRONG, STOP)
+
+    def _seconds(self, request: Request) -> float:
+        return self._random.random() * self._jitter
+
+
+def make_pool(size: int = 24) -> list[Prompt]:
+    return [
+        Prompt.make(
+            (Message("user", f"task {number}"),),
+            capability="sums" if number % 2 else "logic",
+            reward="exact",
+            answer="4",
+            difficulty=Difficulty(successes=4, trials=8),
+        )
+        for number in range(size)
+    ]
+
+
+def make_controller(
+    fleet: ScriptedFleet,
+    directory: Path,
+    records: list[dict[str, object]],
+    *,
+    max_staleness: int = 1,
+    max_refills: int = 1,
+    validation: list[Prompt] | None = None,
+    step_deadline_seconds: float = 10.0,
+) -> Controller:
+    section = RlSection(
+        steps=4,
+        groups_per_step=3,
+        group_size=2,
+        max_staleness=max_staleness,
+        max_refills=max_refills,
+        validation=ValidationSection(prompts=2, samples=3),
+        step_deadline_seconds=step_deadline_seconds,
+    )
+    curriculum = Curriculum(make_pool(), CurriculumSection(), seed=0, group_size=2)
+    source = Source(
+        curriculum,
+        steps=4,
+        groups_per_step=3,
+        max_staleness=max_staleness,
+        max_refills=max_refills,
+    )
+    books = Books(
+        source,
+        Buffer(groups_per_step=3, max_staleness=max_staleness),
+        lambda record: records.append(dict(record)),
+    )
+    return Controller(
+        books,
+        fleet,
+        section,
+        seed=0,
+        validation=validation or [],
+        system_of=lambda prompt, pass_: f"system {pass_}",
+        in_flight=4,
+        groups_directory=directory,
+        note=lambda event: None,
+    )
+
+
+async def play(controller: Controller, steps: int = 4) -> list[tuple[str, ...]]:
+    """A learner that learns nothing: what each step was given."""
+    trained = []
+    await controller.begin(0, "weights")
+    for step in range(steps):
+        plan, _ = await controller.next_batch(step)
+        trained.append(tuple(group.id for group in plan.groups))
+        await controller.publish(step + 1, "weights")
+    return trained
+
+
+def first_is_right(task: GroupTask, index: int) -> bool:
+    return index == 0
+
+
+def mostly_mixed(task: GroupTask, index: int) -> bool:
+    """Every third draw is flat."""
+    return index == 0 or int(task.id.split(".")[1]) % 3 == 0
+
+
+@pytest.mark.parametrize("max_staleness", [0, 1, 3])
+def test_all_steps_are_trained_and_the_ledger_closes(tmp_path: Path, max_staleness: int) -> None:
+    records: list[dict[str, object]] = []
+    fleet = ScriptedFleet(mostly_mixed, jitter=0.01)
+
+    async def run() -> list[tuple[str, ...]]:
+        controller = make_controller(fleet, tmp_path, records, max_staleness=max_staleness)
+        trained = await play(controller)
+        assert await controller.close("end")
+        return trained
+
+    trained = asyncio.run(run())
+    everything = [group for step in trained for group in step]
+    assert len(set(everything)) == len(everything) > 6
+    totals = audit_ledger(records)
+    assert totals["trained"] == len(everything)
+    assert totals["filtered"] > 0
+    assert "withdrawn" not in totals
+    tables = [pq.read_table(path) for path in sorted(tmp_path.glob("*.parquet"))]
+    assert [table.schema.names for table in tables] == [SCHEMA.names] * 4
+    kept = [r["id"] for t in tables for r in t.to_pylist() if r["state"] == "trained"]
+    assert kept == everything
+    assert tables[0].to_pylist()[0]["advantages"] == [0.0, 0.0]
+    assert sum(map(len, tables)) == sum(totals.values())
+
+
+def test_synchronous_batches_do_not_depend_on_latency(tmp_path: Path) -> None:
+    async def run(jitter: float) -> list[tuple[str, ...]]:
+        fleet = ScriptedFleet(mostly_mixed, jitter)
+        return await play(make_controller(fleet, tmp_path, [], max_staleness=0))
+
+    assert asyncio.run(run(0.0)) == asyncio.run(run(0.03))
+
+
+def test_no_trained_token_is_older_than_the_bound(tmp_path: Path) -> None:
+    ages: list[int] = []
+
+    async def run() -> None:
+        fleet = ScriptedFleet(first_is_right, jitter=0.02)
+        controller = make_controller(fleet, tmp_path, [], max_staleness=2)
+        await controller.begin(0, "weights")
+        for step in range(4):
+            plan, _ = await controller.next_batch(step)
+            ages.extend(step - group.oldest_version for group in plan.groups)
+            await controller.publish(step + 1, "weights")
+
+    asyncio.run(run())
+    assert len(ages) == 12
+    assert min(ages) >= 0 and max(ages) <= 2
+
+
+def test_a_broken_and_a_refused_group_are_replaced_and_told_apart(tmp_path: Path) -> None:
+    records: list[dict[str, object]] = []
+    fleet = ScriptedFleet(first_is_right)
+
+    async def run() -> list[tuple[str, ...]]:
+        controller = make_controller(fleet, tmp_path, records)
+        books = controller._books
+        draws = books.source.open(0)
+        fleet.failures[draws[0][0].prompt.messages[0].content] = InfraError("worker lost")
+        fleet.failures[draws[1][0].prompt.messages[0].content] = DataError("prompt too long")
+        await controller.begin(0, "weights")
+        plan, _ = await controller.next_batch(0)
+        assert plan.filtered == {"broken": 1, "refused": 1}
+        return [tuple(group.id.split(".")[1] for group in plan.groups)]
+
+    assert asyncio.run(run()) == [("1", "3", "4")]
+
+
+def test_the_wait_for_a_step_ends_and_names_its_slots(tmp_path: Path) -> None:
+    async def run() -> None:
+        fleet = ScriptedFleet(first_is_right, jitter=60)
+        fleet._random = random.Random(1)
+        controller = make_controller(fleet, tmp_path, [], step_deadline_seconds=0.05)
+        await controller.begin(0, "weights")
+        await controller.next_batch(0)
+
+    with pytest.raises(InfraError, match=r"step 0 must have .* within 0.05 s.*slot 0 \(group "):
+        asyncio.run(run())
+
+
+def test_a_lost_fleet_fails_the_waiting_learner(tmp_path: Path) -> None:
+    async def run() -> None:
+        fleet = ScriptedFleet(first_is_right)
+        for prompt in make_pool():
+            fleet.failures[prompt.messages[0].content] = WorkersLostError("all lost")
+        await play(make_controller(fleet, tmp_path, []))
+
+    with pytest.raises(WorkersLostError, match="all lost"):
+        asyncio.run(run())
+
+
+def test_evaluation_asks_the_validation_slice_under_the_version_just_published(
+    tmp_path: Path,
+) -> None:
+    asked: list[GroupTask] = []
+
+    def is_right(task: GroupTask, index: int) -> bool:
+        if "validation" in task.id:
+            asked.append(task)
+            return index == 0
+        return index == 0
+
+    async def run() -> float | None:
+        fleet = ScriptedFleet(is_right)
+        held_out = make_pool(26)[24:]
+        controller = make_controller(fleet, tmp_path, [], validation=held_out)
+        await controller.begin(0, "weights")
+        await controller.next_batch(0)
+        return await controller.publish(1, "weights", evaluate=True)
+
+    assert asyncio.run(run()) == pytest.approx(1 / 3)
+    assert {task.id.split(".")[1] for task in asked} == {"validation-1"}
+    assert len({task.prompt.id for task in asked}) == 2
+
+
+def test_busy_share_counts_overlapping_bodies_once() -> None:
+    time = 0.0
+    clock = BusyClock(lambda: time)
+    with clock:
+        time = 1.0
+        with clock:
+            time = 3.0
+    time = 4.0
+    assert clock.share() == 0.75
+    time = 5.0
+    assert clock.share() == 0.0
