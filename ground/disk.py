@@ -96,7 +96,8 @@ def _is_ours(error: OSError, path: Path) -> bool:
     """Whether the error speaks of `path` or its surroundings, not of a file that was being read."""
     if error.filename is None:
         return True
-    return Path(os.fsdecode(error.filename)).absolute().is_relative_to(path.parent.absolute())
+    place, named = path.absolute(), Path(os.fsdecode(error.filename)).absolute()
+    return named.is_relative_to(place.parent) or place.is_relative_to(named)
 
 
 def _full(path: Path) -> SetupError:

@@ -1,4 +1,4 @@
-"""Whether a value fits an arrow type exactly; arrow itself cuts 1.5 to 1 and takes null anywhere."""
+"""Whether a value fits an arrow type exactly: arrow itself cuts 1.5 to 1 and takes any null."""
 
 from __future__ import annotations
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import ctypes
 import os
+import re
 import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
@@ -23,6 +24,8 @@ PICKLES = frozenset(
     (".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt", ".distcp", ".metadata", ".joblib", ".dill")
 )
 """Suffixes of files that can run code when they are loaded."""
+_LITTER = re.compile(r"^\..*\.(staging|removed|replaced)$")
+"""What a crash may leave beside a file or folder; nobody reads it."""
 
 
 def write_file(path: Path, content: bytes | str) -> None:
@@ -146,6 +149,8 @@ def _names(directory: Path, leave_out: frozenset[str]) -> list[str]:
     names: list[str] = []
     for folder, folders, files in os.walk(directory):
         here = Path(folder)
+        folders[:] = [name for name in folders if not _LITTER.match(name)]
+        files = [name for name in files if not _LITTER.match(name)]
         if here == directory:
             folders[:] = [name for name in folders if name not in leave_out]
             files = [name for name in files if name not in leave_out | {MANIFEST}]

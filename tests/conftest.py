@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -104,3 +107,27 @@ def make_tiny_tokenizer(
 def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Folder of a tiny Llama 4 model; shared by the session, so copy it before changing it."""
     return make_tiny_model(tmp_path_factory.mktemp("tiny") / "model")
+
+
+@pytest.fixture(scope="session")
+def ray_local() -> Iterator[None]:
+    """A Ray cluster of this session's own, with four processors however many there are."""
+    import ray
+
+    ray.init(
+        num_cpus=4,
+        include_dashboard=False,
+        log_to_driver=False,
+        object_store_memory=256 << 20,
+        namespace="tests",
+    )
+    yield
+    ray.shutdown()
+
+
+@pytest.fixture
+def ram_path() -> Iterator[Path]:
+    """A folder in memory where the machine has one: fsync costs nothing there."""
+    ram = Path("/dev/shm")
+    with tempfile.TemporaryDirectory(dir=ram if os.access(ram, os.W_OK) else None) as folder:
+        yield Path(folder)

@@ -86,18 +86,16 @@ def test_a_folder_with_its_own_manifest_is_covered_by_it(tmp_path: Path) -> None
         commit(staging / "model", "abc")
     assert list(read_manifest(tmp_path / "stage").files) == ["model/manifest.json"]
     (tmp_path / "stage" / "model" / "weights.safetensors").write_text("x")
-    with pytest.raises(
-        DataError, match=r"model/weights\.safetensors: the file must have 150 bytes"
-    ):
+    with pytest.raises(DataError, match=r"weights\.safetensors: the file must have 150 bytes"):
         verify_directory(tmp_path / "stage")
 
 
 # --- crash points: old or new, never a mixture ------------------------------------------------
 
 
-def test_crash_points_of_write_file(tmp_path: Path) -> None:
+def test_crash_points_of_write_file(ram_path: Path) -> None:
     seen = crash_at_each_call(
-        tmp_path,
+        ram_path,
         lambda place: (place / "file").write_text("old"),
         lambda place: write_file(place / "file", "new"),
         lambda place: (place / "file").read_text(),
@@ -108,9 +106,9 @@ def test_crash_points_of_write_file(tmp_path: Path) -> None:
     ]
 
 
-def test_crash_points_of_commit_directory_into_nothing(tmp_path: Path) -> None:
+def test_crash_points_of_commit_directory_into_nothing(ram_path: Path) -> None:
     seen = crash_at_each_call(
-        tmp_path,
+        ram_path,
         lambda place: None,
         lambda place: commit(place / "model", "new"),
         lambda place: content(place / "model"),
@@ -119,9 +117,9 @@ def test_crash_points_of_commit_directory_into_nothing(tmp_path: Path) -> None:
     assert len(seen) > 15
 
 
-def test_crash_points_of_commit_directory_over_an_older_one(tmp_path: Path) -> None:
+def test_crash_points_of_commit_directory_over_an_older_one(ram_path: Path) -> None:
     seen = crash_at_each_call(
-        tmp_path,
+        ram_path,
         lambda place: commit(place / "model", "old"),
         lambda place: commit(place / "model", "new"),
         lambda place: content(place / "model"),
@@ -130,7 +128,7 @@ def test_crash_points_of_commit_directory_over_an_older_one(tmp_path: Path) -> N
 
 
 def test_crash_points_where_names_cannot_be_exchanged(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ram_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """There the reader may find the old one put aside, whole, and the next commit puts it back."""
     monkeypatch.setattr(storage, "_exchange", lambda first, second: False)
@@ -140,7 +138,7 @@ def test_crash_points_where_names_cannot_be_exchanged(
         return content(target if target.exists() else aside)
 
     seen = crash_at_each_call(
-        tmp_path,
+        ram_path,
         lambda place: commit(place / "model", "old"),
         lambda place: commit(place / "model", "new"),
         read,
@@ -149,7 +147,7 @@ def test_crash_points_where_names_cannot_be_exchanged(
 
 
 @pytest.mark.parametrize("keep", [1, 2])
-def test_crash_points_of_a_checkpoint_with_latest_and_rotation(tmp_path: Path, keep: int) -> None:
+def test_crash_points_of_a_checkpoint_with_latest_and_rotation(ram_path: Path, keep: int) -> None:
     def read(place: Path) -> tuple[int, int]:
         """Step of the newest valid one, and how many are valid (never 0)."""
         checkpoints = Checkpoints(place, keep)
@@ -164,16 +162,16 @@ def test_crash_points_of_a_checkpoint_with_latest_and_rotation(tmp_path: Path, k
 
     new = 100 * (keep + 1)
     seen = crash_at_each_call(
-        tmp_path,
+        ram_path,
         prepare,
         lambda place: Checkpoints(place, keep).commit(new, save("new"), {}),
         read,
     )
     old_then_new(seen, (new - 100, 1), (new, 1))
-    assert len(Checkpoints(tmp_path / "k001", keep).steps()) == keep
+    assert len(Checkpoints(ram_path / "k001", keep).steps()) == keep
 
 
-def test_crash_points_of_setting_a_damaged_checkpoint_aside(tmp_path: Path) -> None:
+def test_crash_points_of_setting_a_damaged_checkpoint_aside(ram_path: Path) -> None:
     def prepare(place: Path) -> None:
         for step in (100, 200):
             Checkpoints(place, 2).commit(step, save("x"), {})
@@ -184,7 +182,7 @@ def test_crash_points_of_setting_a_damaged_checkpoint_aside(tmp_path: Path) -> N
         assert latest is not None
         return latest.name, len(list(place.glob("step_000200*")))
 
-    seen = crash_at_each_call(tmp_path, prepare, lambda place: Checkpoints(place, 2).latest(), read)
+    seen = crash_at_each_call(ram_path, prepare, lambda place: Checkpoints(place, 2).latest(), read)
     assert {value for _, value in seen} == {("step_000100", 1)}
     assert [death.at for death, _ in seen][:2] == ["rename", "fsync"]
 

@@ -11,7 +11,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from crashpoints import crash_at_each_call, old_then_new
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ground import jsonl
@@ -451,6 +451,7 @@ DIFFICULTIES = st.none() | st.builds(
 )
 
 
+@settings(deadline=None, max_examples=30)
 @given(texts=st.lists(TEXT, min_size=1, max_size=4), difficulty=DIFFICULTIES)
 def test_records_survive_parquet_and_json_lines(
     tmp_path_factory: pytest.TempPathFactory, texts: list[str], difficulty: Difficulty | None
@@ -519,10 +520,10 @@ def test_a_nested_value_that_does_not_fit_is_named_by_its_place(tmp_path: Path) 
         assert caught.value.what == f"cannot write row 1: {expected}"
 
 
-def test_crash_points_of_a_parquet_file(tmp_path: Path) -> None:
+def test_crash_points_of_a_parquet_file(ram_path: Path) -> None:
     schema = pa.schema([("text", pa.string())])
     seen = crash_at_each_call(
-        tmp_path,
+        ram_path,
         lambda place: write_rows(place / "t.parquet", [{"text": "old"}], schema),
         lambda place: write_rows(place / "t.parquet", [{"text": "new"}], schema),
         lambda place: str(read_rows(place / "t.parquet")[0]["text"]),
@@ -531,9 +532,9 @@ def test_crash_points_of_a_parquet_file(tmp_path: Path) -> None:
     assert seen[-1][0].done.count("write") > 1
 
 
-def test_crash_points_of_json_lines(tmp_path: Path) -> None:
+def test_crash_points_of_json_lines(ram_path: Path) -> None:
     seen = crash_at_each_call(
-        tmp_path,
+        ram_path,
         lambda place: write_jsonl(place / "t.jsonl", [{"text": "old"}]),
         lambda place: write_jsonl(place / "t.jsonl", [{"text": "new"}] * 3),
         lambda place: len(read_rows(place / "t.jsonl")),
