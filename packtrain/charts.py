@@ -1,8 +1,6 @@
 """Charts as inline SVG: lines, intervals, bars and a timeline, without a plotting library.
 
-Every chart is a string that the report puts into its page. Text and numbers go through
-ElementTree, so data cannot open a tag; colours are the page's CSS classes `c0`…`c5`, so that one
-chart serves light and dark. Coordinates are pixels of a fixed viewBox; the page scales it.
+Every chart is a string that the report puts into its page; one chart serves light and dark.
 """
 
 from __future__ import annotations
@@ -12,11 +10,22 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from xml.etree import ElementTree
 
-WIDTH, HEIGHT = 560, 250
-LEFT, RIGHT, TOP, BOTTOM = 52, 14, 12, 40
+from packtrain.canvas import (
+    BOTTOM,
+    HEIGHT,
+    NUM_COLOURS,
+    RIGHT,
+    TOP,
+    WIDTH,
+    Canvas,
+    Interval,
+    Plot,
+    nice_range,
+    ticks,
+)
+
 ROW = 26
 """Height of one row in charts that stack rows."""
-NUM_COLOURS = 6
 SEGMENT_LIMIT = 600
 """Points of a line that are drawn; longer series are thinned by averaging."""
 
@@ -31,19 +40,6 @@ class Series:
 
     name: str
     points: tuple[tuple[float, float], ...]
-
-
-@dataclass(frozen=True, slots=True)
-class Interval:
-    """An estimate with its uncertainty.
-
-    Example:
-        Interval(mean=0.53, low=0.49, high=0.57)
-    """
-
-    mean: float
-    low: float
-    high: float
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,7 +82,7 @@ def line_chart(
         return ""
     xs = [x for line in drawn for x, _ in line.points]
     ys = [y for line in drawn for _, y in line.points] + ([] if floor is None else [floor])
-    plot = _Plot(
+    plot = Plot(
         title or y_label, nice_range(min(xs), max(xs), tight=True), nice_range(min(ys), max(ys))
     )
     plot.axes(x_label, y_label)
@@ -116,7 +112,7 @@ def interval_chart(
     """Dots with whiskers: one cluster per group (stage), one colour per series (pass@1, pass@4)."""
     if not groups or not series:
         return ""
-    plot = _Plot(title or y_label, (0.0, float(len(groups)), 1.0), (0.0, 1.0, 0.2))
+    plot = Plot(title or y_label, (0.0, float(len(groups)), 1.0), (0.0, 1.0, 0.2))
     plot.axes("", y_label, x_ticks=False, percent=True)
     step = 0.7 / len(series)
     for position, group in enumerate(groups):
@@ -142,7 +138,7 @@ def bar_chart(bars: Sequence[Bar], *, title: str, unit: str = "", digits: str = 
     names = list(dict.fromkeys(name for bar in bars for name, _ in bar.parts))
     largest = max((sum(value for _, value in bar.parts) for bar in bars), default=0.0) or 1.0
     height = TOP + ROW * len(bars) + 30
-    canvas = _Canvas(title, height)
+    canvas = Canvas(title, height)
     left, room = 130.0, WIDTH - 130.0 - 70.0
     for row, bar in enumerate(bars):
         top = TOP + row * ROW
@@ -172,7 +168,7 @@ def histogram(
     if not counts:
         return ""
     top = max(max(bins) for _, bins in counts)
-    plot = _Plot(title, (0.0, 1.0, 0.2), nice_range(0.0, float(top)))
+    plot = Plot(title, (0.0, 1.0, 0.2), nice_range(0.0, float(top)))
     plot.axes(x_label, "rows")
     width = (plot.x(1.0) - plot.x(0.0)) / num_bins
     for index, (_, bins) in enumerate(counts):
@@ -193,7 +189,7 @@ def timeline(spans: Sequence[Span], *, title: str) -> str:
     roles = list(dict.fromkeys(span.role for span in spans))
     kinds = list(dict.fromkeys(span.kind for span in spans))
     height = TOP + ROW * len(roles) + 64
-    canvas = _Canvas(title, height)
+    canvas = Canvas(title, height)
     left, room = 110.0, WIDTH - 110.0 - RIGHT
     first, last = min(span.start for span in spans), max(span.end for span in spans)
     low, high, step = nice_range(first, max(last, first + 1e-6), tight=True)
@@ -220,27 +216,6 @@ def timeline(spans: Sequence[Span], *, title: str) -> str:
     return canvas.svg()
 
 
-def nice_range(low: float, high: float, *, tight: bool = False) -> tuple[float, float, float]:
-    """Round limits and a round tick step (1, 2 or 5 times a power of ten) that hold low and high.
-
-    nice_range(0.13, 0.87) == (0.0, 1.0, 0.2); with `tight` the limits stay as they are.
-    """
-    if high <= low:
-        low, high = low - 0.5 * (abs(low) or 1.0), high + 0.5 * (abs(high) or 1.0)
-    raw = (high - low) / 5
-    power = 10.0 ** math.floor(math.log10(raw))
-    step = next(unit * power for unit in (1, 2, 5, 10) if unit * power >= raw * 0.999)
-    if tight:
-        return low, high, step
-    return math.floor(low / step + 1e-9) * step, math.ceil(high / step - 1e-9) * step, step
-
-
-def ticks(low: float, high: float, step: float) -> list[float]:
-    """Multiples of `step` within the limits."""
-    first = math.ceil(low / step - 1e-9)
-    return [round(i * step, 10) for i in range(first, math.floor(high / step + 1e-9) + 1)]
-
-
 def thin(points: Sequence[tuple[float, float]]) -> tuple[tuple[float, float], ...]:
     """At most SEGMENT_LIMIT finite points, neighbours averaged."""
     finite = [(x, y) for x, y in points if math.isfinite(x) and math.isfinite(y)]
@@ -257,99 +232,3 @@ def _counts(values: Sequence[float], num_bins: int) -> list[int]:
     for value in values:
         bins[min(max(int(value * num_bins), 0), num_bins - 1)] += 1
     return bins
-
-
-class _Canvas:
-    """An <svg> under construction, in pixels."""
-
-    def __init__(self, title: str, height: float) -> None:
-        self.height = height
-        self.root = ElementTree.Element(
-            "svg", {"viewBox": f"0 0 {WIDTH} {height:g}", "role": "img", "class": "chart"}
-        )
-        ElementTree.SubElement(self.root, "title").text = title
-
-    def add(self, tag: str, **attributes: str | float) -> ElementTree.Element:
-        """Append an element; numbers become attributes with one decimal."""
-        texts = {k: v if isinstance(v, str) else f"{v:.1f}" for k, v in attributes.items()}
-        return ElementTree.SubElement(self.root, tag, texts)
-
-    def text(self, x: float, y: float, content: str, *, anchor: str = "start", style: str) -> None:
-        """Write a string; `style` is a CSS class."""
-        attributes: dict[str, str | float] = {"text-anchor": anchor, "class": style}
-        self.add("text", x=x, y=y, **attributes).text = content
-
-    def line(self, x1: float, y1: float, x2: float, y2: float, style: str) -> None:
-        """Draw a straight line."""
-        self.add("line", x1=x1, y1=y1, x2=x2, y2=y2, **{"class": style})
-
-    def legend(self, names: Sequence[str], *, y: float, left: float) -> None:
-        """Name the colours, left to right."""
-        for index, name in enumerate(names):
-            self.add(
-                "rect",
-                x=left,
-                y=y - 8,
-                width=9.0,
-                height=9.0,
-                **{"class": f"bar c{index % NUM_COLOURS}"},
-            )
-            self.text(left + 13, y, name, style="tick")
-            left += 26 + 6.2 * len(name)
-
-    def svg(self) -> str:
-        """The finished element as a string."""
-        return ElementTree.tostring(self.root, encoding="unicode")
-
-
-class _Plot(_Canvas):
-    """A canvas with an x and a y scale, each (low, high, tick step)."""
-
-    def __init__(
-        self, title: str, x_range: tuple[float, float, float], y_range: tuple[float, float, float]
-    ) -> None:
-        super().__init__(title, HEIGHT + 16)
-        self.x_range, self.y_range = x_range, y_range
-
-    def x(self, value: float) -> float:
-        """Pixel column of a value."""
-        low, high, _ = self.x_range
-        return LEFT + (value - low) / (high - low) * (WIDTH - LEFT - RIGHT)
-
-    def y(self, value: float) -> float:
-        """Pixel row of a value."""
-        low, high, _ = self.y_range
-        return HEIGHT - BOTTOM - (value - low) / (high - low) * (HEIGHT - BOTTOM - TOP)
-
-    def axes(
-        self, x_label: str, y_label: str, *, x_ticks: bool = True, percent: bool = False
-    ) -> None:
-        """Grid lines, tick numbers and axis names."""
-        for tick in ticks(*self.y_range):
-            self.line(LEFT, self.y(tick), WIDTH - RIGHT, self.y(tick), "grid")
-            label = f"{tick:.0%}" if percent else f"{tick:g}"
-            self.text(LEFT - 6, self.y(tick) + 3.5, label, anchor="end", style="tick")
-        for tick in ticks(*self.x_range) if x_ticks else []:
-            self.text(
-                self.x(tick), HEIGHT - BOTTOM + 15, f"{tick:g}", anchor="middle", style="tick"
-            )
-        self.text((LEFT + WIDTH - RIGHT) / 2, HEIGHT - 8, x_label, anchor="middle", style="label")
-        middle = (TOP + HEIGHT - BOTTOM) / 2
-        attributes: dict[str, str | float] = {"text-anchor": "middle", "class": "label"}
-        label = self.add("text", transform=f"translate(12 {middle:g}) rotate(-90)", **attributes)
-        label.text = y_label
-
-    def whisker(self, x: float, interval: Interval, colour: int) -> None:
-        """A dot at the mean with a line from low to high."""
-        style = f"c{colour % NUM_COLOURS}"
-        self.line(x, self.y(interval.low), x, self.y(interval.high), f"whisker {style}")
-        for end in (interval.low, interval.high):
-            self.line(x - 4, self.y(end), x + 4, self.y(end), f"whisker {style}")
-        dot = self.add("circle", cx=x, cy=self.y(interval.mean), r=4.0, **{"class": f"dot {style}"})
-        ElementTree.SubElement(
-            dot, "title"
-        ).text = f"{interval.mean:.1%} ({interval.low:.1%} to {interval.high:.1%})"
-
-    def legend(self, names: Sequence[str], *, y: float = HEIGHT + 10, left: float = LEFT) -> None:
-        """Name the colours below the plot."""
-        super().legend(names, y=y, left=left)

@@ -96,7 +96,7 @@ class Child:
         assert self._process is not None, "the child runs within `with Child(…)`"
         return self._process
 
-    def wait(self, refresh: Callable[[], None], *, every_seconds: float = 0.5) -> int:
+    def wait(self, refresh: Callable[[], None], *, every_seconds: float = 1.0) -> int:
         """Wait for the end, calling `refresh` meanwhile; return the exit code.
 
         An end by signal n counts as 128 + n. There is no deadline on training itself; after a

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from packtrain import charts
+from packtrain.canvas import Interval
 from packtrain.observe import (
     estimate,
     evaluation,
@@ -219,9 +220,9 @@ def _parts(evaluations: Sequence[Mapping[str, object]], key: str) -> list[str]:
     return sorted(names, key=lambda name: (labels.index(name) if name in labels else 0, name))
 
 
-def _interval(value: object) -> charts.Interval | None:
+def _interval(value: object) -> Interval | None:
     found = estimate(value)
-    return charts.Interval(found.mean, found.low, found.high) if found else None
+    return Interval(found.mean, found.low, found.high) if found else None
 
 
 def _drawn(figures: Iterable[Figure]) -> list[Figure]:

@@ -114,8 +114,8 @@ def read_status(run: Path) -> RunStatus:
 
 
 def _stage_status(run: Path, name: str, note: Mapping[str, object], held: bool) -> StageStatus:
-    folder = run / name
-    state = _state(folder if name != "base" else folder / "evaluation", name, note, held)
+    folder = run / name if name != "base" else run / "base" / "evaluation"
+    state = _state(folder, name, note, held)
     is_over = state in ("done", "waiting")
     try:
         facts = read_manifest(folder).facts if is_done(folder) else {}

@@ -6,19 +6,20 @@ from xml.etree import ElementTree
 
 import pytest
 
-from packtrain import charts
-from packtrain.charts import Bar, Interval, Series, Span
+from packtrain import canvas, charts
+from packtrain.canvas import BOTTOM, HEIGHT, LEFT, RIGHT, TOP, WIDTH, Interval
+from packtrain.charts import Bar, Series, Span
 
 
 def test_nice_ranges_hold_the_data_with_round_steps() -> None:
-    assert charts.nice_range(0.13, 0.87) == pytest.approx((0.0, 1.0, 0.2))
-    assert charts.nice_range(3, 98) == pytest.approx((0, 100, 20))
-    assert charts.nice_range(1, 60, tight=True) == (1, 60, 20)
-    assert charts.ticks(1, 60, 20) == [20, 40, 60]
+    assert canvas.nice_range(0.13, 0.87) == pytest.approx((0.0, 1.0, 0.2))
+    assert canvas.nice_range(3, 98) == pytest.approx((0, 100, 20))
+    assert canvas.nice_range(1, 60, tight=True) == (1, 60, 20)
+    assert canvas.ticks(1, 60, 20) == [20, 40, 60]
 
 
 def test_a_constant_series_has_a_range_around_it() -> None:
-    low, high, step = charts.nice_range(2.0, 2.0)
+    low, high, step = canvas.nice_range(2.0, 2.0)
     assert low < 2.0 < high and step > 0
 
 
@@ -28,8 +29,8 @@ def test_a_line_stands_where_its_numbers_say() -> None:
     )
     line = next(element for element in root if element.tag == "polyline")
     first, last = line.attrib["points"].split()
-    assert first == f"{charts.LEFT:.1f},{charts.HEIGHT - charts.BOTTOM:.1f}"
-    assert last == f"{charts.WIDTH - charts.RIGHT:.1f},{charts.TOP:.1f}"
+    assert first == f"{LEFT:.1f},{HEIGHT - BOTTOM:.1f}"
+    assert last == f"{WIDTH - RIGHT:.1f},{TOP:.1f}"
 
 
 def test_long_series_are_thinned_by_their_means_and_lose_what_is_not_finite() -> None:
@@ -42,7 +43,7 @@ def test_long_series_are_thinned_by_their_means_and_lose_what_is_not_finite() ->
 def test_whiskers_reach_from_low_to_high() -> None:
     svg = charts.interval_chart(["base"], [("pass@1", [Interval(0.5, 0.25, 0.75)])], y_label="p")
     lines = [e for e in ElementTree.fromstring(svg) if "whisker" in e.attrib.get("class", "")]
-    span = charts.HEIGHT - charts.BOTTOM - charts.TOP
+    span = HEIGHT - BOTTOM - TOP
     stem = lines[0].attrib
     assert float(stem["y1"]) - float(stem["y2"]) == pytest.approx(span / 2, abs=0.2)
 
