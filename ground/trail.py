@@ -97,9 +97,7 @@ def _given(noun: str, key: str, path: Path | None) -> Path:
     """The recipe's own path for an input that no finished stage made."""
     if path is None:
         raise RecipeError(
-            f"no {noun}: no finished stage makes them, and the recipe does not name {key}"
-            if noun.endswith("s")
-            else f"no {noun}: no finished stage makes it, and the recipe does not name {key}",
+            f"no {noun}: neither a finished stage nor {key} gives any",
             fix=f"set {key}, or run the stage that makes it first",
         )
     if not path.exists():

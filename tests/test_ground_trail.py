@@ -1,0 +1,143 @@
+"""Inputs of stages: the last finished stage before, else the recipe's own path, verified."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from ground.config import Data, Head, ModelSource
+from ground.errors import DataError, RecipeError
+from ground.run import RunDir
+from ground.storage import commit_directory
+from ground.trail import Trail
+
+OUTPUTS = {
+    "herd": (
+        "student/w",
+        "teacher/w",
+        "data/sft.jsonl",
+        "data/prompts.jsonl",
+        "data/heldout.jsonl",
+    ),
+    "prune": ("kept.parquet", "dropped.parquet"),
+    "sft": ("model/w",),
+    "mine": ("prompts.parquet",),
+    "rl": ("model/w",),
+    "dpo": ("model/w",),
+}
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> RunDir:
+    return RunDir(tmp_path / "run")
+
+
+@pytest.fixture
+def head(tmp_path: Path) -> Head:
+    """A recipe that names everything itself."""
+    for name in ("base", "big"):
+        (tmp_path / name).mkdir()
+    for name in ("s", "p", "h"):
+        (tmp_path / name).write_text("{}")
+    return Head(
+        name="t",
+        model=ModelSource(path=tmp_path / "base"),
+        teacher=ModelSource(path=tmp_path / "big"),
+        data=Data(sft=tmp_path / "s", prompts=tmp_path / "p", heldout=tmp_path / "h"),
+    )
+
+
+def finish(run: RunDir, *stages: str, done: bool = True) -> None:
+    for stage in stages:
+        run.begin(stage, {}, resume=False, overwrite=True)
+        for name in OUTPUTS[stage]:
+            path = run.stage(stage) / name
+            if path.name == "w":
+                with commit_directory(path.parent, {}) as staging:
+                    (staging / "w").write_text(stage)
+            else:
+                path.parent.mkdir(exist_ok=True)
+                path.write_text(stage)
+        if done:
+            run.finish(stage, {}, {})
+
+
+def test_without_finished_stages_the_recipes_own_paths_are_used(
+    run: RunDir, head: Head, tmp_path: Path
+) -> None:
+    trail = Trail(head, run)
+    finish(run, "herd", "sft", done=False)
+    assert trail.model_before("rl") == trail.model_of("base") == tmp_path / "base"
+    assert trail.teacher() == tmp_path / "big"
+    assert trail.demonstrations_before("sft") == tmp_path / "s"
+    assert trail.prompts_before("rl") == tmp_path / "p"
+    assert trail.heldout() == tmp_path / "h"
+
+
+def test_the_last_finished_stage_before_wins(run: RunDir, head: Head) -> None:
+    trail, at = Trail(head, run), run.path
+    finish(run, "herd")
+    assert trail.model_before("sft") == trail.model_of("base") == at / "herd/student"
+    assert trail.teacher() == at / "herd/teacher"
+    assert trail.demonstrations_before("prune") == at / "herd/data/sft.jsonl"
+    assert trail.demonstrations_before("sft") == at / "herd/data/sft.jsonl"
+    assert trail.prompts_before("rl") == at / "herd/data/prompts.jsonl"
+    assert trail.heldout() == at / "herd/data/heldout.jsonl"
+    finish(run, "prune", "sft", "mine", "rl", "dpo")
+    assert trail.demonstrations_before("prune") == at / "herd/data/sft.jsonl"
+    assert trail.demonstrations_before("sft") == at / "prune/kept.parquet"
+    assert trail.prompts_before("mine") == at / "herd/data/prompts.jsonl"
+    assert trail.prompts_before("rl") == at / "mine/prompts.parquet"
+    assert trail.model_before("prune") == trail.model_before("sft") == at / "herd/student"
+    assert trail.model_before("mine") == trail.model_before("rl") == at / "sft/model"
+    assert trail.model_before("dpo") == at / "rl/model"
+    assert [trail.model_of(place) for place in ("base", "sft", "rl", "dpo")] == [
+        at / "herd/student",
+        *(at / stage / "model" for stage in ("sft", "rl", "dpo")),
+    ]
+
+
+def test_an_input_that_nobody_makes_is_named_with_its_key(run: RunDir) -> None:
+    trail = Trail(Head(name="t"), run)
+    for look, expected in (
+        (lambda: trail.model_before("sft"), "no model: neither a finished stage nor model.path"),
+        (trail.teacher, "no teacher: neither a finished stage nor teacher.path"),
+        (lambda: trail.demonstrations_before("sft"), "no demonstrations: neither a finished stage"),
+        (
+            lambda: trail.prompts_before("rl"),
+            "no prompts: neither a finished stage nor data.p",
+        ),
+        (trail.heldout, "no held-out prompts: neither a finished stage nor data.heldout gives any"),
+    ):
+        with pytest.raises(RecipeError) as caught:
+            look()
+        assert caught.value.what.startswith(expected)
+        assert caught.value.exit_code == 2
+
+
+def test_a_path_of_the_recipe_that_does_not_exist_is_named(run: RunDir, tmp_path: Path) -> None:
+    head = Head(name="t", model=ModelSource(path=tmp_path / "gone"))
+    with pytest.raises(RecipeError) as caught:
+        Trail(head, run).model_before("sft")
+    assert caught.value.what == f"model.path names {tmp_path / 'gone'}, which does not exist"
+
+
+def test_a_stage_that_is_not_finished_has_no_model_to_evaluate(run: RunDir, head: Head) -> None:
+    with pytest.raises(RecipeError) as caught:
+        Trail(head, run).model_of("rl")
+    assert caught.value.what == "stage rl is not finished, so its model cannot be evaluated"
+    with pytest.raises(RecipeError, match="one of base, sft, rl, dpo, got 'mine'"):
+        Trail(head, run).model_of("mine")
+
+
+def test_damaged_outputs_of_a_stage_are_refused_by_name(run: RunDir, head: Head) -> None:
+    finish(run, "herd", "sft")
+    (run.stage("sft") / "model" / "w").write_text("txs")
+    (run.stage("herd") / "data" / "sft.jsonl").write_text("cut")
+    trail = Trail(head, run)
+    with pytest.raises(DataError, match=r"sft/model/w: the file was changed: its sha256 differs"):
+        trail.model_before("rl")
+    with pytest.raises(DataError, match=r"data/sft\.jsonl: the file must have 4 bytes, it has 3"):
+        trail.demonstrations_before("sft")
+    assert trail.prompts_before("rl").name == "prompts.jsonl"
