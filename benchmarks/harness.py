@@ -119,8 +119,7 @@ def facts() -> dict[str, object]:
     """When, from which commit and on what machine."""
     return {
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
-        "commit": _git("rev-parse", "HEAD")
-        + ("+" if _git("status", "--porcelain", "-uno") else ""),
+        "commit": _git("rev-parse", "HEAD") + "+" * bool(_git("status", "--porcelain", "-uno")),
         "machine": {
             "platform": platform.platform(),
             "python": platform.python_version(),
@@ -149,9 +148,8 @@ def _committed(path: Path) -> dict[str, float]:
 
 
 def _verdict(figure: Figure, committed: Mapping[str, float]) -> tuple[str, bool]:
-    goal = (
-        f"goal {'>=' if figure.better == 'higher' else '<='} {figure.goal:g}" if figure.goal else ""
-    )
+    sign = ">=" if figure.better == "higher" else "<="
+    goal = "" if figure.goal is None else f"goal {sign} {figure.goal:g}"
     if not figure.is_met:
         return f"{goal}: MISSED", True
     before = committed.get(figure.name)

@@ -1,4 +1,4 @@
-"""`python -m curation.prune RECIPE`: the teacher judges the SFT data, the easy part is set aside."""
+"""`python -m curation.prune RECIPE`: the teacher judges the SFT data, the easy part goes aside."""
 
 from __future__ import annotations
 
