@@ -1,0 +1,1 @@
+"""Light preference optimisation, thin over TRL."""

@@ -1,0 +1,64 @@
+"""Settings of the `dpo` stage; light by default, because DPO can undo what RL has found."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import Field
+
+from ground.config import Section
+from ground.trainer_config import TrainerSection
+
+Reason = Literal["truncated", "repetition", "format_break", "length_outlier", "wrong"]
+
+
+class PairsSection(Section):
+    """Which preferences are mined from the groups of the RL stage."""
+
+    reasons: list[Reason] = Field(
+        default=["truncated", "repetition", "format_break", "length_outlier", "wrong"]
+    )
+    """What may be bad about a rejected answer."""
+    max_age: int = Field(default=20, ge=0)
+    """Groups sampled up to this many versions before the newest group count as on-policy."""
+    max_pairs: int = Field(default=512, ge=1)
+    """At most so many, one per prompt, newest first, capabilities in turn."""
+    min_pairs: int = Field(default=8, ge=1)
+    """With fewer there is nothing to learn, and the RL model goes on unchanged."""
+    outlier_ratio: float = Field(default=2.0, gt=1)
+    """A length outlier has more than so many times the tokens of the chosen answer."""
+    outlier_tokens: int = Field(default=16, ge=1)
+    """… and at least so many tokens more."""
+
+
+class DpoTrainerSection(TrainerSection):
+    """As for SFT, with the two numbers of the loss."""
+
+    learning_rate: float = Field(default=1e-6, gt=0)
+    rows_per_step: int = Field(default=32, ge=1)
+    """Pairs of an optimizer step."""
+    rows_per_pass: int = Field(default=8, ge=1)
+    """Pairs that one device holds at once."""
+    beta: float = Field(default=0.1, gt=0)
+    """Strength of the tie to the RL model."""
+    nll_weight: float = Field(default=0.2, ge=0)
+    """Weight of the log-likelihood of chosen answers (Llama 3 report, section 4.1.4)."""
+
+
+class GateSection(Section):
+    """How far the model may move; beyond it the RL model is exported, and the run says so."""
+
+    max_kl: float = Field(default=0.05, gt=0)
+    """Nats per token between the RL model and the new one, on the pairs' answers."""
+    max_chosen_fall: float = Field(default=0.02, ge=0)
+    """Nats per token by which chosen answers may become less likely."""
+
+
+class DpoSection(Section):
+    """Light DPO for corner cases of response quality."""
+
+    pairs: PairsSection = PairsSection()
+    trainer: DpoTrainerSection = DpoTrainerSection()
+    gate: GateSection = GateSection()
+    max_length: int = Field(default=2048, ge=8)
+    """Longest prompt with answer in tokens; longer pairs are left out."""

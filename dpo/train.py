@@ -1,0 +1,114 @@
+"""The `dpo` stage: `python -m dpo.train RECIPE` or `accelerate launch … -m dpo.train RECIPE`.
+
+groups of the RL stage → pairs → trained → gate → model/ (or the RL model, with the reason why)
+"""
+
+from __future__ import annotations
+
+import logging
+import sys
+from collections.abc import Sequence
+
+from accelerate import PartialState
+from transformers import PreTrainedModel, PreTrainedTokenizerFast
+
+from dpo.config import DpoSection
+from dpo.data import EncodedPair, PairLogprobs, encode_pairs, fingerprint, pair_logprobs
+from dpo.gate import gate_figures, objection
+from dpo.pairs import Mined, mine_pairs
+from dpo.tables import PAIR_SCHEMA, pair_row, read_groups
+from dpo.trainer import run_dpo
+from ground.chat import ChatTemplate
+from ground.checkpoints import Checkpoints
+from ground.entry import Stage, stage_entry
+from ground.model import export_model, load_model, load_tokenizer
+from ground.storage import commit_directory
+from ground.tables import write_rows
+from ground.training import Fit
+
+logger = logging.getLogger(__name__)
+
+
+def train(stage: Stage[DpoSection]) -> dict[str, object]:
+    """Prefer RL's best answers to its worst; leaves `pairs.parquet` and `model/`."""
+    base = stage.trail.model_before("dpo")
+    tokenizer = load_tokenizer(base)
+    chat = ChatTemplate(tokenizer)
+    mined = mine_pairs(read_groups(stage.run.stage("rl") / "groups"), stage.section.pairs)
+    if PartialState().is_main_process:
+        rows = [pair_row(pair) for pair in mined.pairs]
+        write_rows(stage.directory / "pairs.parquet", rows, PAIR_SCHEMA)
+    pairs, num_skipped = encode_pairs(
+        [pair.pair for pair in mined.pairs], chat, stage.section.max_length
+    )
+
+    model = load_model(base)
+    facts: dict[str, object] = {}
+    kept_because = _too_few(len(pairs), mined, stage.section)
+    if not kept_because:
+        kept_because, facts = _prefer(stage, model, tokenizer, chat, pairs)
+        model = load_model(base) if kept_because else model
+    if kept_because:
+        logger.warning("the RL model goes on unchanged: %s", kept_because)
+    summary: dict[str, object] = {
+        "pairs": len(pairs),
+        "pairs_too_long": num_skipped,
+        "mining": mined.counts,
+        "trained": not kept_because,
+        "kept_because": kept_because,
+        **facts,
+    }
+    if PartialState().is_main_process:
+        card = {"stage": "dpo", "run": stage.head.name, "base": base.name}
+        provenance = {**card, "data": "pairs.parquet", **summary}
+        with commit_directory(stage.directory / "model", provenance) as folder:
+            export_model(model, tokenizer, folder, provenance)
+    return summary
+
+
+def _prefer(
+    stage: Stage[DpoSection],
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerFast,
+    chat: ChatTemplate,
+    pairs: Sequence[EncodedPair],
+) -> tuple[str, dict[str, object]]:
+    """Train `model` in place; returns the gate's objection, if any, and the figures."""
+    trainer = stage.section.trainer
+
+    def score() -> list[PairLogprobs]:
+        return pair_logprobs(
+            model, pairs, pad_id=chat.pad_id, rows_per_pass=2 * trainer.rows_per_pass
+        )
+
+    reference = score()
+    identity = {"pairs": fingerprint(pairs), "template": chat.fingerprint}
+    checkpoints = Checkpoints(stage.directory / "checkpoints", trainer.keep_checkpoints, identity)
+    num_steps = run_dpo(
+        model,
+        tokenizer,
+        pairs,
+        reference,
+        trainer,
+        Fit(stage.directory, stage.metrics, checkpoints, trainer.max_seconds),
+        seed=stage.head.seed,
+        resume=stage.resume,
+    )
+    figures = gate_figures(reference, score())
+    stage.metrics.log(num_steps, figures.numbers(), phase="gate")
+    return objection(figures, stage.section.gate), {"steps": num_steps, "gate": figures.numbers()}
+
+
+def _too_few(num_pairs: int, mined: Mined, section: DpoSection) -> str:
+    """Why there is nothing to learn from; empty when there is."""
+    if num_pairs >= section.pairs.min_pairs:
+        return ""
+    causes = ", ".join(f"{name} {count}" for name, count in mined.counts.items())
+    return (
+        f"{num_pairs} pairs were found, dpo.pairs.min_pairs asks for {section.pairs.min_pairs} "
+        f"({causes or 'the rl stage left no groups'})"
+    )
+
+
+if __name__ == "__main__":
+    sys.exit(stage_entry("dpo", DpoSection, train))
