@@ -120,21 +120,24 @@ class Masks:
 
     def __call__(self, queries_BT: Tensor, length: int) -> Tensor | dict[str, Tensor]:
         """Mask of queries at these positions over keys 0…length - 1, each [B, 1, T, length]."""
-        queries_BT1 = queries_BT[:, None, :, None]
-        keys_L = torch.arange(length, device=queries_BT.device)
-        causal = keys_L <= queries_BT1
-        full = self._additive(causal)
+        full = causal_mask(queries_BT, length, self.dtype)
         if self.chunk is None:
             return full
         chunked = full
         if length > self.chunk:
-            first = queries_BT1 // self.chunk * self.chunk
-            chunked = self._additive(causal & (keys_L >= first))
+            keys_L = torch.arange(length, device=queries_BT.device)
+            first_BT = queries_BT // self.chunk * self.chunk
+            chunked = full.masked_fill(keys_L < first_BT[:, None, :, None], float("-inf"))
         return {"full_attention": full, "chunked_attention": chunked}
 
-    def _additive(self, allowed: Tensor) -> Tensor:
-        mask = torch.zeros(allowed.shape, dtype=self.dtype, device=allowed.device)
-        return mask.masked_fill_(~allowed, float("-inf"))
+
+def causal_mask(queries_BT: Tensor, length: int, dtype: torch.dtype) -> Tensor:
+    """Additive mask [B, 1, T, length] that lets each query see the keys up to its own position."""
+    keys_L = torch.arange(length, device=queries_BT.device)
+    hidden = keys_L > queries_BT[:, None, :, None]
+    return torch.zeros(hidden.shape, dtype=dtype, device=hidden.device).masked_fill_(
+        hidden, float("-inf")
+    )
 
 
 def layer_types(config: PreTrainedConfig) -> list[str]:
@@ -212,16 +215,15 @@ def exact_lengths(
 
     query = normal(num_slots, heads, 1, head_size)
     key, value = (normal(num_slots, kv_heads, max_length, head_size) for _ in range(2))
-    masks = Masks(None, like.dtype)
+
+    def attend(positions_S1: Tensor, length: int) -> Tensor:
+        mask = causal_mask(positions_S1, length, like.dtype)
+        return decode_attention(query, key[:, :, :length], value[:, :, :length], mask, None)
+
     kept = []
     for length in _candidate_lengths(max_length):
         positions_S1 = torch.arange(num_slots, device=like.device)[:, None] % length
-        whole, cut = (
-            decode_attention(query, key[:, :, :end], value[:, :, :end], mask, None)
-            for end in (max_length, length)
-            if isinstance(mask := masks(positions_S1, end), Tensor)
-        )
-        if torch.equal(whole, cut):
+        if torch.equal(attend(positions_S1, max_length), attend(positions_S1, length)):
             kept.append(length)
     return (*kept, max_length)
 

@@ -1,4 +1,4 @@
-"""A transformers model in the fixed shapes of an engine: prefill one prompt, decode all slots.
+"""A transformers model in the fixed shapes of an engine: prefill prompts, decode all slots.
 
 B rows of a score batch, S slots, T positions, V vocabulary, H hidden size.
 
@@ -140,7 +140,7 @@ class SlotModel:
         self.logits_SV = self._logits(hidden[:, 0])
 
     def score(self, rows: Sequence[Sequence[int]], top_k: int) -> list[Scores]:
-        """Scores of at most `score_rows` sequences of one bucket, in a batch of fixed shape."""
+        """Scores of one of `score_batches`, in a batch of fixed shape."""
         tokens_BT = self._padded(rows)
         width = tokens_BT.shape[1]
         hidden_BTH = self._forward(tokens_BT, None)

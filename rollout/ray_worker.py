@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import os
+import platform
 import signal
 from collections.abc import Awaitable
 from pathlib import Path
@@ -85,8 +86,7 @@ class RayWorker:
     @property
     def _is_near(self) -> bool:
         """Whether its process id means something on this machine."""
-        here = ray.get_runtime_context().get_node_id()
-        return self._process is not None and self._process[0] == here
+        return self._process is not None and self._process[0] == platform.node()
 
 
 async def _sorted(ref: ray.ObjectRef[Value]) -> Value:

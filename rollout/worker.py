@@ -12,19 +12,21 @@ from __future__ import annotations
 import asyncio
 import logging
 import os
+import platform
 import threading
 import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-
-import ray
+from typing import TYPE_CHECKING
 
 from ground.errors import InfraError
 from ground.records import Group, Rollout
 from rollout.engine import Completion, Request
 from rollout.reward_pool import RewardPool, ScoredText
 from rollout.task import GroupResult, GroupTask, WorkerConfig
-from rollout.weights import Published
+
+if TYPE_CHECKING:
+    from rollout.weights import Published
 
 LEASE_SECONDS = 120.0
 """A worker that is not pinged for so long ends itself."""
@@ -44,16 +46,16 @@ class RolloutWorker:
         self._config, self._lease_seconds = config, lease_seconds
 
     async def open(self) -> tuple[str, int]:
-        """Load the model and make ready; returns node id and process id.
+        """Load the model and make ready; returns this machine's name and the process id.
 
         Not part of the constructor, because Ray keeps only the text of what a constructor raises.
         """
         config, fleet = self._config, self._config.fleet
-        try:
-            # Imported in the worker's own process: whoever only creates workers needs no torch.
+        # Imported in the worker's own process: whoever only creates workers needs no torch.
         from rollout.engines import open_engine
 
-        self._engine, self._template = open_engine(config.model_path, config.engine, version=-1)
+        try:
+            self._engine, self._template = open_engine(config.model_path, config.engine, version=-1)
         except (OSError, RuntimeError, MemoryError) as error:
             raise InfraError(
                 f"the engine must open, got {type(error).__name__}: {error}"
@@ -65,7 +67,7 @@ class RolloutWorker:
         self._orders = ThreadPoolExecutor(1, thread_name_prefix="order")
         self._pinged = time.monotonic()
         threading.Thread(target=self._watch_lease, name="lease", daemon=True).start()
-        return ray.get_runtime_context().get_node_id(), os.getpid()
+        return platform.node(), os.getpid()
 
     async def ping(self) -> None:
         """Renew the lease; answers while tokens are sampled."""
