@@ -1,0 +1,57 @@
+"""Hand-made groups, plans and a learner of the tiny model, for the tests of rl."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from accelerate import Accelerator
+
+from ground.model import load_model
+from ground.records import Group, Message, Prompt, Rollout, Segment, Span
+from rl.books import Plan
+from rl.config import RlSection
+from rl.learner import Learner
+
+PROMPT = Prompt.make((Message("user", "2+2="),), capability="sums", reward="exact", answer="4")
+ANSWERS = [((70, 71, 260), 1.0), ((72, 260), 0.0), ((70, 73, 74, 75, 260), 0.0), ((9, 260), 1.0)]
+
+
+def make_group(number: int, logprob: float = -2.0, prompt_length: int = 4) -> Group:
+    rollouts = tuple(
+        Rollout(
+            index,
+            (
+                Segment(
+                    "policy",
+                    tokens,
+                    tuple(logprob - 0.1 * place for place in range(len(tokens))),
+                    (Span(0, len(tokens)),),
+                ),
+            ),
+            text="",
+            reward=reward,
+            passed=reward > 0,
+        )
+        for index, (tokens, reward) in enumerate(ANSWERS)
+    )
+    prompt_ids = tuple(range(20 + number, 20 + number + prompt_length))
+    return Group(f"{PROMPT.id}.{number}", PROMPT, prompt_ids, rollouts)
+
+
+def make_plan(*groups: Group, step: int = 1) -> Plan:
+    return Plan(step, groups, {}, rollouts=4 * len(groups), reward=0.5, pass_rate=0.5)
+
+
+def make_learner(path: Path, **settings: object) -> Learner:
+    section = RlSection.model_validate(
+        {
+            "steps": 4,
+            "optimizer": {"learning_rate": 1e-2},
+            "sampling": {"temperature": 0.7},
+            **settings,
+        }
+    )
+    return Learner(
+        load_model(path, dtype=torch.float64), Accelerator(cpu=True), section, pad_id=261
+    )

@@ -1,0 +1,147 @@
+"""The learner's loop, its publications and its reasons to stop, without processes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+import pytest
+import torch
+from accelerate import Accelerator
+from rl_doubles import make_group, make_learner, make_plan
+from torch import Tensor
+
+from ground.checkpoints import Checkpoints
+from ground.errors import DivergedError, InfraError
+from ground.signals import Pending
+from rl.books import Plan
+from rl.config import RlSection, ValidationSection
+from rl.job import Report
+from rl.loop import LearnerLoop, NoSignalGuard
+from rl.publisher import Best, Publisher
+from rl.snapshot import Snapshot, read_books
+
+
+class FakeLoop:
+    """A controller that has every plan at once, and scores by the script."""
+
+    def __init__(self, scores: Mapping[int, float] | None = None, fail_at: int = -1) -> None:
+        self.published: list[int] = []
+        self._scores, self._fail_at = scores or {}, fail_at
+        self.stop_at = 99
+        self.pending = Pending()
+
+    def next_batch(
+        self, step: int, stop: Callable[[], bool]
+    ) -> tuple[Plan, dict[str, float]] | None:
+        if step == self.stop_at:
+            self.pending.number = 15
+        return None if stop() else (make_plan(make_group(step), step=step), {"buffered": 1.0})
+
+    def publish(self, version: int, weights: Mapping[str, Tensor], evaluate: bool) -> float | None:
+        if version == self._fail_at:
+            raise InfraError("hand-over failed")
+        self.published.append(version)
+        return self._scores.get(version, 0.5) if evaluate else None
+
+    def state(self) -> dict[str, object]:
+        return {"version": self.published[-1] if self.published else 0}
+
+
+def make_publisher(loop: FakeLoop, directory: Path, told: list[tuple[int, float]]) -> Publisher:
+    return Publisher(
+        loop,
+        Checkpoints(directory, keep=2),
+        Checkpoints(directory / "best", keep=1),
+        lambda version, score: told.append((version, score)),
+    )
+
+
+def run_loop(
+    model: Path, loop: FakeLoop, directory: Path, start: int = 0
+) -> tuple[int, list[Report], Publisher]:
+    section = RlSection(
+        steps=4,
+        groups_per_step=1,
+        checkpoint_every=3,
+        validation=ValidationSection(evaluate_every=2),
+    )
+    told: list[Report] = []
+    publisher = make_publisher(loop, directory, [])
+    learner_loop = LearnerLoop(
+        make_learner(model),
+        loop,
+        publisher,
+        Accelerator(cpu=True),
+        section,
+        tell=told.append,
+        keep_batch=lambda plan: None,
+    )
+    return learner_loop.run(start, loop.pending), told, publisher
+
+
+def test_every_version_is_published_and_the_last_is_saved_and_judged(
+    tiny_model: Path, tmp_path: Path
+) -> None:
+    loop = FakeLoop({2: 0.7, 4: 0.6})
+    version, told, publisher = run_loop(tiny_model, loop, tmp_path)
+    assert (version, loop.published) == (4, [1, 2, 3, 4])
+    assert [report.step for report in told] == [1, 2, 3, 4]
+    assert told[0].numbers["kept_share"] == 1.0
+    assert told[0].numbers["buffered"] == 1.0
+    assert [path.name for path in Checkpoints(tmp_path).steps()] == ["step_000003", "step_000004"]
+    assert publisher.best == Best(2, 0.7)
+
+
+def test_a_stop_saves_the_version_it_has_and_trains_no_further(
+    tiny_model: Path, tmp_path: Path
+) -> None:
+    loop = FakeLoop()
+    loop.stop_at = 2
+    version, told, _ = run_loop(tiny_model, loop, tmp_path)
+    assert (version, len(told)) == (2, 2)
+    latest = Checkpoints(tmp_path).latest()
+    assert latest is not None
+    assert latest.name == "step_000002"
+    assert read_books(latest) == {"version": 2}
+
+
+def test_of_two_equal_scores_the_later_wins_and_a_restart_remembers_it(tmp_path: Path) -> None:
+    told: list[tuple[int, float]] = []
+    publisher = make_publisher(FakeLoop({1: 0.5, 2: 0.5, 3: 0.4}), tmp_path, told)
+    for version in (1, 2, 3):
+        snapshot = Snapshot(version, {"w": torch.full((2,), float(version))}, {})
+        publisher.publish(snapshot, evaluate=True, save=False)
+    publisher.finish()
+    assert told == [(1, 0.5), (2, 0.5), (3, 0.4)]
+    again = make_publisher(FakeLoop(), tmp_path, [])
+    assert again.best == Best(2, 0.5)
+    weights = again.best_weights()
+    assert weights is not None
+    assert weights["w"].tolist() == [2.0, 2.0]
+
+
+def test_what_fails_in_the_background_fails_the_next_call(tmp_path: Path) -> None:
+    publisher = make_publisher(FakeLoop(fail_at=1), tmp_path, [])
+    snapshot = Snapshot(1, {"w": torch.zeros(1)}, {})
+    publisher.publish(snapshot, evaluate=False, save=True)
+    with pytest.raises(InfraError, match="hand-over failed"):
+        publisher.publish(snapshot, evaluate=False, save=False)
+    assert Checkpoints(tmp_path).steps() == []
+
+
+def test_nothing_to_learn_from_ends_the_run_with_a_histogram() -> None:
+    guard = NoSignalGuard(max_empty_steps=2)
+
+    def empty(**filtered: int) -> Plan:
+        reasons = {name.replace("_", "-"): count for name, count in filtered.items()}
+        return Plan(7, (), reasons, rollouts=8, reward=1.0, pass_rate=1.0)
+
+    guard.check(empty(all_1=3))
+    guard.check(make_plan(make_group(0)))
+    guard.check(empty(all_1=3, all_0=1))
+    with pytest.raises(DivergedError, match="in 2 steps must teach") as caught:
+        guard.check(empty(all_1=2, broken=2))
+    assert caught.value.why == "8 groups were filtered: all-1 5, broken 2, all-0 1"
+    assert caught.value.fix == "give it harder prompts: every answer was right"
+    assert caught.value.exit_code == 5

@@ -1,0 +1,237 @@
+"""The whole loop with real processes: what is killed, what goes on, and what is left behind."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import suppress
+from pathlib import Path
+
+import psutil
+import pyarrow.parquet as pq
+import pytest
+
+from ground.metrics import read_metrics
+from ground.storage import verify_directory
+from rl.journal import read_journal
+from rl.ledger import audit_ledger
+
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
+
+REWARDS = '''
+from rollout.rewards import Score, reward
+
+@reward("early")
+def early(prompts, completions, **columns):
+    """Share of letters in the first half of the alphabet; more than half passes."""
+    shares = [sum(c < "n" for c in text) / max(len(text), 1) for text in completions]
+    return [Score(share, share > 0.5, {}) for share in shares]
+
+@reward("same")
+def same(prompts, completions, **columns):
+    """Whatever is said is right."""
+    return [1.0] * len(completions)
+'''
+STEPS = 12
+
+
+class Run:
+    """A run of the `rl` stage on the tiny model, as a process of its own."""
+
+    def __init__(self, directory: Path, model: Path, reward: str = "early") -> None:
+        self.directory, self.stage = directory, directory / "run" / "rl"
+        rows = [
+            {
+                "messages": [{"role": "user", "content": f"letters {number}"}],
+                "capability": ("one", "two")[number % 2],
+                "reward": reward,
+                "answer": "",
+            }
+            for number in range(64)
+        ]
+        (directory / "prompts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+        (directory / "rewards.py").write_text(REWARDS)
+        recipe = {
+            "name": "toy",
+            "model": {"path": str(model)},
+            "data": {"prompts": "prompts.jsonl"},
+            "rewards": ["rewards.py"],
+            "rl": {
+                "steps": STEPS,
+                "groups_per_step": 4,
+                "group_size": 4,
+                "max_refills": 1,
+                "sampling": {"max_new_tokens": 40},
+                "engine": {"num_slots": 8, "max_length": 128},
+                "optimizer": {"learning_rate": 1e-3},
+                "validation": {"prompts": 4, "samples": 1, "evaluate_every": 6},
+                "checkpoint_every": 2,
+                "fleet": {"backoff_seconds": 0.1},
+            },
+        }
+        (directory / "recipe.yaml").write_text(json.dumps(recipe))
+        self.process = self.start()
+
+    def start(self, *flags: str) -> subprocess.Popen[str]:
+        arguments = [str(self.directory / "recipe.yaml"), "--run", str(self.directory / "run")]
+        self.process = subprocess.Popen(
+            [sys.executable, "-m", "rl.train", *arguments, *flags],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            start_new_session=True,
+            env=os.environ | {"OMP_NUM_THREADS": "1"},
+        )
+        return self.process
+
+    def wait_for_step(self, step: int) -> None:
+        wait_until(lambda: self.version >= step, 240, f"step {step}", self.process)
+
+    def finish(self) -> str:
+        output, _ = self.process.communicate(timeout=300)
+        return output
+
+    @property
+    def version(self) -> int:
+        records = read_metrics(self.stage / "metrics.jsonl")
+        return max((int(str(record["step"])) for record in records), default=0)
+
+    def below(self, title: str) -> list[psutil.Process]:
+        """Living processes of the run whose command line holds a title."""
+        found = []
+        for process in psutil.Process(self.process.pid).children(recursive=True):
+            with suppress(psutil.Error):
+                if title in " ".join(process.cmdline()):
+                    found.append(process)
+        return found
+
+    def check_finished(self) -> dict[str, object]:
+        """Everything that a finished stage promises."""
+        facts = verify_directory(self.stage).facts
+        verify_directory(self.stage / "model")
+        summary = facts["summary"]
+        assert isinstance(summary, dict)
+        totals = audit_ledger(read_journal(self.stage / "ledger.jsonl"))
+        assert totals == summary["audited"]
+        paths = sorted((self.stage / "groups").glob("step_*.parquet"))
+        assert len(paths) == STEPS
+        rows = [row for path in paths for row in pq.read_table(path).to_pylist()]
+        trained = [row["id"] for row in rows if row["state"] == "trained"]
+        assert len(trained) == len(set(trained)) == totals["trained"]
+        steps = [r["step"] for r in read_metrics(self.stage / "metrics.jsonl") if "loss" in r]
+        assert steps == list(range(1, STEPS + 1))
+        return summary
+
+    def events(self, kind: str) -> list[dict[str, object]]:
+        return [r for r in read_journal(self.stage / "events.jsonl") if r["kind"] == kind]
+
+
+def wait_until(
+    is_true: Callable[[], bool],
+    seconds: float,
+    what: str,
+    process: subprocess.Popen[str] | None = None,
+) -> None:
+    deadline = time.monotonic() + seconds
+    while not is_true():
+        if process and process.poll() is not None:
+            pytest.fail(f"ended before {what}: {process.communicate()[0]}")
+        if time.monotonic() > deadline:
+            pytest.fail(f"no {what} within {seconds} s")
+        time.sleep(0.05)
+
+
+def ours() -> list[str]:
+    """What a run of ours could leave behind: processes and Ray's folders."""
+    processes = [
+        " ".join(process.info["cmdline"] or [])
+        for process in psutil.process_iter(["cmdline", "status"])
+        if process.info["status"] != psutil.STATUS_ZOMBIE
+    ]
+    signs = ("ray::", "raylet", "gcs_server", "-m rl.", "rollout.reward_child")
+    left = [line for line in processes if any(sign in line for sign in signs)]
+    return left + [str(path) for path in Path("/tmp").glob("packtrain-*")]
+
+
+@pytest.fixture
+def run(tmp_path: Path, tiny_model: Path) -> Iterator[Run]:
+    """A started run; at the end nothing of it may be left."""
+    before = set(ours())
+    run = Run(tmp_path, tiny_model)
+    yield run
+    with suppress(ProcessLookupError):
+        os.killpg(run.process.pid, signal.SIGKILL)
+    run.process.communicate()
+    wait_until(lambda: set(ours()) <= before, 10, f"end of {set(ours()) - before}")
+
+
+def test_a_killed_worker_is_replaced_and_the_run_goes_on(run: Run) -> None:
+    run.wait_for_step(3)
+    (victim,) = run.below("ray::RolloutWorker")
+    victim.kill()
+    output = run.finish()
+    assert run.process.returncode == 0, output
+    assert not victim.is_running()
+    run.check_finished()
+    assert len(run.events("restart")) == 1
+    assert run.events("restart")[0]["role"] == "worker 0"
+
+
+def test_a_killed_command_is_resumed_from_its_checkpoint(run: Run) -> None:
+    run.wait_for_step(5)
+    os.kill(run.process.pid, signal.SIGKILL)
+    run.process.communicate()
+    wait_until(lambda: not run_is_left(run), 10, "end of the killed run's processes")
+    assert run.version < STEPS
+    run.start("--resume")
+    output = run.finish()
+    assert run.process.returncode == 0, output
+    run.check_finished()
+    records = list(read_journal(run.stage / "ledger.jsonl"))
+    assert any(record.get("reason") == "resumed" for record in records)
+
+
+def run_is_left(run: Run) -> bool:
+    """Whether a process or a folder of a killed run is still there."""
+    folder = str(run.directory)
+    return bool(ours()) and any(folder in line or "ray" in line for line in ours())
+
+
+@pytest.mark.parametrize("title", ["rl.learn", "ray::ControllerActor"])
+def test_a_killed_learner_or_controller_costs_only_the_way_back(run: Run, title: str) -> None:
+    run.wait_for_step(5)
+    (victim,) = run.below(title)
+    victim.kill()
+    output = run.finish()
+    assert run.process.returncode == 0, output
+    run.check_finished()
+    assert [event["role"] for event in run.events("restart")] == ["supervisor"]
+
+
+def test_a_terminated_run_saves_where_it_is_and_can_go_on(run: Run) -> None:
+    run.wait_for_step(3)
+    run.process.send_signal(signal.SIGTERM)
+    output = run.finish()
+    assert run.process.returncode == 143, output
+    assert "continue it with --resume" in output
+    latest = (run.stage / "checkpoints" / "latest").read_text().strip()
+    assert int(latest.removeprefix("step_")) == run.version
+    run.start("--resume")
+    output = run.finish()
+    assert run.process.returncode == 0, output
+    run.check_finished()
+
+
+def test_a_reward_that_never_differs_stops_the_run_and_says_why(
+    tmp_path: Path, tiny_model: Path
+) -> None:
+    run = Run(tmp_path, tiny_model, reward="same")
+    output = run.finish()
+    assert run.process.returncode == 5, output
+    assert "at least one group in 3 steps must teach something, none did" in output
+    assert "24 groups were filtered: all-1 24" in output
