@@ -38,7 +38,8 @@ install: $(INSTALLED)
 # torch goes in alone and first: whatever comes after it then finds the pinned build in place.
 $(INSTALLED): pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.version_info >= (3, 11) or sys.exit("packtrain needs Python 3.11 or newer, but $(PYTHON) is " + sys.version.split()[0] + "; name another one: make PYTHON=python3.12")'
-	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	@echo "installing packtrain and its libraries into $(VENV): about three minutes, once"
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(PIP) torch==2.13.0
 	$(PIP) --editable '.[dev]'
 	@touch $@

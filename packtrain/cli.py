@@ -130,8 +130,9 @@ def _run_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--run", type=Path, metavar="DIR", help="run directory (default: runs/<name>)"
     )
-    parser.add_argument("--resume", action="store_true", help="go on where a stopped run ended")
-    parser.add_argument("--overwrite", action="store_true", help="discard what the run holds")
+    begun = parser.add_mutually_exclusive_group()
+    begun.add_argument("--resume", action="store_true", help="go on where a stopped run ended")
+    begun.add_argument("--overwrite", action="store_true", help="discard what the run holds")
     parser.add_argument(
         "--accelerate",
         type=Path,

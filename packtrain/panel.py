@@ -80,7 +80,7 @@ class PlainPanel:
     def end(self, index: int, seconds: float, code: int) -> None:
         """`[3/9] sft done seconds=41.3 pass@1=0.412`"""
         step = self._steps[index]
-        outcome = "done" if code == 0 else f"failed code={code}"
+        outcome = {0: "done", 130: "stopped", 143: "stopped"}.get(code, f"failed code={code}")
         score = pass_at_1(self._run, step)
         tail = f" pass@1={score.mean:.4f}" if score and code == 0 else ""
         say(f"[{index + 1}/{len(self._steps)}] {step.title} {outcome} seconds={seconds:.1f}{tail}")

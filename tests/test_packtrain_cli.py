@@ -56,6 +56,10 @@ def test_overrides_may_stand_anywhere_after_the_recipe() -> None:
         (["run", "r.yaml", "more"], "unexpected argument 'more'"),
         (["status", "runs/x", "a=1"], "`packtrain status` takes no overrides, got 'a=1'"),
         (["run"], "the following arguments are required: RECIPE"),
+        (
+            ["run", "r", "--resume", "--overwrite"],
+            "--overwrite: not allowed with argument --resume",
+        ),
         ([], "the following arguments are required: COMMAND"),
     ],
 )
