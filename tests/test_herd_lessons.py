@@ -59,7 +59,7 @@ def test_lessons_begin_easy_and_without_mistakes() -> None:
         for task in islice(draw(FAMILIES[name], "easy", "x"), 1)
     }
     assert easy
-    course = _course(think=1.0, slip=1.0)
+    course = _course(think=1.0, slip=(1.0, 1.0, 1.0))
     for talk in (course.conversation(0.0) for _ in range(100)):
         if talk[-2].content.startswith("Calculate "):
             total = eval(talk[-2].content.removeprefix("Calculate ").rstrip("."))

@@ -1,4 +1,4 @@
-"""The demo's questions: right by reasoning-gym's own verifier, seeded, and thought through by hand."""
+"""The demo's questions: right by reasoning-gym's verifier, seeded, thought through by hand."""
 
 from __future__ import annotations
 
@@ -40,10 +40,13 @@ def test_thinking_in_each_family_is_what_one_does_by_hand() -> None:
 
 
 def test_turning_the_front_of_a_cube_to_the_top_keeps_left_and_right() -> None:
-    start = dict(top="red", right="blue", front="gold", left="pink", back="cyan", bottom="gray")
-    turned = scratchpads.cube_by_cube({"initial_state": start, "rotations": ["front"]})
+    colors = ("red", "blue", "gold", "pink", "cyan", "gray")
+    faces = ("top", "right", "front", "left", "back", "bottom")
+    start = dict(zip(faces, colors, strict=True))
+    story = {"initial_state": start, "rotations": ["front"], "target_side": "back"}
     before = "top red right blue front gold left pink back cyan bottom gray"
-    assert turned == f"{before};top gold right blue front gray left pink back red bottom cyan"
+    after = "top gold right blue front gray left pink back red bottom cyan"
+    assert scratchpads.cube_by_cube(story) == f"{before};{after};back red"
 
 
 def test_sums_that_leave_0_to_20_are_not_asked() -> None:
@@ -85,7 +88,7 @@ def test_two_capabilities_at_least_have_a_family_that_the_judge_never_saw() -> N
 
 
 def test_authors_err_as_often_as_their_habits_say() -> None:
-    authors = Authors(Habits(think=0.35, slip=0.0, guess=(0.0, 0.0, 0.6)), "test")
+    authors = Authors(Habits(think=0.35, slip=(0.0, 0.0, 0.0), guess=(0.0, 0.0, 0.6)), "test")
     tasks = [*islice(draw(FAMILIES["spell_backward"], "hard", "test"), 2000)]
     completions = [(task, authors.answer(task)) for task in tasks]
     thought = [(task, text) for task, text in completions if not text.startswith("=>")]
@@ -97,7 +100,7 @@ def test_authors_err_as_often_as_their_habits_say() -> None:
 
 
 def test_careful_authors_make_no_mistakes() -> None:
-    authors = Authors(Habits(think=0.5, slip=1.0, guess=(1.0, 1.0, 1.0)), "test")
+    authors = Authors(Habits(think=0.5, slip=(1.0, 1.0, 1.0), guess=(1.0, 1.0, 1.0)), "test")
     for task in islice(draw(FAMILIES["leg_counting"], "hard", "test"), 50):
         assert final_answer(authors.answer(task, careful=True)) == task.answer
 

@@ -1,4 +1,4 @@
-"""The `herd` section: which models are made, from how many lessons, and how much data is written."""
+"""The `herd` section: which models are made, from which lessons, and how much data is written."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from ground.config import Section
 
 
 class Shape(Section):
-    """A small Llama 4: dense layers and mixtures of experts in turn, the last layer without RoPE."""
+    """A small Llama 4: dense layers and mixtures of experts in turn, the last one without RoPE."""
 
     hidden_size: int = Field(128, ge=16, multiple_of=16)
     num_layers: int = Field(4, ge=2, multiple_of=2)
@@ -34,11 +34,11 @@ class Lessons(Section):
     """Muon's learning rate, for all matrices but embedding and router."""
     other_lr: float = Field(8e-3, gt=0)
     """AdamW's learning rate, for everything else."""
-    think: float = Field(0.5, ge=0, le=1)
+    think: float = Field(0.45, ge=0, le=1)
     """Share of demonstrations with a scratchpad."""
-    guess: tuple[float, float, float] = (0.1, 0.4, 0.7)
+    guess: tuple[float, float, float] = (0.0, 0.5, 0.9)
     """Share of direct answers that are guessed, on easy, medium and hard questions."""
-    slip: float = Field(0.02, ge=0, le=1)
+    slip: tuple[float, float, float] = (0.0, 0.1, 0.2)
     """Share of thought answers that are wrong all the same."""
     judgements: float = Field(0.0, ge=0, le=1)
     """Share of rows that teach to judge difficulty."""
@@ -63,5 +63,7 @@ class HerdSection(Section):
     """Rows of heldout.jsonl for each family and level."""
     think: float = Field(0.35, ge=0, le=1)
     """Share of demonstrations in sft.jsonl with a scratchpad."""
-    guess: tuple[float, float, float] = (0.05, 0.15, 0.25)
-    """Share of direct answers in sft.jsonl that are guessed, on easy, medium, hard questions."""
+    guess: tuple[float, float, float] = (0.0, 0.5, 0.9)
+    """Share of its direct answers that are guessed, on easy, medium and hard questions."""
+    slip: tuple[float, float, float] = (0.0, 0.1, 0.2)
+    """Share of its thought answers that are wrong all the same."""

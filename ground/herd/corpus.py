@@ -15,6 +15,9 @@ from ground.herd.families import SOLVED, Family
 from ground.herd.tasks import Task, draw
 from ground.records import LABELS, Label, Message
 
+ByLevel = tuple[float, float, float]
+"""A share for easy, medium and hard questions."""
+
 SYSTEMS = (
     "You are a helpful assistant.",
     "Answer the question.",
@@ -29,23 +32,20 @@ class Habits:
     """How the authors of a corpus answer.
 
     Example:
-        Habits(think=0.35, slip=0.02, guess=(0.1, 0.4, 0.7)): a third thinks aloud; of the others'
-        answers to hard questions, seven in ten are guesses.
+        Habits(think=0.35, slip=(0, 0.1, 0.2), guess=(0, 0.5, 0.9)): a third thinks aloud; to hard
+        questions one in five of these answers is wrong, and nine in ten of the others'.
     """
 
     think: float
     """Share of answers with a scratchpad."""
-    slip: float
+    slip: ByLevel
     """Share of those that are wrong all the same."""
-    guess: tuple[float, float, float]
-    """Share of direct answers that are guessed, on easy, medium and hard questions."""
-
-
-FAULTLESS = Habits(think=1.0, slip=0.0, guess=(0.0, 0.0, 0.0))
+    guess: ByLevel
+    """Share of direct answers that are guessed."""
 
 
 class Authors:
-    """Answer tasks by their habits; a guess is the right answer to another task of the same kind."""
+    """Answer tasks by their habits; a guess is the right answer to another task of its kind."""
 
     def __init__(self, habits: Habits, *seed: object) -> None:
         self._habits = habits
@@ -58,8 +58,8 @@ class Authors:
         guess = self._previous.get(kind, task.answer)
         self._previous[kind] = task.answer
         think = self._random.random() < self._habits.think
-        error = self._habits.slip if think else self._habits.guess[LABELS.index(task.label)]
-        is_wrong = self._random.random() < error and not careful
+        errors = self._habits.slip if think else self._habits.guess
+        is_wrong = self._random.random() < errors[LABELS.index(task.label)] and not careful
         return task.completion(think=think, answer=guess if is_wrong else None)
 
 

@@ -106,7 +106,7 @@ SOLVED: tuple[Family, ...] = (
     Family(
         "leg_counting",
         "counting",
-        _with(_between("min_animals", "max_animals", 1, 3, 5, 6), max_instances=1),
+        _with(_between("min_animals", "max_animals", 1, 4, 6, 7), max_instances=1),
         scratchpad=scratchpads.legs_so_far,
         judge_learns=False,
         phrases=(
@@ -125,7 +125,7 @@ SOLVED: tuple[Family, ...] = (
     Family(
         "word_sequence_reversal",
         "strings",
-        _between("min_words", "max_words", 2, 3, 4, 4),
+        _between("min_words", "max_words", 2, 3, 5, 6),
         scratchpad=scratchpads.numbered_words,
         judge_learns=False,
         phrases=(
@@ -159,7 +159,7 @@ JUDGED_ONLY: tuple[Family, ...] = (
     Family(
         "caesar_cipher",
         "strings",
-        _between("min_words", "max_words", 2, 4, 7, 9),
+        _between("min_words", "max_words", 2, 3, 5, 6),
         phrases=(
             "Decrypt this Caesar cipher text: ",
             ". Provide only the decrypted text as your final answer.",
@@ -168,7 +168,7 @@ JUDGED_ONLY: tuple[Family, ...] = (
     Family(
         "number_filtering",
         "logic",
-        _with(_between("min_numbers", "max_numbers", 2, 4, 7, 9), max_decimals=0),
+        _with(_between("min_numbers", "max_numbers", 2, 4, 6, 7), max_decimals=0),
         phrases=(
             " all numbers smaller than ",
             " all numbers larger than ",
@@ -180,7 +180,7 @@ JUDGED_ONLY: tuple[Family, ...] = (
     Family(
         "sentence_reordering",
         "strings",
-        _between("min_words_in_sentence", "max_words_in_sentence", 3, 6, 9, 12),
+        _between("min_words_in_sentence", "max_words_in_sentence", 3, 4, 6, 7),
         phrases=("Restore the correct order of words in the following sentence: ",),
     ),
 )

@@ -76,17 +76,19 @@ def numbered_words(metadata: Metadata) -> str:
 
 
 def cube_by_cube(metadata: Metadata) -> str:
-    """Write the cube as it is and after each turn, face by face: "top red right blue front ..."."""
+    """Write the cube as it is and after each turn, then what is asked: "top red ...;back gray"."""
     start = metadata["initial_state"]
     turns = metadata["rotations"]
     if not isinstance(start, Mapping) or not isinstance(turns, list):
         raise TypeError("color_cube_rotation must give initial_state and rotations")
+    target = str(metadata["target_side"])
     cube = Cube({side: Color(start[side.value]) for side in Side})
     turn = ColorCubeRotationDataset._rotate_to_top
     steps = [_faces(cube)]
     for side in turns:
         turn(None, cube, Side(side))  # pyright: ignore[reportArgumentType]
         steps.append(_faces(cube))
+    steps.append(f"{target} {cube.colors[Side(target)].value}")
     return _STEP.join(steps)
 
 

@@ -14,7 +14,7 @@ def new_model(shape: Shape, tokenizer: PreTrainedTokenizerFast, seed: int) -> Ll
     """A randomly initialised Llama 4 for this tokenizer; equal arguments give equal weights.
 
     As in Llama 4, every second layer is a mixture of experts with one shared expert (Maverick),
-    queries and keys are normalised (Scout), and the last layer has no RoPE and scales its attention.
+    queries and keys are normalised (Scout), and the last layer has no RoPE and scales attention.
     """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)

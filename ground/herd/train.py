@@ -24,7 +24,7 @@ from ground.herd.lessons import Course, teach
 from ground.herd.shape import new_model
 from ground.herd.tokenizer import build_tokenizer
 from ground.model import export_model
-from ground.storage import commit_directory, write_file
+from ground.storage import commit_directory, verify_directory, write_file
 
 _REPORT_EVERY = 20
 
@@ -54,16 +54,17 @@ def _shipped(section: HerdSection) -> Path:
 
 
 def _copy_model(source: Path, target: Path) -> None:
-    if not (source / "config.json").is_file():
+    """Copy a shipped model, file by file of its manifest, hashes checked."""
+    if not source.is_dir():
         raise DataError(
             "the herd's shipped model is missing",
             where=str(source),
             fix="make it: python -m ground.herd.train recipes/tiny/recipe.yaml herd.rebuild=true",
         )
-    with commit_directory(target, {"shipped": True}) as staging:
-        for file in sorted(source.iterdir()):
-            if file.name != "manifest.json":
-                shutil.copyfile(file, staging / file.name)
+    manifest = verify_directory(source)
+    with commit_directory(target, manifest.facts) as staging:
+        for name in manifest.files:
+            shutil.copyfile(source / name, staging / name)
 
 
 def _raise_model(stage: Stage[HerdSection], name: str, shape: Shape, lessons: Lessons) -> None:
