@@ -30,6 +30,7 @@ from ground.validation import suggest
 GENERAL = "general"
 """Capability of rows that name none."""
 COLUMNS: tuple[str, ...] = typing.get_args(Column)
+_OURS = {"id", "messages", "capability", "reward", "answer", "difficulty"}
 _ROLES: tuple[str, ...] = typing.get_args(Role)
 _MESSAGE_KEYS = ("role", "content")
 _DIFFICULTY_KEYS = ("label", "score", "judged_by", "successes", "trials", "version")
@@ -92,9 +93,13 @@ def row_of(record: Prompt | Demonstration) -> dict[str, object]:
 
 
 def _our_columns(row: Row, data: Data) -> dict[str, object]:
-    """Columns under our names: renamed, filled from the defaults, unknown ones refused."""
+    """Columns under our names: renamed, filled from the defaults, unknown ones refused.
+
+    A row with all our columns was written by a stage of ours: there is nothing to rename in it.
+    """
+    renamed = {} if _OURS <= set(row) else data.columns
     ours: dict[str, object] = {**data.defaults}
-    taken = set(data.columns.values())
+    taken = set(renamed.values())
     for name, value in row.items():
         if name in taken or name.startswith("meta_"):
             continue
@@ -103,7 +108,7 @@ def _our_columns(row: Row, data: Data) -> dict[str, object]:
             raise RowError(f"'{name}' is not a column{near}")
         if value is not None or name not in ours:
             ours[name] = value
-    for name, theirs in data.columns.items():
+    for name, theirs in renamed.items():
         if row.get(theirs) is not None or (theirs in row and name not in ours):
             ours[name] = row[theirs]
     return {name: value for name, value in ours.items() if value is not None or name in _WANTED}

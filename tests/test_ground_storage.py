@@ -154,6 +154,7 @@ def test_crash_points_of_a_checkpoint_with_latest_and_rotation(ram_path: Path, k
         latest = checkpoints.latest()
         assert latest is not None
         valid = [verify_directory(path) for path in checkpoints.steps()]
+        assert (place / (place / "latest").read_text().strip()).is_dir()
         return int(str(facts_of(latest)["step"])), min(len(valid), 1)
 
     def prepare(place: Path) -> None:

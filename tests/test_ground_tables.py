@@ -104,6 +104,14 @@ def test_columns_are_renamed_and_defaults_fill_what_is_missing(tmp_path: Path) -
     assert demonstration.messages == (QUESTION, Message("assistant", "so 4 #### 4"))
 
 
+def test_what_our_own_stages_write_is_read_whatever_the_users_columns_are(tmp_path: Path) -> None:
+    prompt = Prompt.make((QUESTION,), capability="c", reward="exact", answer="4")
+    data = Data(columns={"prompt": "question", "completion": "answer"}, defaults={"reward": "math"})
+    for name in ("mined.parquet", "mined.jsonl"):
+        write_records(tmp_path / name, [prompt])
+        assert read_prompts(tmp_path / name, data) == [prompt]
+
+
 @pytest.mark.skipif(not GSM8K.is_dir(), reason="the shared gsm8k folder is absent")
 def test_the_whole_of_gsm8k_is_read() -> None:
     data = Data(
