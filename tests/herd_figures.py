@@ -10,12 +10,13 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean
+from typing import cast
 
-import reasoning_gym
+import numpy as np
 from scipy.stats import mannwhitneyu, spearmanr
 
 from curation.judge import LabelJudge
-from ground.answers import ANSWER_MARKER, final_answer
+from ground.answers import ANSWER_MARKER
 from ground.herd.config import HerdSection
 from ground.herd.families import FAMILIES
 from ground.herd.files import heldout_tasks
@@ -24,6 +25,8 @@ from rollout.config import EngineSection
 from rollout.engine import Request, generate
 from rollout.engines import open_engine
 from rollout.passk import pass_at_k
+from rollout.reasoning_reward import reasoning_gym
+from rollout.rewards import Score
 from rollout.seeds import sample_seed
 
 SHIPPED = Path(__file__).resolve().parents[1] / "recipes" / "tiny" / "herd"
@@ -81,10 +84,15 @@ def answer(model: Path, tasks: Sequence[Task], samples: int = SAMPLES) -> list[A
 
 
 def _answered(task: Task, texts: Sequence[str]) -> Answered:
-    entry = json.loads(task.prompt.answer)
-    score = reasoning_gym.get_score_answer_fn(task.family)
-    passed = tuple(score(final_answer(text), entry=entry) > 0.99 for text in texts)
+    passed = tuple(verdict(task, text) for text in texts)
     return Answered(task, passed, tuple(not text.startswith(ANSWER_MARKER) for text in texts))
+
+
+def verdict(task: Task, text: str) -> bool:
+    """Whether the house's own reward accepts a completion."""
+    completion = [{"role": "assistant", "content": text}]
+    (score,) = reasoning_gym([[]], [completion], [task.prompt.answer])
+    return cast(Score, score).passed
 
 
 def solver_figures(answers: Sequence[Answered]) -> dict[str, object]:
@@ -124,16 +132,16 @@ def judge_scores(model: Path, tasks: Sequence[Task]) -> list[float]:
 def judge_figures(answers: Sequence[Answered], scores: Sequence[float]) -> dict[str, object]:
     """How well the judge foresees failure on families that it was not taught to judge."""
     unseen = [
-        (score, own.solve_rate)
+        (score, 1 - own.solve_rate)
         for score, own in zip(scores, answers, strict=True)
         if not FAMILIES[own.task.family].judge_learns
     ]
-    ordered = [rate for _, rate in sorted(unseen)]
+    ordered = [1 - failure for _, failure in sorted(unseen)]
     half = len(ordered) // 2
     pruned, kept = ordered[:half], ordered[half:]
     return {
         "num_tasks": len(unseen),
-        "spearman": float(spearmanr([score for score, _ in unseen], [-r for _, r in unseen])[0]),
+        "spearman": float(np.asarray(spearmanr(np.array(unseen)))[0]),
         "solve_rate_pruned": fmean(pruned),
         "solve_rate_kept": fmean(kept),
         "p_value": float(mannwhitneyu(pruned, kept, alternative="greater").pvalue),

@@ -2,20 +2,19 @@
 
 from __future__ import annotations
 
-from itertools import islice
+from typing import cast
 
 import pytest
 import torch
+from transformers import Llama4TextConfig
 
 from ground.answers import final_answer
 from ground.chat import ChatTemplate
 from ground.herd import lessons as lessons_module
 from ground.herd.config import Lessons, Shape
-from ground.herd.families import FAMILIES
 from ground.herd.lessons import Course, teach
 from ground.herd.muon import Muon, orthogonal
 from ground.herd.shape import new_model
-from ground.herd.tasks import draw
 from ground.herd.tokenizer import build_tokenizer
 from ground.judging import JUDGE_QUESTION
 from ground.records import LABELS
@@ -53,12 +52,6 @@ def _course(**options: object) -> Course:
 
 
 def test_lessons_begin_easy_and_without_mistakes() -> None:
-    easy = {
-        task.question
-        for name in ("color_cube_rotation",)
-        for task in islice(draw(FAMILIES[name], "easy", "x"), 1)
-    }
-    assert easy
     course = _course(think=1.0, slip=(1.0, 1.0, 1.0))
     for talk in (course.conversation(0.0) for _ in range(100)):
         if talk[-2].content.startswith("Calculate "):
@@ -80,10 +73,11 @@ def test_a_loss_does_not_depend_on_how_a_batch_is_padded() -> None:
     tokenizer = build_tokenizer(256)
     model = new_model(TINY, tokenizer, seed=0)
     rows = [([2, 9, 10, 11], [0, 0, 1, 1]), ([2, 9, 10, 11, 12, 13, 14], [0, 0, 0, 0, 1, 1, 1])]
-    apart = sum(
-        float(lessons_module._loss(model, *lessons_module._padded([row], 0))) for row in rows
-    )
-    together = float(lessons_module._loss(model, *lessons_module._padded(rows, 0)))
+    with torch.no_grad():
+        together = lessons_module._loss(model, *lessons_module._padded(rows, 0)).item()
+        apart = sum(
+            lessons_module._loss(model, *lessons_module._padded([row], 0)).item() for row in rows
+        )
     assert together == pytest.approx(apart, rel=1e-4)
 
 
@@ -99,8 +93,9 @@ def test_equal_seeds_give_equal_models() -> None:
 def test_layers_alternate_between_dense_and_mixture_and_the_last_has_no_rope() -> None:
     model = new_model(TINY, build_tokenizer(256), seed=0)
     assert [layer.is_moe_layer for layer in model.model.layers] == [False, True, False, True]
-    assert [bool(layer.self_attn.use_rope) for layer in model.model.layers] == [1, 1, 1, 0]
-    assert model.config.attention_chunk_size % 128 == 0
+    config = cast(Llama4TextConfig, model.config)
+    assert config.no_rope_layers == [1, 1, 1, 0]
+    assert config.attention_chunk_size == 256
 
 
 def test_teaching_lowers_the_loss() -> None:

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import json
 from itertools import islice
 
 import pytest
-import reasoning_gym
+from herd_figures import verdict
 
 from ground.answers import final_answer
 from ground.herd import scratchpads
@@ -16,18 +15,13 @@ from ground.herd.tasks import Task, draw, stream_seed
 from ground.records import LABELS, Message
 
 
-def _score(task: Task, completion: str) -> float:
-    entry = json.loads(task.prompt.answer)
-    return reasoning_gym.get_score_answer_fn(entry["family"])(final_answer(completion), entry=entry)
-
-
 @pytest.mark.parametrize("family", SOLVED, ids=lambda family: family.name)
 def test_a_scratchpad_ends_in_the_answer_that_the_verifier_accepts(family: Family) -> None:
     for label in LABELS:
         for task in islice(draw(family, label, "test"), 30):
-            assert _score(task, task.completion(think=True)) == 1.0
-            assert _score(task, task.completion(think=False)) == 1.0
-            assert _score(task, task.completion(think=True, answer="no")) < 0.5
+            assert verdict(task, task.completion(think=True))
+            assert verdict(task, task.completion(think=False))
+            assert not verdict(task, task.completion(think=True, answer="no"))
 
 
 def test_thinking_in_each_family_is_what_one_does_by_hand() -> None:
@@ -44,9 +38,9 @@ def test_turning_the_front_of_a_cube_to_the_top_keeps_left_and_right() -> None:
     faces = ("top", "right", "front", "left", "back", "bottom")
     start = dict(zip(faces, colors, strict=True))
     story = {"initial_state": start, "rotations": ["front"], "target_side": "back"}
-    before = "top red right blue front gold left pink back cyan bottom gray"
-    after = "top gold right blue front gray left pink back red bottom cyan"
-    assert scratchpads.cube_by_cube(story) == f"{before};{after};back red"
+    before = "top=red,right=blue,front=gold,left=pink,back=cyan,bottom=gray"
+    after = "top=gold,right=blue,front=gray,left=pink,back=red,bottom=cyan"
+    assert scratchpads.cube_by_cube(story) == f"{before};{after};back=red"
 
 
 def test_sums_that_leave_0_to_20_are_not_asked() -> None:
@@ -94,7 +88,7 @@ def test_authors_err_as_often_as_their_habits_say() -> None:
     thought = [(task, text) for task, text in completions if not text.startswith("=>")]
     direct = [(task, text) for task, text in completions if text.startswith("=>")]
     assert len(thought) / len(tasks) == pytest.approx(0.35, abs=0.03)
-    assert all(_score(task, text) == 1.0 for task, text in thought)
+    assert all(verdict(task, text) for task, text in thought)
     wrong = sum(final_answer(text) != task.answer for task, text in direct) / len(direct)
     assert wrong == pytest.approx(0.6, abs=0.04)
 

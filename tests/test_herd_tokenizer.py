@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from itertools import islice
+from typing import cast
 
 import pytest
 from transformers import PreTrainedTokenizerFast
@@ -61,10 +62,13 @@ def test_a_chat_begins_once_and_each_turn_ends(tokenizer: PreTrainedTokenizerFas
 
 def test_the_template_marks_the_same_tokens_as_ours(tokenizer: PreTrainedTokenizerFast) -> None:
     messages = (Message("user", "Calculate 4 + 5."), Message("assistant", "=>9"))
-    theirs = tokenizer.apply_chat_template(
-        [{"role": message.role, "content": message.content} for message in messages],
-        return_assistant_tokens_mask=True,
-        return_dict=True,
+    theirs = cast(
+        dict[str, list[int]],
+        tokenizer.apply_chat_template(
+            [{"role": message.role, "content": message.content} for message in messages],
+            return_assistant_tokens_mask=True,
+            return_dict=True,
+        ),
     )
     ids, mask = ChatTemplate(tokenizer).encode_demonstration(messages)
     assert theirs["input_ids"] == ids

@@ -44,6 +44,15 @@ class Lessons(Section):
     """Share of rows that teach to judge difficulty."""
 
 
+STUDENT = Shape.model_validate({})
+TEACHER = Shape.model_validate({"hidden_size": 160, "dense_size": 320, "expert_size": 96})
+STUDENT_LESSONS = Lessons.model_validate({})
+TEACHER_LESSONS = Lessons.model_validate(
+    {"steps": 900, "think": 0.95, "judgements": 0.25, "guess": (0, 0, 0), "slip": (0, 0, 0)}
+)
+"""A careful author's lessons, and those of a judge."""
+
+
 class HerdSection(Section):
     """The tiny herd of the demo: tokenizer, student, teacher, and data for all stages."""
 
@@ -51,10 +60,10 @@ class HerdSection(Section):
     """Folder with `student` and `teacher`; by default the one in packtrain's tiny recipe."""
     rebuild: bool = False
     """Train both models anew instead of copying the shipped ones; takes minutes."""
-    student: Shape = Shape()  # pyright: ignore[reportCallIssue]
-    teacher: Shape = Shape()  # pyright: ignore[reportCallIssue]
-    student_lessons: Lessons = Lessons()  # pyright: ignore[reportCallIssue]
-    teacher_lessons: Lessons = Lessons()  # pyright: ignore[reportCallIssue]
+    student: Shape = STUDENT
+    teacher: Shape = TEACHER
+    student_lessons: Lessons = STUDENT_LESSONS
+    teacher_lessons: Lessons = TEACHER_LESSONS
     demonstrations_per_level: int = Field(150, ge=1)
     """Rows of sft.jsonl for each family and level (7 families, 3 levels)."""
     prompts_per_level: int = Field(72, ge=1)

@@ -72,6 +72,7 @@ _TURNS = (
     " side is rotated to become the top face.",
     " is now at the top.",
 )
+_FACES = ("top=", *(f"{sign}{side.value}=" for side in Side for sign in ",;"))
 
 SOLVED: tuple[Family, ...] = (
     Family(
@@ -143,6 +144,7 @@ SOLVED: tuple[Family, ...] = (
             "A cube has:\n- a ",
             " side\n- a ",
             *_TURNS,
+            *_FACES,
             "What is now the color of the ",
             " side of the cube?\nProvide only the color as your final answer.",
         ),

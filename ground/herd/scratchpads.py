@@ -76,7 +76,7 @@ def numbered_words(metadata: Metadata) -> str:
 
 
 def cube_by_cube(metadata: Metadata) -> str:
-    """Write the cube as it is and after each turn, then what is asked: "top red ...;back gray"."""
+    """Write the cube as it is and after each turn, then what is asked: "top=red,...;back=red"."""
     start = metadata["initial_state"]
     turns = metadata["rotations"]
     if not isinstance(start, Mapping) or not isinstance(turns, list):
@@ -88,12 +88,12 @@ def cube_by_cube(metadata: Metadata) -> str:
     for side in turns:
         turn(None, cube, Side(side))  # pyright: ignore[reportArgumentType]
         steps.append(_faces(cube))
-    steps.append(f"{target} {cube.colors[Side(target)].value}")
+    steps.append(f"{target}={cube.colors[Side(target)].value}")
     return _STEP.join(steps)
 
 
 def _faces(cube: Cube) -> str:
-    return " ".join(f"{face.value} {cube.colors[face].value}" for face in Side)
+    return ",".join(f"{face.value}={cube.colors[face].value}" for face in Side)
 
 
 def _words(words: object) -> list[str]:

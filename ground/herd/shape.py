@@ -6,6 +6,7 @@ import torch
 from transformers import Llama4ForCausalLM, Llama4TextConfig, PreTrainedTokenizerFast
 
 from ground.herd.config import Shape
+from ground.herd.tokenizer import BEGIN, PAD, TURN_END
 
 _ATTENTION_CHUNK = 256
 
@@ -22,8 +23,9 @@ def new_model(shape: Shape, tokenizer: PreTrainedTokenizerFast, seed: int) -> Ll
 
 
 def _config(shape: Shape, tokenizer: PreTrainedTokenizerFast) -> Llama4TextConfig:
+    vocabulary = tokenizer.get_vocab()
     return Llama4TextConfig(
-        vocab_size=len(tokenizer),
+        vocab_size=len(vocabulary),
         hidden_size=shape.hidden_size,
         num_hidden_layers=shape.num_layers,
         num_attention_heads=shape.num_heads,
@@ -41,7 +43,7 @@ def _config(shape: Shape, tokenizer: PreTrainedTokenizerFast) -> Llama4TextConfi
         max_position_embeddings=shape.max_length,
         rope_parameters={"rope_type": "default", "rope_theta": 10_000.0},
         tie_word_embeddings=True,
-        pad_token_id=tokenizer.pad_token_id,
-        bos_token_id=tokenizer.bos_token_id,
-        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=vocabulary[PAD],
+        bos_token_id=vocabulary[BEGIN],
+        eos_token_id=vocabulary[TURN_END],
     )

@@ -12,8 +12,6 @@ import sys
 import time
 from pathlib import Path
 
-import torch
-
 from ground.chat import ChatTemplate
 from ground.console import progress
 from ground.entry import Stage, stage_entry
@@ -95,7 +93,7 @@ def _raise_model(stage: Stage[HerdSection], name: str, shape: Shape, lessons: Le
         "licence": "Apache-2.0; trained from nothing on questions of reasoning-gym (Apache-2.0).",
     }
     with commit_directory(stage.directory / name, facts) as staging:
-        export_model(model.to(torch.bfloat16), tokenizer, staging, facts)
+        export_model(model.bfloat16(), tokenizer, staging, facts)
 
 
 if __name__ == "__main__":
