@@ -56,7 +56,7 @@ class Answered:
 
 def shipped_tasks() -> list[Task]:
     """The held-out tasks of the tiny recipe, which no model of the herd was trained on."""
-    return heldout_tasks(HerdSection(), seed=0)  # pyright: ignore[reportCallIssue]
+    return heldout_tasks(HerdSection())  # pyright: ignore[reportCallIssue]
 
 
 def answer(model: Path, tasks: Sequence[Task], samples: int = SAMPLES) -> list[Answered]:

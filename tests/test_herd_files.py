@@ -31,7 +31,13 @@ def _question(row: dict) -> str:
 
 def test_equal_seeds_give_equal_bytes(files: dict[str, str]) -> None:
     assert data_files(SECTION, seed=0) == files
-    assert data_files(SECTION, seed=1) != files
+    other = data_files(SECTION, seed=1)
+    assert other["sft.jsonl"] != files["sft.jsonl"]
+    assert other["prompts.jsonl"] != files["prompts.jsonl"]
+
+
+def test_what_is_held_out_is_the_same_for_every_seed(files: dict[str, str]) -> None:
+    assert data_files(SECTION, seed=1)["heldout.jsonl"] == files["heldout.jsonl"]
 
 
 def test_no_question_stands_in_two_files_or_twice_in_one(files: dict[str, str]) -> None:

@@ -19,11 +19,13 @@ from ground.herd.families import SOLVED
 from ground.herd.tasks import Task, draw
 from ground.records import LABELS, Message, Prompt, content_id
 
+_HELDOUT_SEED = 0
+
 
 def data_files(section: HerdSection, seed: int) -> dict[str, str]:
     """File name → content of all data files; equal arguments give equal bytes."""
     seen: set[str] = set()
-    heldout = heldout_tasks(section, seed)
+    heldout = heldout_tasks(section)
     seen.update(task.question for task in heldout)
     prompts = _unseen(section.prompts_per_level, seen, seed, "prompts")
     demonstrated = _unseen(section.demonstrations_per_level, seen, seed, "sft")
@@ -35,9 +37,9 @@ def data_files(section: HerdSection, seed: int) -> dict[str, str]:
     }
 
 
-def heldout_tasks(section: HerdSection, seed: int) -> list[Task]:
-    """The tasks of heldout.jsonl: no model may be trained on them."""
-    return _unseen(section.heldout_per_level, set(), seed, "heldout")
+def heldout_tasks(section: HerdSection) -> list[Task]:
+    """The tasks of heldout.jsonl, the same for every run: the shipped models never saw them."""
+    return _unseen(section.heldout_per_level, set(), _HELDOUT_SEED, "heldout")
 
 
 def prompt_row(task: Task) -> dict[str, object]:

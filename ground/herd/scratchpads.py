@@ -13,13 +13,21 @@ from collections.abc import Callable, Mapping
 from itertools import accumulate
 
 from reasoning_gym.arithmetic.leg_counting import ANIMALS
-from reasoning_gym.cognition.color_cube_rotation import Color, ColorCubeRotationDataset, Cube, Side
+from reasoning_gym.cognition.color_cube_rotation import Color, Cube, Side
 
 Metadata = Mapping[str, object]
 Scratchpad = Callable[[Metadata], str]
 
 _STEP = ";"
 _MOST = 20
+_TURNS: dict[Side, Callable[[Cube], None]] = {
+    Side.FRONT: Cube.rotate_front_to_top,
+    Side.RIGHT: Cube.rotate_right_to_top,
+    Side.BACK: Cube.rotate_back_to_top,
+    Side.LEFT: Cube.rotate_left_to_top,
+    Side.BOTTOM: Cube.rotate_bottom_to_top,
+}
+"""What brings each side to the top."""
 
 
 def running_total(metadata: Metadata) -> str:
@@ -83,10 +91,9 @@ def cube_by_cube(metadata: Metadata) -> str:
         raise TypeError("color_cube_rotation must give initial_state and rotations")
     target = str(metadata["target_side"])
     cube = Cube({side: Color(start[side.value]) for side in Side})
-    turn = ColorCubeRotationDataset._rotate_to_top
     steps = [_faces(cube)]
     for side in turns:
-        turn(None, cube, Side(side))  # pyright: ignore[reportArgumentType]
+        _TURNS[Side(side)](cube)
         steps.append(_faces(cube))
     steps.append(f"{target}={cube.colors[Side(target)].value}")
     return _STEP.join(steps)

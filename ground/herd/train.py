@@ -70,7 +70,7 @@ def _raise_model(stage: Stage[HerdSection], name: str, shape: Shape, lessons: Le
     seed, began = stage.head.seed, time.monotonic()
     tokenizer = build_tokenizer(shape.max_length)
     model = new_model(shape, tokenizer, seed)
-    forbidden = {task.question for task in heldout_tasks(stage.section, seed)}
+    forbidden = {task.question for task in heldout_tasks(stage.section)}
     losses: list[float] = []
 
     def report(step: int, loss: float) -> None:
