@@ -97,6 +97,8 @@ def _is_ours(error: OSError, path: Path) -> bool:
     if error.filename is None:
         return True
     place, named = path.absolute(), Path(os.fsdecode(error.filename)).absolute()
+    if error.errno == errno.EEXIST and not named.is_file():
+        return False
     return named.is_relative_to(place.parent) or place.is_relative_to(named)
 
 

@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Generic, TypeVar
 
 from ground.config import STAGES, Head, Section
+from ground.disk import disk_errors
 from ground.errors import PacktrainError
 from ground.lock import TOKEN, read_holder
 from ground.logs import install_redaction, redact, setup_logging
@@ -183,7 +184,10 @@ def _lead(order: _Order, run: RunDir, document: RecipeDocument, head: Head, work
             return
         directory = run.stage(order.place)
         sinks = open_sinks(head.sinks, directory, head.name)
-        with Metrics(directory / "metrics.jsonl", sinks) as metrics:
+        with (
+            disk_errors(directory),
+            Metrics(directory / "metrics.jsonl", sinks) as metrics,
+        ):
             summary = work(metrics, lock.incarnation)
         run.finish(order.place, settings, summary)
         _LOG.info("%s is finished", order.place)

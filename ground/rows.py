@@ -97,7 +97,7 @@ def _our_columns(row: Row, data: Data) -> dict[str, object]:
 
     A row with all our columns was written by a stage of ours: there is nothing to rename in it.
     """
-    renamed = {} if _OURS <= set(row) else data.columns
+    renamed = {} if set(row) >= _OURS else data.columns
     ours: dict[str, object] = {**data.defaults}
     taken = set(renamed.values())
     for name, value in row.items():

@@ -127,6 +127,7 @@ class RunDir:
         facts = {
             "stage": stage,
             "finished": time.time(),
+            "seconds": self._seconds_since_start(stage),
             "settings": dict(settings),
             "fingerprint": fingerprint(settings),
             "summary": dict(summary),
@@ -136,6 +137,14 @@ class RunDir:
             if self._replaced(stage).exists():
                 remove_directory(self._replaced(stage))
         return manifest
+
+    def _seconds_since_start(self, stage: str) -> float | None:
+        """Wall-clock time since the stage's last start (a resumed one counts from there)."""
+        try:
+            note = json.loads((self.stage(stage) / STARTED).read_bytes())
+            return round(time.time() - float(note["started"]), 3)
+        except (OSError, ValueError, KeyError, TypeError):
+            return None
 
     def discard(self, stage: str) -> None:
         """Remove an unfinished folder that holds nothing worth resuming (an evaluation's)."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import logging
 import os
@@ -118,6 +119,17 @@ def test_each_error_has_its_exit_code_and_is_said_once(
     error.where, error.fix = "data.jsonl:3", "mend it"
     assert enter(function=failing(error)) == code
     assert capfd.readouterr().err == "packtrain: data.jsonl:3: x\n  fix: mend it\n"
+
+
+def test_a_full_disk_in_the_middle_of_a_stage_is_no_defect(
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    assert enter(function=failing(OSError(errno.ENOSPC, "No space left on device"))) == 4
+    said = capfd.readouterr().err
+    assert said.startswith("packtrain: runs/demo/sft: the disk is full (")
+    assert said.endswith("fix: free some space and continue with --resume\n")
+    assert enter(function=failing(FileExistsError(errno.EEXIST, "exists", "runs/demo"))) == 4
+    assert enter("--overwrite", function=failing(FileExistsError(errno.EEXIST, "", "runs"))) == 1
 
 
 def test_a_defect_gives_its_traceback_without_secrets_and_the_stage_stays_resumable(

@@ -200,6 +200,8 @@ def test_a_stage_goes_from_absent_to_unfinished_to_done(run: RunDir) -> None:
     manifest = verify_directory(run.stage("sft"))
     assert list(manifest.files) == ["weights"]
     assert manifest.facts["summary"] == {"loss": 0.5}
+    seconds = manifest.facts["seconds"]
+    assert isinstance(seconds, float) and 0 <= seconds < 60
     assert not run.begin("sft", {"sft": "1"}, resume=False, overwrite=False)
 
 
