@@ -24,7 +24,7 @@ from ground.entry import Stage, stage_entry
 from ground.model import export_model, load_model, load_tokenizer
 from ground.storage import commit_directory
 from ground.tables import write_rows
-from ground.training import Fit
+from ground.training import Fit, stage_card
 
 logger = logging.getLogger(__name__)
 
@@ -59,8 +59,7 @@ def train(stage: Stage[DpoSection]) -> dict[str, object]:
         **facts,
     }
     if PartialState().is_main_process:
-        card = {"stage": "dpo", "run": stage.head.name, "base": base.name}
-        provenance = {**card, "data": "pairs.parquet", **summary}
+        provenance = {**stage_card(stage, base), "data": "pairs.parquet", **summary}
         with commit_directory(stage.directory / "model", provenance) as folder:
             export_model(model, tokenizer, folder, provenance)
     return summary

@@ -32,7 +32,9 @@ from transformers import (
 
 from ground.checkpoints import Checkpoints
 from ground.console import progress
+from ground.entry import S, Stage
 from ground.errors import DivergedError
+from ground.manifest import digest
 from ground.metrics import Metrics
 from ground.signals import Pending, held_signals
 from ground.trainer_config import TrainerSection
@@ -119,6 +121,17 @@ def check_loss(loss: Tensor, step: int) -> None:
     """Raise DivergedError when a loss is NaN or infinite, before its backward pass."""
     if not torch.isfinite(loss).all():
         raise _diverged(f"the loss must be finite, got {loss.item()}", step)
+
+
+def stage_card(stage: Stage[S], base: Path) -> dict[str, object]:
+    """What the model card of every stage tells first: where the model comes from."""
+    return {
+        "stage": stage.name,
+        "run": stage.head.name,
+        "base": f"{base.parent.name}/{base.name}",
+        "recipe_sha256": digest(stage.run.path / "recipe.resolved.yaml").sha256,
+        "seed": stage.head.seed,
+    }
 
 
 @contextmanager

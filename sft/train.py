@@ -12,10 +12,11 @@ from ground.chat import ChatTemplate
 from ground.checkpoints import Checkpoints
 from ground.entry import Stage, stage_entry
 from ground.errors import RecipeError
-from ground.model import export_model, load_model, load_tokenizer, read_config
+from ground.model import export_model, load_model, load_tokenizer
+from ground.model_files import read_config
 from ground.storage import commit_directory
 from ground.tables import read_demonstrations, write_jsonl
-from ground.training import Fit
+from ground.training import Fit, stage_card
 from sft.config import SftSection
 from sft.data import TrainingRows, encode_demonstrations
 from sft.trainer import run_sft
@@ -57,8 +58,8 @@ def train(stage: Stage[SftSection]) -> dict[str, object]:
         "chat_template": chat.fingerprint,
     }
     if PartialState().is_main_process:
-        card = {"stage": "sft", "run": stage.head.name, "base": base.name, "data": source.name}
-        provenance = {**card, "rows_sha256": rows.fingerprint, **summary}
+        data = {"data": f"{source.parent.name}/{source.name}", "rows_sha256": rows.fingerprint}
+        provenance = {**stage_card(stage, base), **data, **summary}
         with commit_directory(stage.directory / "model", provenance) as folder:
             export_model(model, tokenizer, folder, provenance)
     return summary

@@ -1,0 +1,119 @@
+"""The dpo stage from the command line: pairs and model out, or the RL model and the reason why."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from dpo.config import DpoSection
+from dpo.train import train
+from ground.entry import stage_entry
+from ground.metrics import read_metrics
+from ground.model import load_model, tensors_of
+from ground.run import RunDir
+from ground.storage import verify_directory
+from ground.tables import read_rows, write_rows
+
+RECIPE = """
+name: sums
+seed: 3
+model: {{path: {model}}}
+dpo:
+  max_length: 100
+  pairs: {{min_pairs: 4}}
+  gate: {{max_kl: 0.5, max_chosen_fall: 0.5}}
+  trainer:
+    {{learning_rate: 1e-4, rows_per_step: 4, rows_per_pass: 4, max_steps: 3, log_every: 1}}
+"""
+
+
+@pytest.fixture
+def recipe(tmp_path: Path, tiny_model: Path) -> Path:
+    path = tmp_path / "recipe.yaml"
+    path.write_text(RECIPE.format(model=tiny_model))
+    return path
+
+
+def write_rl_groups(recipe: Path, num_prompts: int) -> None:
+    """What an RL stage leaves: one group a prompt, one right and one wrong answer."""
+    groups = pytest.importorskip("rl.groups")
+    rows = [
+        {
+            "id": f"p{n}.0",
+            "prompt_id": f"p{n}",
+            "messages": [{"role": "user", "content": f"{n}+{n}="}],
+            "capability": "sums",
+            "reward": "exact",
+            "answer": str(2 * n),
+            "system": "",
+            "version": 1,
+            "state": "trained",
+            "reason": "",
+            "texts": [f"{2 * n}", f"{2 * n + 1}"],
+            "rewards": [1.0, 0.0],
+            "passed": [True, False],
+            "finish": ["stop", "stop"],
+            "num_tokens": [3, 3],
+            "errors": ["", ""],
+            "advantages": [0.5, -0.5],
+        }
+        for n in range(10, 10 + num_prompts)
+    ]
+    run_path = recipe.parent / "run"
+    (run_path / "log").mkdir(parents=True)
+    write_rows(groups.groups_path(run_path / "rl" / "groups", 1), rows, groups.SCHEMA)
+
+
+def run(recipe: Path, *arguments: str) -> tuple[int, RunDir]:
+    directory = RunDir(recipe.parent / "run")
+    argv = [str(recipe), *arguments, "--run", str(directory.path)]
+    return stage_entry("dpo", DpoSection, train, argv), directory
+
+
+def summary_of(directory: RunDir) -> dict[str, object]:
+    summary = directory.manifest("dpo").facts["summary"]
+    assert isinstance(summary, dict)
+    return summary
+
+
+def test_the_stage_trains_on_rl_s_pairs_and_reports_the_gate(recipe: Path, tiny_model: Path):
+    write_rl_groups(recipe, 6)
+    code, directory = run(recipe)
+    assert code == 0
+    stage = directory.stage("dpo")
+    summary = summary_of(directory)
+    assert summary["trained"] is True and summary["pairs"] == 6 and summary["steps"] == 3
+    assert summary["mining"] == {"pair_wrong": 6}
+    pairs = read_rows(stage / "pairs.parquet")
+    assert {(row["chosen"], row["rejected"]) for row in pairs} >= {("20", "21"), ("30", "31")}
+    verify_directory(stage / "model")
+    gate = [record for record in read_metrics(stage / "metrics.jsonl") if "kl" in record]
+    assert gate[0]["phase"] == "gate" and 0 < float(str(gate[0]["kl"])) < 0.5
+    ours, base = tensors_of(load_model(stage / "model")), tensors_of(load_model(tiny_model))
+    assert not torch.equal(ours["lm_head.weight"], base["lm_head.weight"])
+    assert "recipe_sha256" in (stage / "model" / "README.md").read_text()
+
+
+@pytest.mark.parametrize(
+    ("num_prompts", "override", "why"),
+    [
+        (0, (), "the rl stage left no groups"),
+        (3, (), "3 pairs were found, dpo.pairs.min_pairs asks for 4"),
+        (6, ("dpo.gate.max_kl=1e-12",), "dpo.gate.max_kl"),
+    ],
+)
+def test_the_rl_model_goes_on_with_the_reason_why(
+    recipe: Path, tiny_model: Path, num_prompts: int, override: tuple[str, ...], why: str
+):
+    if num_prompts:
+        write_rl_groups(recipe, num_prompts)
+    code, directory = run(recipe, *override)
+    assert code == 0
+    summary = summary_of(directory)
+    assert summary["trained"] is False and why in str(summary["kept_because"])
+    model = directory.stage("dpo") / "model"
+    ours, base = tensors_of(load_model(model)), tensors_of(load_model(tiny_model))
+    assert all(torch.equal(ours[name], base[name]) for name in base)
+    assert why in (model / "README.md").read_text()
