@@ -172,12 +172,13 @@ def test_a_bad_template_gives_one_clear_error(template, message):
     assert caught.value.fix
 
 
-def test_an_endless_loop_is_stopped_by_the_kernel():
+def test_an_endless_loop_is_stopped_by_the_kernel_or_by_the_deadline():
+    """After 5 s of CPU; on a machine too busy to give it those, after 60 s."""
     loop = "{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}"
     started = time.monotonic()
-    with pytest.raises(DataError, match="5 s of CPU"):
+    with pytest.raises(DataError, match=r"5 s of CPU|rendered for 60 s"):
         ChatTemplate(make_tiny_tokenizer(loop))
-    assert time.monotonic() - started < 40
+    assert time.monotonic() - started < 90
 
 
 def test_templates_see_roles_not_contents_so_rows_do_not_render():
