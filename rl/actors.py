@@ -11,7 +11,6 @@ import ray
 from ray.actor import ActorHandle, ActorProxy
 
 from curation.curriculum import Curriculum
-from ground.config import Data
 from ground.errors import DataError
 from ground.logs import setup_logging
 from ground.records import Prompt
@@ -42,7 +41,7 @@ class ControllerActor:
         section = job.section
         self._ledger = Journal(job.directory / "ledger.jsonl")
         self._events = Journal(job.directory / "events.jsonl")
-        pool = read_prompts(job.prompts, Data())
+        pool = read_prompts(job.prompts, job.data, job.directory)
         validation, self._pool = split_pool(pool, section.validation.prompts, job.seed)
         curriculum = Curriculum(
             self._pool, section.curriculum, seed=job.seed, group_size=section.group_size

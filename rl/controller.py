@@ -197,7 +197,7 @@ class Controller:
         answered = [group for group in groups if isinstance(group, Group)]
         self._timeline("evaluate", start, version)
         if not answered:
-            raise InfraError("no prompt of the validation slice was answered", where="controller")
+            raise next(error for error in groups if isinstance(error, BaseException))
         return sum(group.pass_rate for group in answered) / len(answered)
 
     def _gauges(self) -> dict[str, float]:

@@ -7,7 +7,7 @@ from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from ground.config import Section, Systems
+from ground.config import Data, Section, Systems
 from rl.config import RlSection
 
 
@@ -26,7 +26,9 @@ class Job(Section):
     model: Path
     """The policy to start from."""
     prompts: Path
-    """The mined pool, as parquet of our own."""
+    """The pool: mined by us, or the user's own file."""
+    data: Data = Data()
+    """How the user's own file is to be read."""
     directory: Path
     """The stage's folder."""
     log_directory: Path

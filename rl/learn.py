@@ -67,10 +67,19 @@ def main() -> int:
             if not pending.requested:
                 speaker.say(Report(kind="done", facts=facts))
     except PacktrainError as error:
-        facts = {"type": type(error).__name__, "what": error.what, "where": error.where}
-        speaker.say(Report(kind="failed", facts={**facts, "why": error.why, "fix": error.fix}))
-        return error.exit_code
+        return _fail(speaker, error)
+    except Exception as error:
+        logger.exception("a defect of packtrain")
+        what = f"a defect of packtrain: {type(error).__name__}: {error}"
+        fix = f"please report it with {job.log_directory / 'rl.learner.log'}"
+        return _fail(speaker, PacktrainError(what, where="learner", fix=fix))
     return 0
+
+
+def _fail(speaker: Speaker, error: PacktrainError) -> int:
+    facts = {"type": type(error).__name__, "what": error.what, "where": error.where}
+    speaker.say(Report(kind="failed", facts={**facts, "why": error.why, "fix": error.fix}))
+    return error.exit_code
 
 
 def learn(job: Job, speaker: Speaker, pending: Pending) -> dict[str, object]:

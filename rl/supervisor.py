@@ -14,6 +14,7 @@ from __future__ import annotations
 import logging
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
@@ -98,50 +99,39 @@ def _live(job: Job, ours: Reserved, on_report: Callable[[Report], None]) -> dict
         _learner(job) as (process, lines_in, lines_out),
         cluster(ours.folder, fleet.num_workers * fleet.cpus_per_worker) as address,
     ):
-        actors = start_controller(job)
+        controller = start_controller(job)
         with suppress(BrokenPipeError):
             lines_in.write(address + "\n")
             lines_in.flush()
-        facts = _follow(lines_out, on_report)
-        code = process.wait(_GRACE_SECONDS)
-        del actors
+        facts = _follow(process, lines_out, on_report)
+        del controller  # its only handle: the actor lives as long as we hold it
     if facts is None:
         raise InfraError(
-            f"the learner must finish, it ended with exit code {code} and no word",
+            "the learner must finish, it ended without a word",
             where="rl",
-            why="killed from outside (signal 9: perhaps out of memory)" if code < 0 else "",
-            fix=f"look at {job.log_directory / 'rl.learner.log'}",
+            why=f"exit code {process.wait()} (-9: killed from outside, perhaps out of memory)",
+            fix=f"look at {job.log_directory / 'rl.learner.err'}",
         )
     return facts
 
 
 @contextmanager
 def _learner(job: Job) -> Iterator[tuple[subprocess.Popen[str], IO[str], IO[str]]]:
-    """The learner's process, started first, because its imports take longer than Ray's start.
-
-    On the way out it is asked to save if we were interrupted, and is gone in any case.
-    """
-    log = (job.log_directory / "rl.learner.err").open("ab")
-    process = subprocess.Popen(
-        [sys.executable, "-m", "rl.learn"],
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        stderr=log,
-        text=True,
-        start_new_session=True,
-    )
-    log.close()
-    if process.stdin is None or process.stdout is None:
-        raise AssertionError("both ends were asked for")
+    """The learner's process; started before Ray, for its imports take long; gone at the end."""
+    with (job.log_directory / "rl.learner.err").open("ab") as log:
+        process = subprocess.Popen(
+            [sys.executable, "-m", "rl.learn"],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=log,
+            text=True,
+            start_new_session=True,
+        )
+    assert process.stdin and process.stdout
     try:
         process.stdin.write(job.model_dump_json() + "\n")
         process.stdin.flush()
         yield process, process.stdin, process.stdout
-    except KeyboardInterrupt:
-        process.terminate()
-        with suppress(subprocess.TimeoutExpired):
-            process.wait(_GRACE_SECONDS)
-        raise
     finally:
         process.kill()
         process.wait()
@@ -150,8 +140,25 @@ def _learner(job: Job) -> Iterator[tuple[subprocess.Popen[str], IO[str], IO[str]
         process.stdout.close()
 
 
-def _follow(lines: IO[str], on_report: Callable[[Report], None]) -> dict[str, object] | None:
-    """Pass reports on until the learner is done; None when it ended without a word."""
+def _follow(
+    process: subprocess.Popen[str], lines: IO[str], on_report: Callable[[Report], None]
+) -> dict[str, object] | None:
+    """Pass reports on until the learner is done; None when it ended without a word.
+
+    When we are interrupted it is asked to finish its step and save, and followed until it has.
+    """
+    try:
+        return _read_reports(lines, on_report)
+    except KeyboardInterrupt:
+        process.terminate()
+        killer = threading.Timer(_GRACE_SECONDS, process.kill)
+        killer.start()
+        _read_reports(lines, on_report)
+        killer.cancel()
+        raise
+
+
+def _read_reports(lines: IO[str], on_report: Callable[[Report], None]) -> dict[str, object] | None:
     for line in lines:
         report = Report.model_validate_json(line)
         if report.kind == "failed":

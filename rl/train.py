@@ -39,6 +39,7 @@ def _job(stage: Stage[RlSection], life: int) -> Job:
         incarnation=life,
         model=stage.trail.model_before("rl").resolve(),
         prompts=stage.trail.prompts_before("rl").resolve(),
+        data=stage.head.data,
         directory=stage.directory.resolve(),
         log_directory=(stage.run.path / "log").resolve(),
         systems=stage.head.systems,
