@@ -111,7 +111,20 @@ def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def ray_local() -> Iterator[None]:
-    """A Ray cluster of this session's own, with four processors however many there are."""
+    """A Ray cluster of this session's own, with four processors however many there are.
+
+    Its workers inherit a path to this folder, so that actors may be defined in test modules.
+    """
+    import ray
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PYTHONPATH", str(Path(__file__).parent), prepend=os.pathsep)
+        _start_ray()
+    yield
+    ray.shutdown()
+
+
+def _start_ray() -> None:
     import ray
 
     ray.init(
@@ -121,8 +134,6 @@ def ray_local() -> Iterator[None]:
         object_store_memory=256 << 20,
         namespace="tests",
     )
-    yield
-    ray.shutdown()
 
 
 @pytest.fixture
