@@ -103,7 +103,7 @@ def _rows(run: Path, seed: int, limit: int) -> list[Row]:
         Row(
             json.loads(row["answer"])["family"],
             row["difficulty"]["score"],
-            row["kept"],
+            row["meta_kept"],
             1 - each.successes / each.trials,
         )
         for row, each in zip(judged, measured, strict=True)

@@ -19,7 +19,7 @@ def stage(module: str, recipe: Path, run: Path, *arguments: str) -> None:
 
 def trail(recipe: Path, run: Path, *arguments: str) -> None:
     """`packtrain run RECIPE --run RUN …`; its output is kept in RUN.log."""
-    command = [sys.executable, "-m", "packtrain.cli", "run", str(recipe), "--run", str(run)]
+    command = [sys.executable, "-m", "packtrain", "run", str(recipe), "--run", str(run)]
     _call([*command, *arguments], run)
 
 
