@@ -107,10 +107,10 @@ def measure(
     Raises:
         InfraError: the engine gave nothing for `STALL_SECONDS`, or the reward pool cannot work.
     """
-    asked = [
-        _ask(engine, chat, prompt, sampling, samples, seed, occasion, place)
-        for place, prompt in enumerate(prompts)
-    ]
+    asked: list[_Asked] = []
+    for place, prompt in enumerate(prompts):
+        seeds = [sample_seed(seed, prompt.id, occasion, sample) for sample in range(samples)]
+        asked.append(_ask(engine, chat, prompt, sampling, seeds, f"{occasion}/{place}"))
     measured: list[Measured] = []
     threads = ThreadPoolExecutor(reward_pool.num_processes, thread_name_prefix="score")
     try:
@@ -210,23 +210,21 @@ def _ask(
     chat: ChatTemplate,
     prompt: Prompt,
     sampling: SamplingSection,
-    samples: int,
-    seed: int,
-    occasion: str,
-    place: int,
+    seeds: Sequence[int],
+    name: str,
 ) -> _Asked:
     """Submit the samples of a prompt; one that the engine cannot serve is data, not a crash."""
-    ids = tuple(f"{occasion}/{place}/{prompt.id}/{sample}" for sample in range(samples))
+    ids = tuple(f"{name}/{prompt.id}/{sample}" for sample in range(len(seeds)))
     futures: list[Future[Completion]] = []
     try:
         prompt_ids = tuple(chat.encode_prompt(prompt.messages))
-        for sample, id_ in enumerate(ids):
+        for id_, seed in zip(ids, seeds, strict=True):
             request = Request(
                 id=id_,
                 prompt_ids=prompt_ids,
                 max_new_tokens=sampling.max_new_tokens,
                 temperature=sampling.temperature,
-                seed=sample_seed(seed, prompt.id, occasion, sample),
+                seed=seed,
                 stop_ids=chat.stop_ids,
             )
             futures.append(engine.submit(request))
