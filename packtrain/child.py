@@ -48,7 +48,7 @@ class Child:
         *,
         keep_open: Sequence[int] = (),
         output: Path | None = None,
-        grace_seconds: float = 60.0,
+        grace_seconds: float = 300.0,
     ) -> None:
         self._line, self._environment = list(line), {**os.environ, **environment}
         self._keep_open, self._output = tuple(keep_open), output
