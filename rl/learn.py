@@ -33,27 +33,9 @@ from rl.loop import LearnerLoop
 from rl.publisher import Publisher
 from rl.remote import RemoteLoop
 from rl.snapshot import read_books, read_snapshot
+from rl.speaker import Speaker
 
 logger = logging.getLogger("packtrain")
-
-
-class Speaker:
-    """Writes reports to the real stdout; what libraries print goes to stderr instead."""
-
-    def __init__(self) -> None:
-        self._out = os.fdopen(os.dup(1), "w", encoding="utf-8")
-        self._lock = threading.Lock()
-        os.dup2(2, 1)
-
-    def say(self, report: Report) -> None:
-        """One line, whole, from any thread."""
-        with self._lock:
-            self._out.write(report.model_dump_json() + "\n")
-            self._out.flush()
-
-    def score(self, version: int, score: float) -> None:
-        """How a version did on the validation slice."""
-        self.say(Report(kind="validation", step=version, numbers={"pass_rate": score}))
 
 
 def main() -> int:
