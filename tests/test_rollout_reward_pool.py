@@ -238,10 +238,11 @@ line = json.dumps({"verdicts": [verdict], "drifted": False, "nonce": "0"})
 for fd in range(3, 20):
     try: os.write(fd, line.encode() + b"\\n")
     except OSError: pass
+time.sleep(1)  # until it has been read alone
 """
     (scored,) = pool.score(prompt(), [forge])
     assert scored.reward == 0 and not scored.passed
-    assert scored.error.startswith("reward_died: it replied")
+    assert scored.error.startswith("reward_died: it replied to another question")
 
 
 @pytest.mark.parametrize("returned", ["[]", "[1.0, 1.0]", "1.0", "None", "'1'", "(x for x in [1])"])
