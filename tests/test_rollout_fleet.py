@@ -345,6 +345,30 @@ def test_a_restarted_worker_serves_only_under_the_newest_weights() -> None:
     _run(script, scenario)
 
 
+def test_weights_published_during_a_refit_are_loaded_before_it_serves() -> None:
+    gate = asyncio.Event()
+
+    async def wait(worker: ScriptedWorker) -> None:
+        await gate.wait()
+
+    script = Script(worker2=_set(loading=wait))
+
+    async def scenario(fleet: Fleet) -> None:
+        await _begin(fleet)
+        script.born[0].pinging = _failing(WorkerDiedError("ActorDiedError: killed"))
+        await asyncio.sleep(0.1)
+        assert fleet.stats().states == ("stale", "healthy")
+        publishing = asyncio.create_task(fleet.publish(1, "weights 1"))
+        await asyncio.sleep(0.05)
+        gate.set()
+        await publishing
+        assert script.born[2].loads == [0, 1]
+        groups = await asyncio.gather(*(fleet.rollout(_task(f"g{n}")) for n in range(4)))
+        assert [group.oldest_version for group in groups] == [1] * 4
+
+    _run(script, scenario)
+
+
 def test_a_worker_that_acknowledges_another_version_is_replaced() -> None:
     script = Script(worker0=_set(ack_lag=1))
 

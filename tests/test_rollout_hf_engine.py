@@ -179,6 +179,10 @@ def test_sample_inverts_the_distribution_function() -> None:
     assert tokens.tolist() == [0, 0, 2, 2, 3, 3]
     assert logprobs.exp().tolist() == pytest.approx([0.2, 0.2, 0.5, 0.5, 0.3, 0.3])
 
+    impossible_first = torch.tensor([[float("-inf"), 0.0]])
+    tokens, _ = sample(impossible_first, torch.ones(1), numbers[:1])
+    assert tokens.tolist() == [1]
+
     tokens, logprobs = sample(
         logits, torch.full((6,), 0.5), numbers, torch.tensor([True] + [False] * 5)
     )
@@ -300,7 +304,7 @@ def test_bad_logits_fail_their_request_alone(path: Path) -> None:
         pytest.skip("with a tied LM head every row's logits are infinite")
     engine = HfEngine(model, num_slots=8, max_length=MAX_LENGTH, pad_id=0)
     futures = [engine.submit(request) for request in healthy[:12]]
-    sick = [engine.submit(Request(f"s{n}", (60, 77), 12, 1.0, n, ())) for n in range(3)]
+    sick = [engine.submit(Request(f"s{n}", (60, 77) * 8, 12, 1.0, n, ())) for n in range(3)]
     futures += [engine.submit(request) for request in healthy[12:]]
 
     assert [future.result(60) for future in futures] == before
