@@ -10,7 +10,7 @@ version): draws never depend on which group happened to finish first.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -63,6 +63,7 @@ class Curriculum:
         self._successes = np.array([float(d.successes) if d else 0.0 for d in mined])
         self._trials = np.array([float(d.trials) if d else 0.0 for d in mined])
         self._capability = np.array([prompt.capability for prompt in self._pool])
+        self._refused = np.zeros(len(self._pool), dtype=bool)
         self._version = 0
         self._order: dict[str, list[int]] = {}
 
@@ -75,6 +76,12 @@ class Curriculum:
         """Share of the draws that each capability's weights ask for; sums to 1."""
         weights = self._weights()
         total = float(weights.sum())
+        if total == 0:
+            raise DataError(
+                f"at least one prompt must fit the engine, all {len(self._pool)} were refused",
+                where="rl",
+                fix="raise rl.engine.max_length or lower rl.sampling.max_new_tokens",
+            )
         names = np.unique(self._capability).tolist()
         return {name: float(weights[self._capability == name].sum()) / total for name in names}
 
@@ -104,11 +111,17 @@ class Curriculum:
             self._trials[where] += observation.trials
         self._order = {}
 
+    def refuse(self, prompt_ids: Iterable[str]) -> None:
+        """Take prompts that can never be answered out of the draws, from the next order on."""
+        for prompt_id in prompt_ids:
+            self._refused[self._index[prompt_id]] = True
+
     def counts(self) -> dict[str, int]:
-        """How many prompts are active, retired and deferred."""
-        retired, deferred = self._retired(), self._deferred()
-        active = len(self._pool) - int(retired.sum() + deferred.sum())
-        return {"active": active, "retired": int(retired.sum()), "deferred": int(deferred.sum())}
+        """How many prompts are active, retired, deferred and refused."""
+        retired, deferred = int(self._retired().sum()), int(self._deferred().sum())
+        refused = int(self._refused.sum())
+        active = len(self._pool) - retired - deferred - refused
+        return {"active": active, "retired": retired, "deferred": deferred, "refused": refused}
 
     def state_dict(self) -> dict[str, object]:
         """Version and evidence by prompt id, as JSON types."""
@@ -116,9 +129,12 @@ class Curriculum:
         return {
             "version": self._version,
             "evidence": {prompt.id: [successes, trials] for prompt, successes, trials in evidence},
+            "refused": [self._pool[number].id for number in np.flatnonzero(self._refused)],
         }
 
-    def load_state_dict(self, version: int, evidence: dict[str, list[float]]) -> None:
+    def load_state_dict(
+        self, version: int, evidence: dict[str, list[float]], refused: list[str]
+    ) -> None:
         """Go back to a saved state of the same pool."""
         if evidence.keys() != self._index.keys():
             foreign = len(evidence.keys() ^ self._index.keys())
@@ -131,16 +147,20 @@ class Curriculum:
         self._successes = np.array([row[0] for row in rows])
         self._trials = np.array([row[1] for row in rows])
         self._version, self._order = version, {}
+        self._refused[:] = False
+        self.refuse(refused)
 
     def _retired(self) -> NDArray[np.bool_]:
-        return (self._trials > 0) & (self._successes >= self._section.retire_at * self._trials)
+        is_solved = self._successes >= self._section.retire_at * self._trials
+        return (self._trials > 0) & is_solved & ~self._refused
 
     def _deferred(self) -> NDArray[np.bool_]:
-        return (self._trials > 0) & (self._successes == 0)
+        return (self._trials > 0) & (self._successes == 0) & ~self._refused
 
     def _weights(self) -> Floats:
         """Chance of a gradient, with all reviewed prompts scaled to their share of the whole."""
         weights = gradient_chance(self._successes, self._trials, self._group_size)
+        weights[self._refused] = 0
         review = self._retired() | self._deferred()
         active = float(weights[~review].sum())
         if review.any() and active > 0:
@@ -153,7 +173,7 @@ class Curriculum:
         weights = self._weights()
         with np.errstate(divide="ignore"):
             luck = np.log(weights) + random.gumbel(size=len(weights))
-        order = np.argsort(-luck, kind="stable")
+        order = np.argsort(-luck, kind="stable")[: len(weights) - int(self._refused.sum())]
         names = np.unique(self._capability).tolist()
         return {name: order[self._capability[order] == name].tolist() for name in names}
 

@@ -13,17 +13,15 @@ from ray.actor import ActorHandle, ActorProxy
 from curation.curriculum import Curriculum
 from ground.errors import DataError
 from ground.logs import setup_logging
-from ground.records import Prompt
-from ground.tables import read_prompts
 from rl.books import Books, Plan
 from rl.buffer import Buffer
 from rl.controller import Controller
 from rl.job import Job
 from rl.journal import Journal
+from rl.pool import Pool
 from rl.source import Source
 from rollout.fleet import Fleet
 from rollout.ray_worker import RayWorker
-from rollout.seeds import sample_seed
 from rollout.systems import draw_system
 from rollout.task import WorkerConfig
 from rollout.weights import WeightKeeper, start_keeper
@@ -35,16 +33,15 @@ class ControllerActor:
     It owns fleet and weight keeper: they end with it, the learner's end does not touch them.
     """
 
-    def __init__(self, job: Job) -> None:
+    def __init__(self, job: Job, pool: Pool) -> None:
         setup_logging(job.log_directory / "rl.controller.log")
         logging.getLogger("ray").setLevel(logging.WARNING)
         section = job.section
         self._ledger = Journal(job.directory / "ledger.jsonl")
         self._events = Journal(job.directory / "events.jsonl")
-        pool = read_prompts(job.prompts, job.data, job.directory)
-        validation, self._pool = split_pool(pool, section.validation.prompts, job.seed)
+        self._prompts = {prompt.id: prompt for prompt in pool.training}
         curriculum = Curriculum(
-            self._pool, section.curriculum, seed=job.seed, group_size=section.group_size
+            pool.training, section.curriculum, seed=job.seed, group_size=section.group_size
         )
         source = Source(
             curriculum,
@@ -65,7 +62,7 @@ class ControllerActor:
             self._fleet,
             section,
             seed=job.seed,
-            validation=validation,
+            validation=pool.validation,
             system_of=lambda prompt, pass_: draw_system(
                 job.systems,
                 prompt.capability,
@@ -93,8 +90,7 @@ class ControllerActor:
             self._ledger.rewind(0)
         else:
             self._ledger.rewind(cast(int, saved["ledger_bytes"]))
-            pool = {prompt.id: prompt for prompt in self._pool}
-            waiting = self._books.load_state_dict(saved, pool)
+            waiting = self._books.load_state_dict(saved, self._prompts)
         await self._controller.begin(version, await self._weights(version), waiting)
 
     async def next_batch(self, step: int) -> tuple[Plan, dict[str, float]]:
@@ -126,34 +122,15 @@ class ControllerActor:
         return reference
 
 
-def start_controller(job: Job) -> ActorHandle:
+def start_controller(job: Job, pool: Pool) -> ActorHandle:
     """Start the controller of a job and, in the background, its workers."""
     actor = (
         ray.remote(ControllerActor)
         .options(name=job.controller_name, num_cpus=0, max_restarts=0, max_concurrency=1000)
-        .remote(job)
+        .remote(job, pool)
     )
     actor.start.remote()
     return cast(ActorHandle, actor)
-
-
-def split_pool(
-    pool: list[Prompt], num_validation: int, seed: int
-) -> tuple[list[Prompt], list[Prompt]]:
-    """A slice that is only looked at, and the rest, by seeded hash of each prompt's content.
-
-    Raises:
-        DataError: nothing would be left to train on.
-    """
-    if num_validation >= len(pool):
-        raise DataError(
-            f"the pool must be larger than the validation slice of {num_validation}, "
-            f"it has {len(pool)} prompts",
-            where="rl.validation.prompts",
-            fix="lower rl.validation.prompts, or give more prompts",
-        )
-    shuffled = sorted(pool, key=lambda prompt: sample_seed(seed, prompt.id, "validation", 0))
-    return shuffled[:num_validation], shuffled[num_validation:]
 
 
 def groups_in_flight(job: Job) -> int:

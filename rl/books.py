@@ -23,8 +23,8 @@ from rl.ledger import Ledger, State
 from rl.source import Draw, Source
 
 Broken = Literal["broken", "refused"]
-"""Why a draw has no group: the machinery could not finish it, or the engine cannot take the prompt.
-Neither says anything about how hard the prompt is."""
+"""Why a draw has no group: the machinery could not finish it, or the prompt does not fit the engine
+and leaves the pool. Neither says anything about how hard the prompt is."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -132,6 +132,7 @@ class Books:
             if not outcome.reason:
                 self.ledger.move(outcome.draw.number, State.TRAINED)
         self.version = version
+        self.curriculum.refuse(o.draw.prompt.id for o in outcomes if o.reason == "refused")
         told = [outcome.observation for outcome in outcomes if outcome.observation]
         self.curriculum.observe(version, told)
         return outcomes, self.open()

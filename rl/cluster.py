@@ -11,22 +11,27 @@ from pathlib import Path
 
 import ray
 
+from ground.disk import require_space
 from ground.errors import InfraError, SetupError
 from ground.signals import install_signals
 
 NAMESPACE = "packtrain"
-_OBJECT_STORE_BYTES = 256 << 20
+_SHARED_MEMORY = Path("/dev/shm")
+_MODELS_KEPT = 4
+"""Two versions with the keeper, one on its way in and one on its way out."""
+_OTHER_BYTES = 128 << 20
 
 
 @contextmanager
-def cluster(folder: Path, num_cpus: float) -> Iterator[str]:
+def cluster(folder: Path, num_cpus: float, model: Path) -> Iterator[str]:
     """Start Ray and yield its address: token authentication, no dashboard, files in `folder`.
 
     Args:
         num_cpus: what the actors will ask for in all.
+        model: folder of the weights that will be handed over; decides the object store's size.
 
     Raises:
-        SetupError: the machine has fewer processors than that.
+        SetupError: the machine has fewer processors or less shared memory than that.
         InfraError: Ray does not come up.
     """
     have = os.cpu_count() or 1
@@ -36,16 +41,20 @@ def cluster(folder: Path, num_cpus: float) -> Iterator[str]:
             where="rl.fleet",
             fix="lower rl.fleet.num_workers or rl.fleet.cpus_per_worker",
         )
+    store = _store_bytes(model)
     try:
         ray.init(
+            address="local",
             num_cpus=max(math.ceil(num_cpus), 1),
             include_dashboard=False,
-            object_store_memory=_OBJECT_STORE_BYTES,
+            object_store_memory=store,
             log_to_driver=False,
             logging_level=logging.WARNING,
             namespace=NAMESPACE,
             _temp_dir=str(folder),
         )
+    except ValueError as error:
+        raise SetupError("Ray refuses these settings", where="rl", why=str(error)) from error
     except Exception as error:  # a raylet that is slow to start is a bare Exception
         ray.shutdown()
         raise InfraError("Ray must come up on this machine", where="rl", why=str(error)) from error
@@ -56,3 +65,12 @@ def cluster(folder: Path, num_cpus: float) -> Iterator[str]:
     finally:
         ray.shutdown()
         install_signals()
+
+
+def _store_bytes(model: Path) -> int:
+    """Room for the weights that are on their way, in shared memory where there is such a thing."""
+    weights = sum(path.stat().st_size for path in model.glob("*.safetensors"))
+    store = _MODELS_KEPT * weights + _OTHER_BYTES
+    if _SHARED_MEMORY.is_dir():
+        require_space(_SHARED_MEMORY, store, "Ray's object store")
+    return store

@@ -22,12 +22,13 @@ from collections.abc import Callable, Coroutine, Mapping, Sequence
 from pathlib import Path
 from typing import Protocol
 
-from ground.errors import DataError, InfraError, WorkersLostError
+from ground.errors import InfraError, WorkersLostError
 from ground.records import Group, Prompt
 from rl.books import Books, Broken, Plan
 from rl.config import RlSection
 from rl.groups import groups_path, write_groups
 from rl.source import Draw
+from rollout.engine import PromptTooLong
 from rollout.seeds import sample_seed
 from rollout.task import GroupTask
 
@@ -166,8 +167,8 @@ class Controller:
         except InfraError as error:
             logger.warning("group %s is broken: %s", draw.group_id, error)
             return "broken"
-        except DataError as error:
-            logger.warning("prompt %s is refused: %s", draw.prompt.id, error)
+        except PromptTooLong as error:
+            logger.warning("prompt %s leaves the pool: %s", draw.prompt.id, error)
             return "refused"
 
     def _task(self, prompt: Prompt, group_id: str, pass_: int | str, size: int) -> GroupTask:
@@ -186,19 +187,30 @@ class Controller:
         await self._fleet.publish(version, weights)
         self._timeline("handover", start, version)
 
-    async def _evaluate(self, version: int) -> float:
-        """Pass rate on the validation slice; each look uses the same seeds, so looks compare."""
-        start, size = time.time(), self._section.validation.samples
-        tasks = [
-            self._task(prompt, f"{prompt.id}.validation-{version}", "validation", size)
-            for prompt in self._validation
-        ]
-        groups = await asyncio.gather(*map(self._fleet.rollout, tasks), return_exceptions=True)
-        answered = [group for group in groups if isinstance(group, Group)]
+    async def _evaluate(self, version: int) -> float | None:
+        """Pass rate on the validation slice; each look uses the same seeds, so looks compare.
+
+        A look that lost a prompt to the machinery would not compare: it gives None and a warning.
+        """
+        start, turns = time.time(), asyncio.Semaphore(self._in_flight)
+
+        async def rate(prompt: Prompt) -> float | None:
+            size = self._section.validation.samples
+            task = self._task(prompt, f"{prompt.id}.validation-{version}", "validation", size)
+            async with turns:
+                try:
+                    return (await self._fleet.rollout(task)).pass_rate
+                except PromptTooLong:
+                    return None
+
+        try:
+            rates = await asyncio.gather(*map(rate, self._validation))
+        except InfraError as error:
+            logger.warning("version %d has no validation: %s", version, error)
+            return None
         self._timeline("evaluate", start, version)
-        if not answered:
-            raise next(error for error in groups if isinstance(error, BaseException))
-        return sum(group.pass_rate for group in answered) / len(answered)
+        answered = [each for each in rates if each is not None]
+        return sum(answered) / len(answered) if answered else None
 
     def _gauges(self) -> dict[str, float]:
         counts = self._books.curriculum.counts()

@@ -7,7 +7,7 @@ from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from ground.config import Data, Section, Systems
+from ground.config import Section, Systems
 from rl.config import RlSection
 
 
@@ -25,10 +25,6 @@ class Job(Section):
     """Lives of the loop in this stage so far; names the actors, so that no old one is met."""
     model: Path
     """The policy to start from."""
-    prompts: Path
-    """The pool: mined by us, or the user's own file."""
-    data: Data = Data()
-    """How the user's own file is to be read."""
     directory: Path
     """The stage's folder."""
     log_directory: Path
@@ -64,7 +60,7 @@ class Report(BaseModel):
         frozen=True, use_attribute_docstrings=True, ser_json_inf_nan="strings"
     )
 
-    kind: Literal["step", "validation", "done", "failed"]
+    kind: Literal["alive", "step", "validation", "done", "failed"]
     step: int = 0
     numbers: dict[str, float] = Field(default_factory=dict)
     started: float = 0.0

@@ -10,6 +10,7 @@ import logging
 import os
 import sys
 import threading
+from contextlib import suppress
 from typing import TextIO
 
 import ray
@@ -32,8 +33,10 @@ from rl.learner import Learner
 from rl.loop import LearnerLoop
 from rl.publisher import Publisher
 from rl.remote import RemoteLoop
-from rl.snapshot import read_books, read_snapshot
+from rl.snapshot import read_books, read_snapshot, restore
 from rl.speaker import Speaker
+
+_BEAT_SECONDS = 5.0
 
 logger = logging.getLogger("packtrain")
 
@@ -45,23 +48,15 @@ def main() -> int:
     setup_logging(job.log_directory / "rl.learner.log")
     try:
         with held_signals() as pending:
-            facts = learn(job, speaker, pending)
-            if not pending.requested:
-                speaker.say(Report(kind="done", facts=facts))
+            speaker.say(Report(kind="done", facts=learn(job, speaker, pending)))
     except PacktrainError as error:
-        return _fail(speaker, error)
+        return speaker.fail(error)
     except Exception as error:
         logger.exception("a defect of packtrain")
         what = f"a defect of packtrain: {type(error).__name__}: {error}"
         fix = f"please report it with {job.log_directory / 'rl.learner.log'}"
-        return _fail(speaker, PacktrainError(what, where="learner", fix=fix))
+        return speaker.fail(PacktrainError(what, where="learner", fix=fix))
     return 0
-
-
-def _fail(speaker: Speaker, error: PacktrainError) -> int:
-    facts = {"type": type(error).__name__, "what": error.what, "where": error.where}
-    speaker.say(Report(kind="failed", facts={**facts, "why": error.why, "fix": error.fix}))
-    return error.exit_code
 
 
 def learn(job: Job, speaker: Speaker, pending: Pending) -> dict[str, object]:
@@ -92,13 +87,19 @@ def learn(job: Job, speaker: Speaker, pending: Pending) -> dict[str, object]:
         tell=speaker.say,
         keep_batch=lambda plan: _keep_batch(job, plan),
     )
-    version = steps.run(version, pending)
-    if version < job.section.steps:
+    try:
+        version = steps.run(version, pending)
+    except PacktrainError:
+        with suppress(PacktrainError):
+            loop.close("run failed")
+        raise
+    is_over = version == job.section.steps
+    ledger = loop.close("run ended" if is_over else "run interrupted")
+    if not is_over:
         return {}
-    ledger = loop.close("run ended")
     best = publisher.best_weights()
     if best is not None:
-        model.load_state_dict(best, strict=False)
+        restore(model, best)
     facts: dict[str, object] = {"stage": "rl", "run": job.run_name, "base": str(job.model)}
     facts |= {"version": publisher.best.version if publisher.best else version}
     with commit_directory(job.directory / "model", facts) as staging:

@@ -21,16 +21,18 @@ from rl.batch import Row, collate, micro_batches, rows_of, token_ages
 from rl.books import Plan
 from rl.config import RlSection
 from rl.loss import aipo, mismatch
+from rl.snapshot import restore
 
 _NO_TOKEN = -(10**9)
 """Fills up the shorter ranks' numbers when they are gathered; no log-prob is as low."""
 
 
 class Learner:
-    """A model and its optimizer, an SPMD program on accelerate: every rank calls `step` alike.
+    """A model and its optimizer on accelerate.
 
-    Each rank takes its share of the rows; the loss is divided once by the global number of trained
-    tokens, so that neither the micro-batch split nor the number of ranks changes the update.
+    The loss is divided once by the global number of trained tokens, so that neither the
+    micro-batch split nor a split of the rows over ranks changes the update. The stage starts one
+    rank (rl/supervisor.py).
     """
 
     def __init__(
@@ -97,7 +99,7 @@ class Learner:
 
     def load(self, model: dict[str, Tensor], optimizer: dict[str, Tensor]) -> None:
         """Go back to saved weights, moments and RNG state."""
-        self.model.load_state_dict(model, strict=False)
+        restore(self.model, model)
         torch.set_rng_state(optimizer.pop("rng"))
         state: dict[int, dict[str, Tensor]] = {}
         for key, value in optimizer.items():

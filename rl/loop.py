@@ -130,9 +130,11 @@ class LearnerLoop:
             "tokens_per_second": numbers.get("trained_tokens", 0) / (now - began),
         }
         measured = {**_of_plan(plan), **numbers, **gauges, **clock}
-        self._tell(
-            Report(kind="step", step=step + 1, numbers=measured, started=started, ended=ended)
-        )
+        if self._accelerator.is_main_process:
+            report = Report(
+                kind="step", step=step + 1, numbers=measured, started=started, ended=ended
+            )
+            self._tell(report)
         return True
 
     def _publish(self, version: int) -> None:

@@ -25,6 +25,8 @@ from rollout.descendants import end_tree
 
 _MARK = "PACKTRAIN_LOOP"
 _REAP_SECONDS = 15.0
+_LONGEST_PLACE = 30
+"""Ray adds some 75 characters of its own to a socket's path."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,7 +52,9 @@ def reserved() -> Iterator[Reserved]:
 
     Enter it before Ray is imported: Ray reads RAY_AUTH_MODE when it is loaded.
     """
-    folder = Path(tempfile.mkdtemp(prefix="packtrain-"))
+    usual = tempfile.gettempdir()
+    place = usual if len(usual) <= _LONGEST_PLACE else "/tmp"
+    folder = Path(tempfile.mkdtemp(prefix="packtrain-", dir=place))
     mark, token = secrets.token_hex(8), folder / "token"
     token.touch(mode=0o600)
     token.write_text(secrets.token_hex(32))

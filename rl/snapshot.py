@@ -8,7 +8,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from safetensors.torch import load_file, save_file
-from torch import Tensor
+from torch import Tensor, nn
+
+from ground.errors import DataError
 
 _MODEL, _OPTIMIZER, _BOOKS = "model.safetensors", "optimizer.safetensors", "books.json"
 
@@ -41,6 +43,25 @@ def read_snapshot(folder: Path, version: int) -> Snapshot:
 def read_books(folder: Path) -> dict[str, object]:
     """The controller's part of a verified checkpoint."""
     return json.loads((folder / _BOOKS).read_text(encoding="utf-8"))
+
+
+def restore(model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
+    """Load `tensors_of(model)` back: every weight, where tied ones appear under one name only.
+
+    Raises:
+        DataError: a tensor is unknown, or a weight is missing that is not tied to a loaded one.
+    """
+    loaded = {id(v) for k, v in model.state_dict(keep_vars=True).items() if k in tensors}
+    absent = [k for k, v in model.state_dict(keep_vars=True).items() if id(v) not in loaded]
+    unknown = sorted(tensors.keys() - model.state_dict().keys())
+    if absent or unknown:
+        raise DataError(
+            f"saved weights must be those of the model: {absent[:3]} are missing, "
+            f"{unknown[:3]} are unknown",
+            where="rl checkpoint",
+            fix="use the model this run began with, or start over with --overwrite",
+        )
+    model.load_state_dict(dict(tensors), strict=False)
 
 
 def write_weights(folder: Path, model: Mapping[str, Tensor]) -> None:

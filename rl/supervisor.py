@@ -12,48 +12,32 @@ divergence error, a fleet that is lost, or a defect of ours ends the stage at on
 from __future__ import annotations
 
 import logging
+import queue
 import subprocess
 import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
-from typing import IO
 
-from ground.errors import (
-    DataError,
-    DivergedError,
-    InfraError,
-    PacktrainError,
-    RecipeError,
-    SetupError,
-    WorkersLostError,
-)
+from ground.errors import FailureKind, InfraError, PacktrainError, WorkersLostError
 from rl.actors import start_controller
 from rl.cluster import cluster
 from rl.job import Job, Report
+from rl.pool import Pool
 from rl.processes import Reserved
 
-_TYPES: dict[str, type[PacktrainError]] = {
-    kind.__name__: kind
-    for kind in (
-        RecipeError,
-        DataError,
-        SetupError,
-        DivergedError,
-        WorkersLostError,
-        InfraError,
-        PacktrainError,
-    )
-}
 _GRACE_SECONDS = 20.0
 """How long a learner may take to finish its step and save after a signal."""
+_SILENT_SECONDS = 120.0
+"""A learner that gives no sign of life for so long hangs: it is killed, a new life begins."""
 
 logger = logging.getLogger("packtrain")
 
 
 def supervise(
     job_of_life: Callable[[int], Job],
+    pool: Pool,
     ours: Reserved,
     *,
     on_report: Callable[[Report], None],
@@ -73,7 +57,7 @@ def supervise(
     while True:
         job = job_of_life(life)
         try:
-            return _live(job, ours, on_report)
+            return _live(job, pool, ours, on_report)
         except InfraError as error:
             ours.sweep()
             if life >= job.section.max_restarts:
@@ -93,87 +77,133 @@ def supervise(
             life += 1
 
 
-def _live(job: Job, ours: Reserved, on_report: Callable[[Report], None]) -> dict[str, object]:
+def _live(
+    job: Job, pool: Pool, ours: Reserved, on_report: Callable[[Report], None]
+) -> dict[str, object]:
     fleet = job.section.fleet
     with (
-        _learner(job) as (process, lines_in, lines_out),
-        cluster(ours.folder, fleet.num_workers * fleet.cpus_per_worker) as address,
+        _learner(job) as learner,
+        cluster(ours.folder, fleet.num_workers * fleet.cpus_per_worker, job.model) as address,
     ):
-        controller = start_controller(job)
-        with suppress(BrokenPipeError):
-            lines_in.write(address + "\n")
-            lines_in.flush()
-        facts = _follow(process, lines_out, on_report)
+        controller = start_controller(job, pool)
+        learner.tell(address)
+        facts = _follow(learner, on_report)
         del controller  # its only handle: the actor lives as long as we hold it
-    if facts is None:
-        raise InfraError(
-            "the learner must finish, it ended without a word",
-            where="rl",
-            why=f"exit code {process.wait()} (-9: killed from outside, perhaps out of memory)",
-            fix=f"look at {job.log_directory / 'rl.learner.err'}",
-        )
     return facts
 
 
-@contextmanager
-def _learner(job: Job) -> Iterator[tuple[subprocess.Popen[str], IO[str], IO[str]]]:
-    """The learner's process; started before Ray, for its imports take long; gone at the end."""
-    with (job.log_directory / "rl.learner.err").open("ab") as log:
-        process = subprocess.Popen(
-            [sys.executable, "-m", "rl.learn"],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=log,
-            text=True,
-            start_new_session=True,
-        )
-    assert process.stdin and process.stdout
-    try:
-        process.stdin.write(job.model_dump_json() + "\n")
-        process.stdin.flush()
-        yield process, process.stdin, process.stdout
-    finally:
-        process.kill()
-        process.wait()
-        with suppress(BrokenPipeError):
-            process.stdin.close()
-        process.stdout.close()
+class _Learner:
+    """The learner's process: lines to it, and its reports with a deadline.
 
-
-def _follow(
-    process: subprocess.Popen[str], lines: IO[str], on_report: Callable[[Report], None]
-) -> dict[str, object] | None:
-    """Pass reports on until the learner is done; None when it ended without a word.
-
-    When we are interrupted it is asked to finish its step and save, and followed until it has.
+    Example:
+        learner.tell(address);  report = learner.hear();  …;  learner.close()
     """
+
+    def __init__(self, job: Job) -> None:
+        self._log = job.log_directory / "rl.learner.err"
+        with self._log.open("ab") as log:
+            self._process = subprocess.Popen(
+                [sys.executable, "-m", "rl.learn"],
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=log,
+                text=True,
+                start_new_session=True,
+            )
+        self._lines: queue.SimpleQueue[str] = queue.SimpleQueue()
+        threading.Thread(target=self._listen, name="reports", daemon=True).start()
+        self.tell(job.model_dump_json())
+
+    def tell(self, line: str) -> None:
+        """Give it a line; one that is dead already is noticed by `hear`."""
+        assert self._process.stdin
+        with suppress(BrokenPipeError):
+            self._process.stdin.write(line + "\n")
+            self._process.stdin.flush()
+
+    def hear(self) -> Report:
+        """Its next report; signs of life are passed over.
+
+        Raises:
+            InfraError: it ended without a word, or gave no sign of life in time.
+        """
+        while True:
+            try:
+                line = self._lines.get(timeout=_SILENT_SECONDS)
+            except queue.Empty:
+                raise self._lost(f"was silent for {_SILENT_SECONDS:g} s") from None
+            if not line:
+                code = self._process.wait()
+                raise self._lost(f"ended with exit code {code} and no word")
+            report = Report.model_validate_json(line)
+            if report.kind != "alive":
+                return report
+
+    def ask_to_stop(self) -> None:
+        """Ask it to finish its step and save; the reports go on until it has."""
+        self._process.terminate()
+
+    def close(self) -> None:
+        """It is gone when this returns."""
+        self._process.kill()
+        self._process.wait()
+
+    def _listen(self) -> None:
+        assert self._process.stdout
+        for line in self._process.stdout:
+            self._lines.put(line)
+        self._lines.put("")
+
+    def _lost(self, what: str) -> InfraError:
+        return InfraError(f"the learner must go on, it {what}", where="rl", fix=f"see {self._log}")
+
+
+@contextmanager
+def _learner(job: Job) -> Iterator[_Learner]:
+    """A learner's process; started before Ray, for its imports take long; gone at the end."""
+    learner = _Learner(job)
     try:
-        return _read_reports(lines, on_report)
+        yield learner
+    finally:
+        learner.close()
+
+
+def _follow(learner: _Learner, on_report: Callable[[Report], None]) -> dict[str, object]:
+    """Pass reports on until the learner is done; when we are interrupted, let it save first."""
+    try:
+        return _read_reports(learner, on_report)
     except KeyboardInterrupt:
-        process.terminate()
-        killer = threading.Timer(_GRACE_SECONDS, process.kill)
+        learner.ask_to_stop()
+        killer = threading.Timer(_GRACE_SECONDS, learner.close)
         killer.start()
-        _read_reports(lines, on_report)
-        killer.cancel()
+        try:
+            _read_reports(learner, on_report)
+        except PacktrainError as error:
+            logger.warning("interrupted; steps since the last checkpoint are lost: %s", error)
+        finally:
+            killer.cancel()
         raise
 
 
-def _read_reports(lines: IO[str], on_report: Callable[[Report], None]) -> dict[str, object] | None:
-    for line in lines:
-        report = Report.model_validate_json(line)
+def _read_reports(learner: _Learner, on_report: Callable[[Report], None]) -> dict[str, object]:
+    while True:
+        report = learner.hear()
         if report.kind == "failed":
             raise _error_of(report.facts)
         if report.kind == "done":
             return report.facts
         on_report(report)
-    return None
 
 
 def _error_of(facts: Mapping[str, object]) -> PacktrainError:
-    kind = _TYPES.get(str(facts["type"]), PacktrainError)
-    return kind(
+    """The learner's error with its exit code and kind; only a lost attempt keeps its type."""
+    is_lost = facts["type"] == InfraError.__name__
+    error = (InfraError if is_lost else PacktrainError)(
         str(facts["what"]),
         where=str(facts["where"]),
         why=str(facts["why"]),
         fix=str(facts["fix"]),
     )
+    error.exit_code = int(str(facts["exit_code"]))
+    error.kind = FailureKind(str(facts["kind"]))
+    return error

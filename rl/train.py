@@ -6,15 +6,19 @@ import sys
 
 from ground.console import progress
 from ground.entry import Stage, stage_entry
+from ground.tables import read_prompts
 from rl.config import RlSection
 from rl.job import Job, Report
 from rl.journal import Journal, read_journal
 from rl.ledger import audit_ledger
+from rl.pool import split_pool
 from rl.processes import reserved
 
 
 def train(stage: Stage[RlSection]) -> dict[str, object]:
     """Run the loop to its end and audit its ledger; returns the summary for the manifest."""
+    prompts = read_prompts(stage.trail.prompts_before("rl"), stage.head.data, stage.directory)
+    pool = split_pool(prompts, stage.section.validation.prompts, stage.head.seed)
     with reserved() as ours:
         # Ray reads its authentication mode from the environment when it is imported.
         from rl.supervisor import supervise
@@ -22,6 +26,7 @@ def train(stage: Stage[RlSection]) -> dict[str, object]:
         timeline = Journal(stage.directory / "events.jsonl")
         facts = supervise(
             lambda life: _job(stage, life),
+            pool,
             ours,
             on_report=lambda report: _tell(stage, timeline, report),
             note=timeline.append,
@@ -38,8 +43,6 @@ def _job(stage: Stage[RlSection], life: int) -> Job:
         run_name=stage.head.name,
         incarnation=life,
         model=stage.trail.model_before("rl").resolve(),
-        prompts=stage.trail.prompts_before("rl").resolve(),
-        data=stage.head.data,
         directory=stage.directory.resolve(),
         log_directory=(stage.run.path / "log").resolve(),
         systems=stage.head.systems,

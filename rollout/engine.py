@@ -25,6 +25,10 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 
+class PromptTooLong(DataError):
+    """A prompt that leaves no room for its completion: the row's fault, not the run's."""
+
+
 @dataclass(frozen=True, slots=True)
 class Request:
     """One completion that is wanted.
@@ -166,7 +170,7 @@ def check_request(request: Request, *, max_length: int, vocabulary: int) -> None
             f"max_new_tokens must be at least 1, got {request.max_new_tokens}", where=where
         )
     if length + request.max_new_tokens > max_length:
-        raise DataError(
+        raise PromptTooLong(
             f"prompt + max_new_tokens must fit max_length {max_length}, "
             f"got {length} + {request.max_new_tokens} = {length + request.max_new_tokens}",
             where=where,

@@ -51,7 +51,7 @@ def test_solved_and_hopeless_prompts_share_the_review_draws() -> None:
     pool += [make_prompt(f"hopeless {n}", 0, 8) for n in range(200)]
     pool += [make_prompt(f"half {n}", 4, 8) for n in range(400)]
     curriculum = make_curriculum(pool, review_share=0.1)
-    assert curriculum.counts() == {"active": 400, "retired": 200, "deferred": 200}
+    assert curriculum.counts() == {"active": 400, "retired": 200, "deferred": 200, "refused": 0}
     kinds: Counter[str] = Counter()
     for version in range(200):
         for n in range(10):
@@ -90,6 +90,18 @@ def test_a_saved_state_draws_the_same_and_a_foreign_pool_is_refused() -> None:
     assert drawn == [curriculum.draw(1, "sums", n) for n in range(12)]
     with pytest.raises(DataError, match="must know the same prompts, 1 differ"):
         make_curriculum(pool[:-1]).load_state_dict(**state)
+
+
+def test_a_refused_prompt_is_never_drawn_again_also_after_a_restart() -> None:
+    pool = [make_prompt(str(number), 4, 8) for number in range(4)]
+    curriculum = make_curriculum(pool)
+    curriculum.refuse([pool[0].id])
+    curriculum.observe(1, [])
+    again = make_curriculum(pool)
+    again.load_state_dict(**json.loads(json.dumps(curriculum.state_dict())))
+    for each in (curriculum, again):
+        assert pool[0] not in [each.draw(1, "sums", n) for n in range(8)]
+        assert each.counts() == {"active": 3, "retired": 0, "deferred": 0, "refused": 1}
 
 
 def test_draws_of_another_version_and_an_empty_pool_are_refused() -> None:

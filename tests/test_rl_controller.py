@@ -21,7 +21,7 @@ from rl.controller import BusyClock, Controller
 from rl.groups import SCHEMA
 from rl.ledger import audit_ledger
 from rl.source import Source
-from rollout.engine import Request
+from rollout.engine import PromptTooLong, Request
 from rollout.fake_engine import FakeEngine
 from rollout.task import GroupTask
 
@@ -212,7 +212,7 @@ def test_a_broken_and_a_refused_group_are_replaced_and_told_apart(tmp_path: Path
         books = controller._books
         draws = books.source.open(0)
         fleet.failures[draws[0][0].prompt.messages[0].content] = InfraError("worker lost")
-        fleet.failures[draws[1][0].prompt.messages[0].content] = DataError("prompt too long")
+        fleet.failures[draws[1][0].prompt.messages[0].content] = PromptTooLong("prompt too long")
         await controller.begin(0, "weights")
         plan, _ = await controller.next_batch(0)
         assert plan.filtered == {"broken": 1, "refused": 1}
@@ -242,6 +242,30 @@ def test_a_lost_fleet_fails_the_waiting_learner(tmp_path: Path) -> None:
 
     with pytest.raises(WorkersLostError, match="all lost"):
         asyncio.run(run())
+
+
+def test_a_fault_of_the_recipe_fails_the_run_with_its_own_words(tmp_path: Path) -> None:
+    async def run() -> None:
+        fleet = ScriptedFleet(first_is_right)
+        for prompt in make_pool():
+            fleet.failures[prompt.messages[0].content] = DataError("no reward 'exakt'")
+        await play(make_controller(fleet, tmp_path, []))
+
+    with pytest.raises(DataError, match="no reward 'exakt'"):
+        asyncio.run(run())
+
+
+def test_a_look_that_lost_a_prompt_counts_for_nothing(tmp_path: Path) -> None:
+    async def run() -> float | None:
+        fleet = ScriptedFleet(first_is_right)
+        held_out = make_pool(26)[24:]
+        fleet.failures[held_out[0].messages[0].content] = InfraError("worker lost")
+        controller = make_controller(fleet, tmp_path, [], validation=held_out)
+        await controller.begin(0, "weights")
+        await controller.next_batch(0)
+        return await controller.publish(1, "weights", evaluate=True)
+
+    assert asyncio.run(run()) is None
 
 
 def test_evaluation_asks_the_validation_slice_under_the_version_just_published(
