@@ -36,8 +36,6 @@ from rl.remote import RemoteLoop
 from rl.snapshot import read_books, read_snapshot, restore
 from rl.speaker import Speaker
 
-_BEAT_SECONDS = 5.0
-
 logger = logging.getLogger("packtrain")
 
 

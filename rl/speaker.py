@@ -4,17 +4,25 @@ from __future__ import annotations
 
 import os
 import threading
+import time
 
+from ground.errors import PacktrainError
 from rl.job import Report
+
+_BEAT_SECONDS = 5.0
 
 
 class Speaker:
-    """Writes reports to the real stdout; what libraries print goes to stderr instead."""
+    """Writes reports to the real stdout; what libraries print goes to stderr instead.
+
+    A thread named `heartbeat` says every few seconds that the process is alive.
+    """
 
     def __init__(self) -> None:
         self._out = os.fdopen(os.dup(1), "w", encoding="utf-8")
         self._lock = threading.Lock()
         os.dup2(2, 1)
+        threading.Thread(target=self._beat, name="heartbeat", daemon=True).start()
 
     def say(self, report: Report) -> None:
         """One line, whole, from any thread."""
@@ -25,3 +33,15 @@ class Speaker:
     def score(self, version: int, score: float) -> None:
         """How a version did on the validation slice."""
         self.say(Report(kind="validation", step=version, numbers={"pass_rate": score}))
+
+    def fail(self, error: PacktrainError) -> int:
+        """What ended the learner; returns its exit code."""
+        facts = {"type": type(error).__name__, "what": error.what, "where": error.where}
+        facts |= {"why": error.why, "fix": error.fix, "kind": str(error.kind)}
+        self.say(Report(kind="failed", facts={**facts, "exit_code": error.exit_code}))
+        return error.exit_code
+
+    def _beat(self) -> None:
+        while True:
+            self.say(Report(kind="alive"))
+            time.sleep(_BEAT_SECONDS)
