@@ -122,7 +122,7 @@ def judge_scores(model: Path, tasks: Sequence[Task]) -> list[float]:
     """The judge's expected hardness of each task."""
     engine, chat = open_engine(model, _ENGINE)
     try:
-        judge = LabelJudge(engine, chat, min_mass=0.5, max_length=255)
+        judge = LabelJudge(engine, chat, min_mass=0.0, max_length=255)
         judgements = judge.judge([task.prompt.messages for task in tasks])
     finally:
         engine.close()
