@@ -7,6 +7,7 @@ import os
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterator
 from contextlib import suppress
@@ -16,6 +17,7 @@ import psutil
 import pyarrow.parquet as pq
 import pytest
 
+from ground.checkpoints import Checkpoints, step_of
 from ground.metrics import read_metrics
 from ground.storage import verify_directory
 from rl.journal import read_journal
@@ -29,7 +31,8 @@ from rollout.rewards import Score, reward
 @reward("early")
 def early(prompts, completions, **columns):
     """Share of letters in the first half of the alphabet; more than half passes."""
-    shares = [sum(c < "n" for c in text) / max(len(text), 1) for text in completions]
+    texts = [completion[-1]["content"] for completion in completions]
+    shares = [sum(c < "n" for c in text) / max(len(text), 1) for text in texts]
     return [Score(share, share > 0.5, {}) for share in shares]
 
 @reward("same")
@@ -45,6 +48,7 @@ class Run:
 
     def __init__(self, directory: Path, model: Path, reward: str = "early") -> None:
         self.directory, self.stage = directory, directory / "run" / "rl"
+        self.place = Path(tempfile.mkdtemp(prefix="rl-", dir="/tmp"))
         rows = [
             {
                 "messages": [{"role": "user", "content": f"letters {number}"}],
@@ -85,7 +89,7 @@ class Run:
             stderr=subprocess.STDOUT,
             text=True,
             start_new_session=True,
-            env=os.environ | {"OMP_NUM_THREADS": "1"},
+            env=os.environ | {"OMP_NUM_THREADS": "1", "TMPDIR": str(self.place)},
         )
         return self.process
 
@@ -127,6 +131,20 @@ class Run:
         assert steps == list(range(1, STEPS + 1))
         return summary
 
+    def left(self) -> list[str]:
+        """Processes and folders of the run that are still there."""
+        found = [str(path) for path in self.place.glob("packtrain-*")]
+        for process in psutil.process_iter():
+            with suppress(psutil.Error):
+                files = [file.path for file in process.open_files()]
+                is_ours = process.environ().get("TMPDIR") == str(self.place)
+                if is_ours or any(path.startswith(str(self.place)) for path in files):
+                    found.append(f"{process.pid} {process.cmdline()}")
+        return found
+
+    def check_nothing_is_left(self) -> None:
+        wait_until(lambda: not self.left(), 10, f"end of what is left: {self.left()}")
+
     def events(self, kind: str) -> list[dict[str, object]]:
         return [r for r in read_journal(self.stage / "events.jsonl") if r["kind"] == kind]
 
@@ -146,28 +164,16 @@ def wait_until(
         time.sleep(0.05)
 
 
-def ours() -> list[str]:
-    """What a run of ours could leave behind: processes and Ray's folders."""
-    processes = [
-        " ".join(process.info["cmdline"] or [])
-        for process in psutil.process_iter(["cmdline", "status"])
-        if process.info["status"] != psutil.STATUS_ZOMBIE
-    ]
-    signs = ("ray::", "raylet", "gcs_server", "-m rl.", "rollout.reward_child")
-    left = [line for line in processes if any(sign in line for sign in signs)]
-    return left + [str(path) for path in Path("/tmp").glob("packtrain-*")]
-
-
 @pytest.fixture
 def run(tmp_path: Path, tiny_model: Path) -> Iterator[Run]:
     """A started run; at the end nothing of it may be left."""
-    before = set(ours())
     run = Run(tmp_path, tiny_model)
     yield run
     with suppress(ProcessLookupError):
         os.killpg(run.process.pid, signal.SIGKILL)
     run.process.communicate()
-    wait_until(lambda: set(ours()) <= before, 10, f"end of {set(ours()) - before}")
+    run.check_nothing_is_left()
+    run.place.rmdir()
 
 
 def test_a_killed_worker_is_replaced_and_the_run_goes_on(run: Run) -> None:
@@ -178,15 +184,15 @@ def test_a_killed_worker_is_replaced_and_the_run_goes_on(run: Run) -> None:
     assert run.process.returncode == 0, output
     assert not victim.is_running()
     run.check_finished()
-    assert len(run.events("restart")) == 1
-    assert run.events("restart")[0]["role"] == "worker 0"
+    restarts = [event["role"] for event in run.events("restart")]
+    assert restarts.count("worker 0") == 1
 
 
 def test_a_killed_command_is_resumed_from_its_checkpoint(run: Run) -> None:
     run.wait_for_step(5)
     os.kill(run.process.pid, signal.SIGKILL)
     run.process.communicate()
-    wait_until(lambda: not run_is_left(run), 10, "end of the killed run's processes")
+    run.check_nothing_is_left()
     assert run.version < STEPS
     run.start("--resume")
     output = run.finish()
@@ -194,12 +200,6 @@ def test_a_killed_command_is_resumed_from_its_checkpoint(run: Run) -> None:
     run.check_finished()
     records = list(read_journal(run.stage / "ledger.jsonl"))
     assert any(record.get("reason") == "resumed" for record in records)
-
-
-def run_is_left(run: Run) -> bool:
-    """Whether a process or a folder of a killed run is still there."""
-    folder = str(run.directory)
-    return bool(ours()) and any(folder in line or "ray" in line for line in ours())
 
 
 @pytest.mark.parametrize("title", ["rl.learn", "ray::ControllerActor"])
@@ -210,7 +210,8 @@ def test_a_killed_learner_or_controller_costs_only_the_way_back(run: Run, title:
     output = run.finish()
     assert run.process.returncode == 0, output
     run.check_finished()
-    assert [event["role"] for event in run.events("restart")] == ["supervisor"]
+    restarts = [event["cause"] for event in run.events("restart")]
+    assert any("the learner" in str(cause) or "is gone" in str(cause) for cause in restarts)
 
 
 def test_a_terminated_run_saves_where_it_is_and_can_go_on(run: Run) -> None:
@@ -219,8 +220,8 @@ def test_a_terminated_run_saves_where_it_is_and_can_go_on(run: Run) -> None:
     output = run.finish()
     assert run.process.returncode == 143, output
     assert "continue it with --resume" in output
-    latest = (run.stage / "checkpoints" / "latest").read_text().strip()
-    assert int(latest.removeprefix("step_")) == run.version
+    *_, latest = Checkpoints(run.stage / "checkpoints").steps()
+    assert step_of(latest) == run.version
     run.start("--resume")
     output = run.finish()
     assert run.process.returncode == 0, output
