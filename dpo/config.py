@@ -20,9 +20,9 @@ class PairsSection(Section):
     )
     """What may be bad about a rejected answer."""
     max_age: int = Field(default=20, ge=0)
-    """Groups sampled up to this many versions before the newest group count as on-policy."""
+    """Groups sampled up to this many versions before or after the base count as on-policy."""
     max_pairs: int = Field(default=512, ge=1)
-    """At most so many, one per prompt, newest first, capabilities in turn."""
+    """At most so many, one per prompt, nearest first, capabilities in turn."""
     min_pairs: int = Field(default=8, ge=1)
     """With fewer there is nothing to learn, and the RL model goes on unchanged."""
     outlier_ratio: float = Field(default=2.0, gt=1)

@@ -76,14 +76,18 @@ class Mined:
     """Pairs by reason, and groups without a pair by cause."""
 
 
-def mine_pairs(groups: Sequence[GroupRow], section: PairsSection) -> Mined:
-    """At most one pair per prompt, from its newest group that has one."""
+def mine_pairs(groups: Sequence[GroupRow], version: int, section: PairsSection) -> Mined:
+    """At most one pair per prompt, from the group nearest to the model that has one.
+
+    Args:
+        version: of the model that DPO starts from. RL exports its best version, which need not be
+            its last, so that a group may be as far ahead of it as another is behind.
+    """
     counts: Counter[str] = Counter()
-    newest = max((group.version for group in groups), default=0)
     found: dict[str, MinedPair] = {}
-    for group in sorted(groups, key=lambda group: (-group.version, group.id)):
-        if group.version < newest - section.max_age:
-            counts["group_too_old"] += 1
+    for group in sorted(groups, key=lambda group: (abs(group.version - version), group.id)):
+        if abs(group.version - version) > section.max_age:
+            counts["group_too_far"] += 1
         elif group.prompt.id in found:
             counts["prompt_has_a_pair"] += 1
         elif isinstance(pair := pair_of(group, section), MinedPair):
@@ -164,7 +168,7 @@ def format_marks(text: str) -> set[str]:
 
 
 def _in_turn(pairs: Iterable[MinedPair], most: int) -> list[MinedPair]:
-    """At most so many pairs, one capability after the other, newest first within each."""
+    """At most so many pairs, one capability after the other, nearest first within each."""
     by_capability: dict[str, list[MinedPair]] = defaultdict(list)
     for pair in pairs:
         by_capability[pair.pair.prompt.capability].append(pair)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import pyarrow as pa
@@ -33,11 +33,11 @@ PAIR_SCHEMA = pa.schema(
 """Columns of `dpo/pairs.parquet`."""
 
 
-def read_groups(directory: Path) -> list[GroupRow]:
-    """All groups that RL left in `step_*.parquet`, oldest step first; [] without an RL stage."""
+def read_groups(files: Sequence[Path]) -> list[GroupRow]:
+    """All groups that RL left, in the order of its files."""
     return [
         group_row(row, f"{file}:row {number}")
-        for file in sorted(directory.glob("step_*.parquet"))
+        for file in files
         for number, row in enumerate(read_rows(file), start=1)
     ]
 

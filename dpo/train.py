@@ -34,7 +34,8 @@ def train(stage: Stage[DpoSection]) -> dict[str, object]:
     base = stage.trail.model_before("dpo")
     tokenizer = load_tokenizer(base)
     chat = ChatTemplate(tokenizer)
-    mined = mine_pairs(read_groups(stage.run.stage("rl") / "groups"), stage.section.pairs)
+    files, version = stage.trail.groups()
+    mined = mine_pairs(read_groups(files), version, stage.section.pairs)
     if PartialState().is_main_process:
         rows = [pair_row(pair) for pair in mined.pairs]
         write_rows(stage.directory / "pairs.parquet", rows, PAIR_SCHEMA)

@@ -1,6 +1,6 @@
 """A stage's checkpoints: committed as wholes, verified when loaded, never fewer than one valid.
 
-staged → committed → latest → rotated out          damaged → step_000100.damaged (kept aside)
+staged → committed → rotated out          damaged → step_000100.damaged (kept aside)
 """
 
 from __future__ import annotations
@@ -15,16 +15,15 @@ from pathlib import Path
 from ground.disk import fsync_directory
 from ground.errors import DataError
 from ground.manifest import read_manifest
-from ground.storage import commit_directory, remove_directory, verify_directory, write_file
+from ground.storage import commit_directory, remove_directory, verify_directory
 
 _LOG = logging.getLogger("packtrain")
 _STEP = re.compile(r"^step_(\d{6,})$")
-LATEST = "latest"
 
 
 @dataclass(frozen=True)
 class Checkpoints:
-    """The folder of one stage's checkpoints: `step_000100/`, …, and `latest`, a file with a name.
+    """The folder of one stage's checkpoints: `step_000100/`, ….
 
     Example:
         checkpoints = Checkpoints(stage.directory / "checkpoints", keep=2)
@@ -54,7 +53,6 @@ class Checkpoints:
         all_facts = {**facts, "step": step, "identity": dict(self.identity)}
         with commit_directory(target, all_facts) as staging:
             writer(staging)
-        write_file(self.root / LATEST, target.name + "\n")
         self._rotate(target)
         return target
 

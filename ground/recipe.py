@@ -21,7 +21,7 @@ from typing import TypeVar
 import yaml
 from pydantic import BaseModel
 
-from ground.config import SECTIONS, Head
+from ground.config import SECTIONS, STAGES, Head
 from ground.errors import RecipeError
 from ground.positions import (
     KeyPath,
@@ -60,6 +60,11 @@ class RecipeDocument:
     def has(self, section: str) -> bool:
         """Whether a stage section (or any top-level key) is present."""
         return section in self.values
+
+    @property
+    def stages(self) -> tuple[str, ...]:
+        """The stages that are on, in the order of the trail."""
+        return tuple(stage for stage in STAGES if self.has(stage))
 
     def read(self, model: type[M]) -> M:
         """Validate the whole recipe against `model`; all errors at once."""

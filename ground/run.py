@@ -48,8 +48,8 @@ class RunDir:
     path: Path
 
     @contextmanager
-    def open(self, document: RecipeDocument) -> Iterator[RunLock]:
-        """Make the directory (0700) if need be, lock it, and keep the recipe and env.json in it.
+    def open(self) -> Iterator[RunLock]:
+        """Make the directory (0700) if need be and lock it.
 
         Raises:
             SetupError: somebody else's run or folder, or not writable.
@@ -57,9 +57,13 @@ class RunDir:
         with disk_errors(self.path / "recipe.yaml"):
             self._make()
         with RunLock.acquire(self.path) as lock:
-            if not lock.is_guest:
-                self._describe(document)
             yield lock
+
+    def describe(self, document: RecipeDocument) -> None:
+        """Keep the recipe and env.json; called once the recipe is accepted, by who has the lock."""
+        write_file(self.path / "recipe.yaml", document.path.read_bytes())
+        write_file(self.path / "recipe.resolved.yaml", document.resolved())
+        write_file(self.path / "env.json", json.dumps(environment(), indent=1) + "\n")
 
     def stage(self, name: str) -> Path:
         """The folder of a stage (`sft`) or of an evaluation (`sft/evaluation`)."""
@@ -164,11 +168,6 @@ class RunDir:
 
     def _is_ours(self) -> bool:
         return any((self.path / name).exists() for name in ("lock", "recipe.yaml", "log"))
-
-    def _describe(self, document: RecipeDocument) -> None:
-        write_file(self.path / "recipe.yaml", document.path.read_bytes())
-        write_file(self.path / "recipe.resolved.yaml", document.resolved())
-        write_file(self.path / "env.json", json.dumps(environment(), indent=1) + "\n")
 
     def _check_unfinished(self, stage: str, settings: Mapping[str, str], resume: bool) -> None:
         folder = self.stage(stage)

@@ -1,5 +1,7 @@
 """Where a stage finds its inputs: the last finished stage before it, else the recipe's own path.
 
+A stage that the recipe does not turn on counts as absent, whatever an older recipe left of it.
+
     herd → prune → targets → sft → mine → rl → dpo          (evaluate follows base, sft, rl, dpo)
 
 What a stage of ours made is verified against its manifest before its path is given out.
@@ -11,7 +13,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ground.config import STAGES, Head
-from ground.errors import RecipeError
+from ground.errors import DataError, RecipeError
+from ground.manifest import read_manifest
 from ground.run import RunDir
 from ground.storage import verify_directory, verify_file
 
@@ -20,6 +23,7 @@ PLACES = ("base", "sft", "rl", "dpo")
 
 _MODELS = {"herd": "student", "sft": "model", "rl": "model", "dpo": "model"}
 _DEMONSTRATIONS = {"herd": "data/sft.jsonl", "prune": "kept.parquet"}
+_GROUPS = "groups/"
 _PROMPTS = {"herd": "data/prompts.jsonl", "mine": "prompts.parquet"}
 
 
@@ -28,12 +32,14 @@ class Trail:
     """The inputs of the stages of one run.
 
     Example:
-        Trail(head, run).model_before("rl") → runs/tiny/sft/model once sft is done,
-        runs/tiny/herd/student before that, head.model.path without a herd
+        Trail(head, run, document.stages).model_before("rl") → runs/tiny/sft/model once sft is
+        done, runs/tiny/herd/student before that, head.model.path without a herd
     """
 
     head: Head
     run: RunDir
+    stages: tuple[str, ...]
+    """Those that the recipe turns on."""
 
     def model_before(self, stage: str) -> Path:
         """The model that `stage` starts from."""
@@ -44,12 +50,18 @@ class Trail:
         """The model to evaluate at `base`, `sft`, `rl` or `dpo`.
 
         Raises:
-            RecipeError: there is no such place, or its stage is not finished.
+            RecipeError: there is no such place, or its stage is off or not finished.
         """
         if place not in PLACES:
             raise RecipeError(f"a model to evaluate is one of {', '.join(PLACES)}, got '{place}'")
         if place == "base":
             return self.model_before("prune")
+        if place not in self.stages:
+            raise RecipeError(
+                f"stage {place} is off, so there is no model of it to evaluate",
+                where=str(self.run.path),
+                fix=f"give the recipe a section '{place}', or evaluate another model",
+            )
         if not self.run.is_done(place):
             raise RecipeError(
                 f"stage {place} is not finished, so its model cannot be evaluated",
@@ -79,9 +91,30 @@ class Trail:
         made = self._made_before("prune", {"herd": "data/heldout.jsonl"})
         return made or _given("held-out prompts", "data.heldout", self.head.data.heldout)
 
+    def groups(self) -> tuple[list[Path], int]:
+        """The groups that RL left, a file a step, and the version that it exported as its model.
+
+        No files and version 0 when rl is off or not finished.
+        """
+        if not self._has_made("rl"):
+            return [], 0
+        manifest, folder = self.run.manifest("rl"), self.run.stage("rl")
+        names = sorted(name for name in manifest.files if name.startswith(_GROUPS))
+        version = read_manifest(folder / _MODELS["rl"]).facts.get("version")
+        if not isinstance(version, int):
+            raise DataError(
+                f"the manifest must say the model's version, got {version!r}",
+                where=str(folder / _MODELS["rl"]),
+                fix="run the rl stage again with --overwrite",
+            )
+        return [verify_file(folder, name, manifest) for name in names], version
+
+    def _has_made(self, stage: str) -> bool:
+        return stage in self.stages and self.run.is_done(stage)
+
     def _made_before(self, stage: str, makers: dict[str, str]) -> Path | None:
         for earlier in reversed(STAGES[: STAGES.index(stage)]):
-            if earlier in makers and self.run.is_done(earlier):
+            if earlier in makers and self._has_made(earlier):
                 return self._verified(earlier, makers[earlier])
         return None
 

@@ -7,7 +7,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from ground.config import STAGES
 from ground.errors import RecipeError
 from ground.recipe import RecipeDocument
 from ground.trail import PLACES
@@ -64,7 +63,7 @@ def plan(document: RecipeDocument) -> list[Step]:
     Raises:
         RecipeError: no stage is on.
     """
-    stages = [stage for stage in STAGES if document.has(stage)]
+    stages = document.stages
     if not stages and not document.has("evaluate"):
         raise RecipeError(
             "a recipe needs at least one stage",

@@ -11,12 +11,14 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import shlex
 import sys
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from ground.config import STAGES
 from ground.console import plain_text, say
 from ground.errors import SetupError
 from ground.lock import RunLock
@@ -31,6 +33,7 @@ from packtrain.panel import LivePanel, Panel, open_panel
 from packtrain.plan import Step, launch_line, plan
 from packtrain.recipe import read_recipe
 from packtrain.report import write_report
+from packtrain.validate import check_inputs
 from packtrain.verdict import headline
 
 NOTE = "runner.json"
@@ -55,10 +58,10 @@ class Order:
     @property
     def again(self) -> str:
         """The command that goes on with this run."""
-        words = ["packtrain run", str(self.document.path), *self.document.overrides]
+        words = ["packtrain", "run", str(self.document.path), *self.document.overrides]
         if self.run.path != Path("runs") / self.document.head().name:
             words += ["--run", str(self.run.path)]
-        return " ".join([*words, "--resume"])
+        return shlex.join([*words, "--resume"])
 
 
 def command(arguments: argparse.Namespace) -> int:
@@ -73,11 +76,12 @@ def command(arguments: argparse.Namespace) -> int:
             fix="start packtrain from another folder, or rename them",
         )
     order = Order(document, run, tuple(plan(document)), arguments.accelerate)
-    if not arguments.overwrite:
-        require_resumable(order, arguments.resume)
-    with run.open(document) as lock:
+    check_inputs(document, recipe)
+    with run.open() as lock:
         if arguments.overwrite:
-            discard(order)
+            discard(run)
+        require_resumable(order, arguments.resume)
+        run.describe(document)
         code = run_steps(order, lock)
     if code == 0:
         say(f"{headline(run.path)} Report: {write_report(run.path)}")
@@ -106,11 +110,11 @@ def require_resumable(order: Order, resume: bool) -> None:
         )
 
 
-def discard(order: Order) -> None:
-    """Remove what earlier runs of these stages left, later stages first."""
-    for stage in dict.fromkeys(step.stage for step in reversed(order.steps)):
-        if order.run.stage(stage).exists():
-            remove_directory(order.run.stage(stage))
+def discard(run: RunDir) -> None:
+    """Remove what earlier runs left of any stage, on in this recipe or not, later stages first."""
+    for stage in (*reversed(STAGES), "base"):
+        if run.stage(stage).exists():
+            remove_directory(run.stage(stage))
 
 
 def run_steps(order: Order, lock: RunLock) -> int:

@@ -52,6 +52,9 @@ def check_inputs(document: RecipeDocument, head: Head) -> None:
         for key, path in given.items()
         if path is not None and not path.exists()
     ]
+    problems += [
+        f"rewards names {path}, which is not a file" for path in head.rewards if not path.is_file()
+    ]
     if not document.has("herd"):
         problems += _absent(document, given)
     if problems:

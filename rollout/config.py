@@ -12,8 +12,8 @@ from ground.config import Section
 class EngineSection(Section):
     """One engine: its kind and its shape. Equal shapes give equal bits."""
 
-    kind: Literal["hf", "vllm"] = "hf"
-    """`hf` decodes with transformers and is always there; `vllm` needs the extra of that name."""
+    kind: Literal["hf"] = "hf"
+    """`hf` decodes with transformers; it is the only one of this version."""
     num_slots: int = Field(default=64, ge=1)
     """Sequences decoded at once; a step costs the same however many slots are filled."""
     max_length: int = Field(default=512, ge=2)

@@ -7,7 +7,6 @@ from pathlib import Path
 import torch
 
 from ground.chat import ChatTemplate
-from ground.errors import SetupError
 from ground.model import load_model, load_tokenizer
 from rollout.config import EngineSection
 from rollout.engine import Engine
@@ -21,12 +20,6 @@ def open_engine(
 
     Sets the number of torch threads of this process, since bits depend on it.
     """
-    if section.kind == "vllm":
-        raise SetupError(
-            "engine.kind vllm is not built into this version",
-            where="engine",
-            fix="set engine.kind: hf",
-        )
     torch.set_num_threads(section.threads)
     template = ChatTemplate(load_tokenizer(model_path))
     engine = HfEngine(

@@ -10,7 +10,7 @@ import time
 from ground.console import reporter
 from ground.entry import Stage, stage_entry
 from ground.storage import write_file
-from ground.tables import read_prompts, write_rows
+from ground.tables import write_rows
 from rollout.config import EvaluateSection, SamplingSection
 from rollout.engines import open_engine
 from rollout.evaluation import (
@@ -21,6 +21,7 @@ from rollout.evaluation import (
     prompt_rows,
     summarise,
 )
+from rollout.heldout import read_heldout
 from rollout.reward_pool import RewardPool
 
 logger = logging.getLogger("packtrain")
@@ -30,7 +31,7 @@ def evaluate(stage: Stage[EvaluateSection]) -> dict[str, object]:
     """Write `evaluation.json` and `prompts.parquet`; the summary is the former's headline."""
     section, seed = stage.section, stage.head.seed
     model = stage.trail.model_of(stage.of)
-    prompts = read_prompts(stage.trail.heldout(), stage.head.data, quarantine=stage.directory)
+    prompts = read_heldout(stage.trail, stage.head.data, quarantine=stage.directory)
     prompts = choose_prompts(prompts, section.max_prompts, seed)
     sampling = SamplingSection(
         temperature=section.temperature, max_new_tokens=section.max_new_tokens

@@ -38,7 +38,8 @@ def fabricate_run(
     recipe.parent.mkdir(parents=True, exist_ok=True)
     recipe.write_text(RECIPE)
     document, run = load_recipe(recipe), RunDir(directory)
-    with run.open(document):
+    with run.open():
+        run.describe(document)
         for index, stage in enumerate(("herd", "prune", "sft", "mine", "rl", "dpo")):
             assert run.begin(stage, {}, resume=False, overwrite=False)
             _WRITERS.get(stage, _nothing)(directory / stage, text)

@@ -133,33 +133,36 @@ def test_format_marks():
     assert format_marks("Answer : 4 => x") == {"answer:", "=>"}
 
 
-def test_one_pair_per_prompt_from_its_newest_group():
+def test_one_pair_per_prompt_from_the_group_nearest_to_the_base():
     old = group(answer(0, "old 4", 1), answer(1, "5", 0), version=4)
     new = group(answer(0, "new 4", 1), answer(1, "5", 0), version=9)
     flat = group(answer(0, "=> 5", 0), version=10)
     stale = group(answer(0, "4", 1), answer(1, "5", 0), version=3, prompt="p2")
-    result = mine_pairs([old, stale, flat, new], PairsSection(max_age=6))
+    result = mine_pairs([old, stale, flat, new], 10, PairsSection(max_age=6))
     (pair,) = result.pairs
     assert (pair.pair.chosen, pair.version) == ("new 4", 9)
     assert result.counts == {
-        "group_too_old": 1,
+        "group_too_far": 1,
         "nothing_to_choose": 1,
         "pair_wrong": 1,
         "prompt_has_a_pair": 1,
     }
+    result = mine_pairs([old, stale, flat, new], 3, PairsSection(max_age=6))
+    assert [pair.version for pair in result.pairs] == [3, 4], "RL's best version was an early one"
+    assert result.counts["group_too_far"] == 1, "version 10 is seven ahead of the base"
 
 
-def test_the_cap_goes_round_the_capabilities_newest_first():
+def test_the_cap_goes_round_the_capabilities_nearest_first():
     rows = [
         group(answer(0, "4", 1), answer(1, "5", 0), prompt=f"{kind}{n}", version=n, capability=kind)
         for kind, versions in (("sums", (1, 2, 3, 4)), ("words", (2,)))
         for n in versions
     ]
-    result = mine_pairs(rows, PairsSection(max_pairs=3))
+    result = mine_pairs(rows, 4, PairsSection(max_pairs=3))
     assert [pair.pair.prompt.id for pair in result.pairs] == ["sums4", "words2", "sums3"]
     assert result.counts["over_max_pairs"] == 2
-    assert mine_pairs(list(reversed(rows)), PairsSection(max_pairs=3)) == result
-    assert mine_pairs([], SECTION).pairs == ()
+    assert mine_pairs(list(reversed(rows)), 4, PairsSection(max_pairs=3)) == result
+    assert mine_pairs([], 0, SECTION).pairs == ()
 
 
 def raw_group(**changes: object) -> dict[str, object]:
@@ -184,7 +187,7 @@ def raw_group(**changes: object) -> dict[str, object]:
 def test_rows_of_groups_and_pairs_go_through_parquet(tmp_path: Path):
     row = group_row(raw_group(), "here")
     assert row.answers[1] == Answer(1, "5", 0.0, passed=False, ended=False, num_tokens=9)
-    (pair,) = mine_pairs([row], SECTION).pairs
+    (pair,) = mine_pairs([row], 3, SECTION).pairs
     write_rows(tmp_path / "pairs.parquet", [pair_row(pair)], PAIR_SCHEMA)
     (back,) = read_rows(tmp_path / "pairs.parquet")
     assert (back["chosen"], back["rejected"], back["reason"]) == ("4", "5", "truncated")
@@ -205,11 +208,8 @@ def test_the_files_of_the_rl_stage_are_read_in_order(tmp_path: Path):
     """Contract with rl/groups.py: a file with its schema reads back as groups."""
     groups = pytest.importorskip("rl.groups")
     extra = {"state": "trained", "reason": "", "errors": ["", ""], "advantages": [0.5, -0.5]}
-    for step in (2, 1):
-        write_rows(
-            groups.groups_path(tmp_path, step),
-            [{**raw_group(version=step), **extra}],
-            groups.SCHEMA,
-        )
-    assert [row.version for row in read_groups(tmp_path)] == [1, 2]
-    assert read_groups(tmp_path / "absent") == []
+    files = [groups.groups_path(tmp_path, step) for step in (1, 2)]
+    for step, file in enumerate(files, start=1):
+        write_rows(file, [{**raw_group(version=step), **extra}], groups.SCHEMA)
+    assert [row.version for row in read_groups(files)] == [1, 2]
+    assert read_groups([]) == []

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
 import pytest
@@ -13,7 +14,7 @@ from ground.entry import stage_entry
 from ground.metrics import read_metrics
 from ground.model import load_model, tensors_of
 from ground.run import RunDir
-from ground.storage import verify_directory
+from ground.storage import commit_directory, verify_directory
 from ground.tables import read_rows, write_rows
 
 RECIPE = """
@@ -36,8 +37,8 @@ def recipe(tmp_path: Path, tiny_model: Path) -> Path:
     return path
 
 
-def write_rl_groups(recipe: Path, num_prompts: int) -> None:
-    """What an RL stage leaves: one group a prompt, one right and one wrong answer."""
+def finish_rl(recipe: Path, model: Path, num_prompts: int) -> None:
+    """What an RL stage leaves: `model`; one group a prompt, one right and one wrong answer."""
     groups = pytest.importorskip("rl.groups")
     rows = [
         {
@@ -61,9 +62,14 @@ def write_rl_groups(recipe: Path, num_prompts: int) -> None:
         }
         for n in range(10, 10 + num_prompts)
     ]
-    run_path = recipe.parent / "run"
-    (run_path / "log").mkdir(parents=True)
-    write_rows(groups.groups_path(run_path / "rl" / "groups", 1), rows, groups.SCHEMA)
+    recipe.write_text(recipe.read_text() + "rl: {}\n")
+    done = RunDir(recipe.parent / "run")
+    (done.path / "log").mkdir(parents=True)
+    done.begin("rl", {}, resume=False, overwrite=False)
+    write_rows(groups.groups_path(done.stage("rl") / "groups", 1), rows, groups.SCHEMA)
+    with commit_directory(done.stage("rl") / "model", {"version": 1}) as folder:
+        shutil.copytree(model, folder, dirs_exist_ok=True)
+    done.finish("rl", {}, {})
 
 
 def run(recipe: Path, *arguments: str) -> tuple[int, RunDir]:
@@ -79,7 +85,7 @@ def summary_of(directory: RunDir) -> dict[str, object]:
 
 
 def test_the_stage_trains_on_rl_s_pairs_and_reports_the_gate(recipe: Path, tiny_model: Path):
-    write_rl_groups(recipe, 6)
+    finish_rl(recipe, tiny_model, 6)
     code, directory = run(recipe)
     assert code == 0
     stage = directory.stage("dpo")
@@ -108,7 +114,7 @@ def test_the_rl_model_goes_on_with_the_reason_why(
     recipe: Path, tiny_model: Path, num_prompts: int, override: tuple[str, ...], why: str
 ):
     if num_prompts:
-        write_rl_groups(recipe, num_prompts)
+        finish_rl(recipe, tiny_model, num_prompts)
     code, directory = run(recipe, *override)
     assert code == 0
     summary = summary_of(directory)
@@ -117,3 +123,23 @@ def test_the_rl_model_goes_on_with_the_reason_why(
     ours, base = tensors_of(load_model(model)), tensors_of(load_model(tiny_model))
     assert all(torch.equal(ours[name], base[name]) for name in base)
     assert why in (model / "README.md").read_text()
+
+
+def test_groups_that_were_changed_on_disk_are_refused_by_name(
+    recipe: Path, tiny_model: Path, capsys: pytest.CaptureFixture[str]
+):
+    finish_rl(recipe, tiny_model, 6)
+    file = recipe.parent / "run" / "rl" / "groups" / "step_000001.parquet"
+    file.write_bytes(file.read_bytes()[:-1] + b"X")
+    assert run(recipe)[0] == 3
+    assert "groups/step_000001.parquet: the file was changed" in capsys.readouterr().err
+
+
+def test_groups_of_an_rl_stage_that_the_recipe_turned_off_are_left_alone(
+    recipe: Path, tiny_model: Path
+):
+    finish_rl(recipe, tiny_model, 6)
+    recipe.write_text(recipe.read_text().replace("rl: {}\n", ""))
+    code, directory = run(recipe)
+    assert code == 0
+    assert "the rl stage left no groups" in str(summary_of(directory)["kept_because"])

@@ -10,17 +10,21 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
 from crashpoints import crash_at_each_call, old_then_new
 
 from ground import lock as lock_module
+from ground import provenance
 from ground import run as run_module
+from ground.config import Section
+from ground.entry import stage_entry
 from ground.errors import DataError, SetupError
 from ground.lock import TOKEN, RunLock, is_held, read_holder
 from ground.metrics import Metrics, read_metrics
-from ground.provenance import changed, stage_settings
+from ground.provenance import changed, folder_fingerprint, stage_settings
 from ground.recipe import RecipeDocument, load_recipe
 from ground.run import RunDir
 from ground.storage import verify_directory
@@ -133,6 +137,38 @@ def test_a_child_that_outlives_the_killed_holder_keeps_the_lock_and_is_named(
         assert lock.incarnation == 2
 
 
+def test_a_waiter_that_loses_to_another_names_the_winner(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with RunLock.acquire(tmp_path, {}) as lock:
+        winner = lock.holder
+        gone = replace(winner, pid=2**22 + 1, token="0")
+        (tmp_path / "lock.json").write_text(json.dumps(asdict(gone)))
+
+        def meanwhile(_: float) -> None:
+            (tmp_path / "lock.json").write_text(json.dumps(asdict(winner)))
+
+        monkeypatch.setattr(lock_module.time, "sleep", meanwhile)
+        with pytest.raises(SetupError, match=rf"the run is held by pid {winner.pid} on"):
+            RunLock.acquire(tmp_path, {})
+
+
+def test_a_waiter_that_wins_counts_on_from_the_last_holder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lock = RunLock.acquire(tmp_path, {})
+    gone = replace(lock.holder, pid=2**22 + 1)
+    (tmp_path / "lock.json").write_text(json.dumps(asdict(gone)))
+
+    def meanwhile(_: float) -> None:
+        (tmp_path / "lock.json").write_text(json.dumps(asdict(replace(gone, incarnation=4))))
+        lock.release()
+
+    monkeypatch.setattr(lock_module.time, "sleep", meanwhile)
+    with RunLock.acquire(tmp_path, {}) as later:
+        assert later.incarnation == 5
+
+
 def test_crash_points_of_taking_the_lock(ram_path: Path) -> None:
     def take(place: Path) -> None:
         RunLock.acquire(place, {}).release()
@@ -155,8 +191,9 @@ def test_crash_points_of_taking_the_lock(ram_path: Path) -> None:
 
 def test_opening_makes_a_private_directory_with_recipe_and_environment(tmp_path: Path) -> None:
     run = RunDir(tmp_path / "runs" / "t")
-    with run.open(document(tmp_path)) as lock:
+    with run.open() as lock:
         assert lock.incarnation == 1
+        run.describe(document(tmp_path))
     assert stat.S_IMODE(run.path.stat().st_mode) == 0o700
     assert (run.path / "recipe.yaml").read_text() == "name: t\nsft: {epochs: 1}\n"
     assert "epochs: 1" in (run.path / "recipe.resolved.yaml").read_text()
@@ -170,7 +207,7 @@ def test_somebody_elses_folder_is_refused(tmp_path: Path) -> None:
     (tmp_path / "thesis" / "thesis.tex").write_text("x")
     with (
         pytest.raises(SetupError, match="is not empty and is not a run of packtrain"),
-        RunDir(tmp_path / "thesis").open(document(tmp_path)),
+        RunDir(tmp_path / "thesis").open(),
     ):
         pass
     assert os.listdir(tmp_path / "thesis") == ["thesis.tex"]
@@ -180,10 +217,28 @@ def test_a_run_directory_below_a_file_is_refused(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("x")
     with (
         pytest.raises(SetupError, match="cannot be written") as caught,
-        RunDir(tmp_path / "file" / "run").open(document(tmp_path)),
+        RunDir(tmp_path / "file" / "run").open(),
     ):
         pass
     assert caught.value.why == "a part of the path is a file, not a folder"
+
+
+def test_a_refused_recipe_leaves_the_description_of_the_accepted_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+
+    def enter(text: str, *flags: str) -> int:
+        document(tmp_path, text)
+        return stage_entry("sft", Section, lambda stage: {}, ["recipe.yaml", *flags])
+
+    kept = tmp_path / "runs" / "t"
+    assert enter("name: t\nsft: {}\n") == 0
+    assert enter("name: t\nseed: 5\nsft: {}\n") == 4
+    assert (kept / "recipe.yaml").read_text() == "name: t\nsft: {}\n"
+    assert "seed: 5" not in (kept / "recipe.resolved.yaml").read_text()
+    assert enter("name: t\nseed: 5\nsft: {}\n", "--overwrite") == 0
+    assert "seed: 5" in (kept / "recipe.resolved.yaml").read_text()
 
 
 # --- stages -----------------------------------------------------------------------------------
@@ -295,8 +350,8 @@ def test_crash_points_of_opening_a_run_again(
     recipe = document(ram_path)
 
     def opened(place: Path) -> None:
-        with RunDir(place / "run").open(recipe):
-            pass
+        with RunDir(place / "run").open():
+            RunDir(place / "run").describe(recipe)
 
     def read(place: Path) -> bool:
         json.loads((place / "run" / "env.json").read_text())
@@ -340,12 +395,56 @@ def test_settings_follow_recipe_data_and_the_stages_before(tmp_path: Path, run: 
     (tmp_path / "rows.jsonl").write_text("{} ")
     assert changed(before, settings(text)) == ["file of data.sft"]
     (tmp_path / "rows.jsonl").write_text("{}")
-    finished(run, "prune", prune="1")
+    finished(run, "prune")
     assert changed(before, settings(text)) == ["stage prune"]
     with_prune = settings(text)
-    finished(run, "prune", prune="2")
+    finished(run, "prune")
+    assert settings(text) == with_prune, "made again, and the same came out"
+    finished(run, "prune", "new")
     assert changed(with_prune, settings(text)) == ["stage prune"]
+    assert settings(text.replace("prune: {}\n", "")) == before, "turned off: not an input"
     finished(run, "rl", rl="1")
     assert "stage rl" not in settings(text)
     assert "stage rl" in settings(text, "rl/evaluation")
     assert "stage rl" not in settings(text, "base/evaluation")
+
+
+def test_settings_follow_the_code_of_the_users_rewards(tmp_path: Path, run: RunDir) -> None:
+    (tmp_path / "mine.py").write_text("def mine(): return 0")
+    text = "name: t\nrewards: [mine.py]\nrl: {}\n"
+    before = stage_settings(document(tmp_path, text), run, "rl")
+    (tmp_path / "mine.py").write_text("def mine(): return 1")
+    after = stage_settings(document(tmp_path, text), run, "rl")
+    assert changed(before, after) == ["file of rewards[0]"]
+
+
+def test_settings_follow_the_weights_of_the_users_models(tmp_path: Path, run: RunDir) -> None:
+    (tmp_path / "base").mkdir()
+    (tmp_path / "base" / "model.safetensors").write_bytes(b"aaaa")
+    text = "name: t\nmodel: {path: base}\nsft: {}\n"
+    before = stage_settings(document(tmp_path, text), run, "sft")
+    (tmp_path / "base" / "model.safetensors").write_bytes(b"aaba")
+    after = stage_settings(document(tmp_path, text), run, "sft")
+    assert changed(before, after) == ["folder of model"]
+
+
+def test_a_large_file_is_known_by_its_head_and_by_blocks_all_over_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """40 bytes beyond a limit of 8: four blocks of two bytes, from bytes 0, 10, 20 and 30."""
+    monkeypatch.setattr(provenance, "_WHOLE", 8)
+    monkeypatch.setattr(provenance, "_BLOCKS", 4)
+    file = tmp_path / "model.safetensors"
+
+    def named(place: int | None, size: int = 40) -> str:
+        content = bytearray(size)
+        if place is not None:
+            content[place] = 1
+        file.write_bytes(content)
+        return folder_fingerprint(tmp_path)
+
+    plain = named(None)
+    seen = [place for place in range(40) if named(place) != plain]
+    assert seen == [0, 1, 10, 11, 20, 21, 30, 31]
+    assert named(None, 41) != plain
+    assert len({named(place, 8) for place in range(8)}) == 8, "a small one is read whole"

@@ -147,14 +147,13 @@ def test_crash_points_where_names_cannot_be_exchanged(
 
 
 @pytest.mark.parametrize("keep", [1, 2])
-def test_crash_points_of_a_checkpoint_with_latest_and_rotation(ram_path: Path, keep: int) -> None:
+def test_crash_points_of_a_checkpoint_with_rotation(ram_path: Path, keep: int) -> None:
     def read(place: Path) -> tuple[int, int]:
         """Step of the newest valid one, and how many are valid (never 0)."""
         checkpoints = Checkpoints(place, keep)
         latest = checkpoints.latest()
         assert latest is not None
         valid = [verify_directory(path) for path in checkpoints.steps()]
-        assert (place / (place / "latest").read_text().strip()).is_dir()
         return int(str(facts_of(latest)["step"])), min(len(valid), 1)
 
     def prepare(place: Path) -> None:
@@ -285,7 +284,6 @@ def test_rotation_keeps_the_newest_and_the_one_just_written(tmp_path: Path) -> N
     assert [path.name for path in checkpoints.steps()] == ["step_000030", "step_000040"]
     checkpoints.commit(20, save("rolled back"), {})
     assert [path.name for path in checkpoints.steps()] == ["step_000020", "step_000040"]
-    assert (tmp_path / "latest").read_text() == "step_000020\n"
 
 
 # --- the disk ---------------------------------------------------------------------------------
@@ -318,7 +316,7 @@ def test_a_full_disk_is_said_with_its_free_space_and_keeps_the_older_checkpoint(
     assert caught.value.where == str(small_disk / "step_000200")
     assert caught.value.why == "what was there before is untouched"
     assert checkpoints.latest() == small_disk / "step_000100"
-    assert sorted(os.listdir(small_disk)) == ["latest", "step_000100"]
+    assert sorted(os.listdir(small_disk)) == ["step_000100"]
 
 
 def test_a_full_disk_that_a_library_reports_as_text_is_recognised(tmp_path: Path) -> None:

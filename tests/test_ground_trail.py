@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from ground.config import Data, Head, ModelSource
+from ground.config import STAGES, Data, Head, ModelSource
 from ground.errors import DataError, RecipeError
 from ground.run import RunDir
 from ground.storage import commit_directory
@@ -23,7 +23,7 @@ OUTPUTS = {
     "prune": ("kept.parquet", "dropped.parquet"),
     "sft": ("model/w",),
     "mine": ("prompts.parquet",),
-    "rl": ("model/w",),
+    "rl": ("model/w", "groups/step_000001.parquet", "groups/step_000002.parquet"),
     "dpo": ("model/w",),
 }
 
@@ -54,7 +54,7 @@ def finish(run: RunDir, *stages: str, done: bool = True) -> None:
         for name in OUTPUTS[stage]:
             path = run.stage(stage) / name
             if path.name == "w":
-                with commit_directory(path.parent, {}) as staging:
+                with commit_directory(path.parent, {"version": 7}) as staging:
                     (staging / "w").write_text(stage)
             else:
                 path.parent.mkdir(exist_ok=True)
@@ -66,7 +66,7 @@ def finish(run: RunDir, *stages: str, done: bool = True) -> None:
 def test_without_finished_stages_the_recipes_own_paths_are_used(
     run: RunDir, head: Head, tmp_path: Path
 ) -> None:
-    trail = Trail(head, run)
+    trail = Trail(head, run, STAGES)
     finish(run, "herd", "sft", done=False)
     assert trail.model_before("rl") == trail.model_of("base") == tmp_path / "base"
     assert trail.teacher() == tmp_path / "big"
@@ -76,7 +76,7 @@ def test_without_finished_stages_the_recipes_own_paths_are_used(
 
 
 def test_the_last_finished_stage_before_wins(run: RunDir, head: Head) -> None:
-    trail, at = Trail(head, run), run.path
+    trail, at = Trail(head, run, STAGES), run.path
     finish(run, "herd")
     assert trail.model_before("sft") == trail.model_of("base") == at / "herd/student"
     assert trail.teacher() == at / "herd/teacher"
@@ -99,7 +99,7 @@ def test_the_last_finished_stage_before_wins(run: RunDir, head: Head) -> None:
 
 
 def test_an_input_that_nobody_makes_is_named_with_its_key(run: RunDir) -> None:
-    trail = Trail(Head(name="t"), run)
+    trail = Trail(Head(name="t"), run, STAGES)
     for look, expected in (
         (lambda: trail.model_before("sft"), "no model: neither a finished stage nor model.path"),
         (trail.teacher, "no teacher: neither a finished stage nor teacher.path"),
@@ -119,25 +119,55 @@ def test_an_input_that_nobody_makes_is_named_with_its_key(run: RunDir) -> None:
 def test_a_path_of_the_recipe_that_does_not_exist_is_named(run: RunDir, tmp_path: Path) -> None:
     head = Head(name="t", model=ModelSource(path=tmp_path / "gone"))
     with pytest.raises(RecipeError) as caught:
-        Trail(head, run).model_before("sft")
+        Trail(head, run, STAGES).model_before("sft")
     assert caught.value.what == f"model.path names {tmp_path / 'gone'}, which does not exist"
 
 
 def test_a_stage_that_is_not_finished_has_no_model_to_evaluate(run: RunDir, head: Head) -> None:
     with pytest.raises(RecipeError) as caught:
-        Trail(head, run).model_of("rl")
+        Trail(head, run, STAGES).model_of("rl")
     assert caught.value.what == "stage rl is not finished, so its model cannot be evaluated"
     with pytest.raises(RecipeError, match="one of base, sft, rl, dpo, got 'mine'"):
-        Trail(head, run).model_of("mine")
+        Trail(head, run, STAGES).model_of("mine")
 
 
 def test_damaged_outputs_of_a_stage_are_refused_by_name(run: RunDir, head: Head) -> None:
     finish(run, "herd", "sft")
     (run.stage("sft") / "model" / "w").write_text("txs")
     (run.stage("herd") / "data" / "sft.jsonl").write_text("cut")
-    trail = Trail(head, run)
+    trail = Trail(head, run, STAGES)
     with pytest.raises(DataError, match=r"sft/model/w: the file was changed: its sha256 differs"):
         trail.model_before("rl")
     with pytest.raises(DataError, match=r"data/sft\.jsonl: the file must have 4 bytes, it has 3"):
         trail.demonstrations_before("sft")
     assert trail.prompts_before("rl").name == "prompts.jsonl"
+
+
+def test_what_a_stage_left_that_the_recipe_turns_off_is_not_used(
+    run: RunDir, head: Head, tmp_path: Path
+) -> None:
+    finish(run, "herd", "prune", "sft", "mine", "rl", "dpo")
+    trail, at = Trail(head, run, ("sft", "dpo")), run.path
+    assert trail.demonstrations_before("sft") == tmp_path / "s"
+    assert trail.prompts_before("rl") == tmp_path / "p"
+    assert trail.teacher() == tmp_path / "big"
+    assert trail.heldout() == tmp_path / "h"
+    assert trail.model_of("base") == tmp_path / "base"
+    assert trail.model_before("dpo") == trail.model_of("sft") == at / "sft/model"
+    assert trail.groups() == ([], 0)
+    with pytest.raises(RecipeError, match="stage rl is off, so there is no model of it"):
+        trail.model_of("rl")
+
+
+def test_the_groups_of_rl_come_verified_with_the_version_of_its_model(
+    run: RunDir, head: Head
+) -> None:
+    trail = Trail(head, run, STAGES)
+    assert trail.groups() == ([], 0)
+    finish(run, "rl")
+    folder = run.stage("rl") / "groups"
+    files = [folder / "step_000001.parquet", folder / "step_000002.parquet"]
+    assert trail.groups() == (files, 7)
+    files[1].write_text("xx")
+    with pytest.raises(DataError, match=r"step_000002\.parquet: the file was changed"):
+        trail.groups()

@@ -20,6 +20,7 @@ from ground.model import load_model, load_tokenizer
 from ground.run import RunDir
 from ground.storage import verify_directory
 from ground.tables import read_prompts
+from ground.trail import Trail
 
 RECIPE = SHIPPED.parent / "recipe.yaml"
 TOLERANCE = 0.04
@@ -39,6 +40,7 @@ def _stage(tmp_path: Path, section: HerdSection) -> Stage[HerdSection]:
         section=section,
         run=RunDir(tmp_path),
         directory=directory,
+        trail=Trail(Head(name="t"), RunDir(tmp_path), ("herd",)),  # pyright: ignore[reportCallIssue]
         metrics=Metrics(directory / "metrics.jsonl"),
         resume=False,
     )

@@ -16,8 +16,9 @@ from ground.errors import RecipeError, SetupError
 from ground.lock import RunLock
 from ground.recipe import load_recipe
 from ground.run import RunDir
+from packtrain.cli import parse
 from packtrain.plan import Step, launch_line, plan
-from packtrain.runner import Order, discard, require_resumable, run_steps
+from packtrain.runner import Order, command, discard, require_resumable, run_steps
 from packtrain.status import read_status
 
 STAGE = """\
@@ -51,6 +52,9 @@ if __name__ == "__main__":
 """
 
 
+MADE = '    (stage.directory / "made").write_text("other")\n'
+
+
 class Trail:
     """Two small real stages, `sft` then `dpo`, run by the runner in a folder of their own."""
 
@@ -70,8 +74,8 @@ class Trail:
     def run(self, *overrides: str, resume: bool = False) -> int:
         """What `packtrain run` does, from the check to the last stage."""
         order = self.order(*overrides)
-        require_resumable(order, resume)
-        with order.run.open(order.document) as lock:
+        with order.run.open() as lock:
+            require_resumable(order, resume)
             return run_steps(order, lock)
 
     @property
@@ -159,10 +163,48 @@ def test_a_finished_stage_with_other_settings_is_refused(trail: Trail) -> None:
     with pytest.raises(SetupError, match=r"sft is finished, with other settings \(changed: sft\)"):
         trail.run("sft.wait=0.01")
     order = trail.order("sft.wait=0.01")
-    with order.run.open(order.document) as lock:
-        discard(order)
+    with order.run.open() as lock:
+        discard(order.run)
         assert run_steps(order, lock) == 0
     assert trail.finished == ["sft", "dpo", "sft", "dpo"]
+
+
+def test_a_stage_made_again_makes_those_after_it_out_of_date(trail: Trail) -> None:
+    assert trail.run() == 0
+    again = ["stage_sft.py", "recipe.yaml", "--run", "run", "--overwrite"]
+    assert subprocess.run([sys.executable, *again], timeout=60).returncode == 0
+    assert trail.run() == 0, "the same came out"
+    stage = trail.folder / "stage_sft.py"
+    stage.write_text(stage.read_text().replace("    return", MADE + "    return"))
+    assert subprocess.run([sys.executable, *again], timeout=60).returncode == 0
+    with pytest.raises(SetupError, match=r"dpo is finished, with other .*changed: stage sft\)"):
+        trail.run()
+
+
+def test_overwriting_removes_what_any_stage_left(trail: Trail) -> None:
+    run = RunDir(trail.folder / "run")
+    for name in ("prune", "sft", "rl", "base/evaluation", "log"):
+        run.stage(name).mkdir(parents=True)
+    discard(run)
+    assert os.listdir(run.path) == ["log"]
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("name: x\nsft: {}\n", "sft needs model.path\n  sft needs data.sft"),
+        ("name: x\nherd: {}\nrewards: [gone.py]\n", r"rewards names .*gone\.py, which is not a"),
+        ("name: x\nprune: {engine: {kind: vllm}}\n", r"kind must be 'hf', got 'vllm'"),
+        ("name: x\nevaluate: {engine: {kind: vllm}}\n", r"kind must be 'hf', got 'vllm'"),
+    ],
+)
+def test_what_cannot_work_is_refused_before_the_run_is_made(
+    trail: Trail, text: str, message: str
+) -> None:
+    trail.recipe.write_text(text)
+    with pytest.raises(RecipeError, match=message):
+        command(parse(["run", "recipe.yaml"]))
+    assert not (trail.folder / "runs").exists()
 
 
 def test_a_second_run_is_refused_with_pid_and_age(trail: Trail) -> None:

@@ -10,10 +10,11 @@ import pyarrow.parquet as pq
 import pytest
 
 from ground.chat import ChatTemplate
+from ground.entry import stage_entry
 from ground.errors import DataError
 from ground.model import load_tokenizer
 from ground.records import Difficulty, Label, Message, Prompt, Rollout, Segment
-from ground.tables import write_records
+from ground.tables import write_jsonl, write_records
 from rollout.config import EngineSection, EvaluateSection, SamplingSection
 from rollout.engine import Request
 from rollout.engines import open_engine
@@ -28,6 +29,7 @@ from rollout.evaluation import (
     summarise,
 )
 from rollout.fake_engine import FakeEngine
+from rollout.heldout import shared_ids
 from rollout.passk import wilson
 from rollout.reward_pool import RewardPool
 from rollout.seeds import sample_seed
@@ -169,8 +171,6 @@ def test_a_real_engine_measures_the_same_twice(tiny_model: Path, pool: RewardPoo
 
 def test_the_entry_writes_what_the_report_reads(tiny_model: Path, tmp_path: Path):
     """`python -m rollout.evaluate` in this process, on a user's own model and prompts."""
-    from ground.entry import stage_entry
-
     heldout = tmp_path / "heldout.jsonl"
     labels: list[Label] = ["easy", "hard"]
     write_records(heldout, [prompt(n, label=labels[n % 2]) for n in range(6)])
@@ -190,3 +190,46 @@ def test_the_entry_writes_what_the_report_reads(tiny_model: Path, tmp_path: Path
     table = pq.read_table(run / "base/evaluation/prompts.parquet")
     assert table.num_rows == 5 and all(len(texts) == 2 for texts in table["texts"].to_pylist())
     assert (run / "base/evaluation/manifest.json").is_file()
+
+
+def test_questions_are_compared_without_system_and_white_space():
+    heldout = [prompt(2), prompt(3), prompt(4)]
+    questions = [
+        (Message("system", "Be brief."), Message("user", " 3+0=\n")),
+        (Message("user", "4 +0="),),
+        (Message("user", "2+0="), Message("assistant", "2"), Message("user", "2+0=")),
+    ]
+    assert shared_ids(heldout, questions) == [heldout[1].id]
+
+
+TURNS = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello"}]
+ASKED = [{"role": "user", "content": "3+0="}, {"role": "assistant", "content": "3"}]
+
+
+@pytest.mark.parametrize(
+    ("stage", "row"),
+    [
+        ("sft", {"messages": ASKED}),
+        ("sft", {"messages": [*ASKED, *TURNS]}),
+        ("rl", {"prompt": "3+0=", "answer": "3", "reward": "exact"}),
+    ],
+)
+def test_held_out_prompts_that_are_trained_on_are_refused(
+    tmp_path: Path, stage: str, row: dict[str, object], capsys: pytest.CaptureFixture[str]
+):
+    """Turned off, the stage trains on nothing: then it is the missing model that is refused."""
+    heldout = [prompt(n) for n in range(6)]
+    write_records(tmp_path / "heldout.jsonl", heldout)
+    write_jsonl(tmp_path / "rows.jsonl", [row])
+    (tmp_path / "model").mkdir()
+    text = "name: t\nmodel: {path: model}\ndata: {sft: rows.jsonl, prompts: rows.jsonl, "
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(f"{text}heldout: heldout.jsonl}}\nevaluate: {{}}\n{stage}: {{}}\n")
+    argv = [str(recipe), "--of", "base", "--run", str(tmp_path / "run")]
+    assert stage_entry("evaluate", EvaluateSection, evaluate, argv) == 3
+    said = capsys.readouterr().err
+    assert f"1 of 6 held-out prompts are trained on: {heldout[3].id}\n" in said
+    assert "rows.jsonl asks the same questions" in said
+    recipe.write_text(f"{text}heldout: heldout.jsonl}}\nevaluate: {{}}\n")
+    assert stage_entry("evaluate", EvaluateSection, evaluate, argv) == 3
+    assert "trained on" not in capsys.readouterr().err
