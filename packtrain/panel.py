@@ -5,6 +5,7 @@ Both follow the files that the stages write (progress.json, metrics.jsonl); neit
 
 from __future__ import annotations
 
+import shlex
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -193,7 +194,7 @@ def pass_at_1(run: Path, step: Step) -> Estimate | None:
 def shown_line(line: Sequence[str]) -> str:
     """A command as a user would type it: the interpreter without its folder."""
     python = Path(line[0]).name
-    return " ".join([python, *line[1:]]).replace(
+    return shlex.join([python, *line[1:]]).replace(
         f"{python} -m accelerate.commands.launch", "accelerate launch"
     )
 

@@ -152,6 +152,7 @@ def test_the_launcher_is_shown_by_its_own_name() -> None:
         "sft.train",
     ]
     assert shown_line(line) == "accelerate launch --config_file c -m sft.train"
+    assert shown_line(["/p/python", "mine.k=[1, 4]"]) == "python 'mine.k=[1, 4]'"
 
 
 def test_status_answers_at_once(made: Path) -> None:
