@@ -55,6 +55,15 @@ class Metrics:
         for sink in self._sinks:
             sink.put(step, finite)
 
+    def rewind(self, step: int) -> None:
+        """Forget the records of later steps: a resumed run does that work again."""
+        lines = self.path.read_bytes().splitlines(keepends=True)
+        steps = [_parsed(self.path, n, line)["step"] for n, line in enumerate(lines, start=1)]
+        kept = [line for line, own in zip(lines, steps, strict=True) if int(str(own)) <= step]
+        if len(kept) < len(lines):
+            os.ftruncate(self._file, 0)
+            self._append(b"".join(kept).decode())
+
     def close(self) -> None:
         """Close the file and give the trackers a few seconds to finish."""
         for sink in self._sinks:

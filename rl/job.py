@@ -60,7 +60,7 @@ class Report(BaseModel):
         frozen=True, use_attribute_docstrings=True, ser_json_inf_nan="strings"
     )
 
-    kind: Literal["alive", "step", "validation", "done", "failed"]
+    kind: Literal["alive", "begun", "step", "validation", "done", "failed"]
     step: int = 0
     numbers: dict[str, float] = Field(default_factory=dict)
     started: float = 0.0

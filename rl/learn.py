@@ -75,6 +75,7 @@ def learn(job: Job, speaker: Speaker, pending: Pending) -> dict[str, object]:
     logger.info("joined; the workers are coming up")
     loop.begin(version, learner.model_tensors(), saved)
     logger.info("the workers have version %d", version)
+    speaker.say(Report(kind="begun", step=version))
     publisher = Publisher(loop, checkpoints, Checkpoints(job.best_directory, keep=1), speaker.score)
     steps = LearnerLoop(
         learner,

@@ -51,6 +51,9 @@ def _job(stage: Stage[RlSection], life: int) -> Job:
 
 
 def _tell(stage: Stage[RlSection], timeline: Journal, report: Report) -> None:
+    if report.kind == "begun":
+        stage.metrics.rewind(report.step)
+        return
     numbers = report.numbers
     if report.kind == "validation":
         stage.metrics.log(report.step, numbers, phase="validation")

@@ -70,6 +70,22 @@ def test_a_torn_last_line_is_dropped_and_the_next_record_is_whole(tmp_path: Path
     assert [record["loss"] for record in read_metrics(path)] == [1.0, 2.0, 3.0]
 
 
+def test_rewinding_forgets_later_steps_and_nothing_else(tmp_path: Path):
+    with Metrics(tmp_path / "metrics.jsonl") as metrics:
+        for step in (1, 2, 3):
+            metrics.log(step, {"loss": float(step)})
+        metrics.log(2, {"pass_rate": 0.5}, phase="validation")
+        metrics.rewind(2)
+        metrics.log(3, {"loss": 9.0})
+    records = read_metrics(tmp_path / "metrics.jsonl")
+    assert [(r["step"], r.get("loss")) for r in records] == [
+        (1, 1.0),
+        (2, 2.0),
+        (2, None),
+        (3, 9.0),
+    ]
+
+
 def test_a_resumed_run_replaces_the_steps_it_repeats(tmp_path: Path):
     path = tmp_path / "m.jsonl"
     with Metrics(path) as metrics:
