@@ -118,7 +118,7 @@ def test_greedy_is_what_transformers_generates(path: Path, engine: HfEngine) -> 
         prompt = tuple(range(30, 30 + length))
         request = Request("greedy", prompt, 40, 0.0, 0, ())
         [completion] = generate(engine, [request], timeout_seconds=60)
-        wanted = model.generate(torch.tensor([prompt]))
+        wanted = model.generate(torch.tensor([prompt]))  # pyright: ignore[reportAttributeAccessIssue]
         assert isinstance(wanted, torch.Tensor)
         assert list(completion.segment.token_ids) == wanted[0, length:].tolist()
 
