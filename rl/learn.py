@@ -23,7 +23,7 @@ from ground.checkpoints import Checkpoints, step_of
 from ground.errors import PacktrainError
 from ground.logs import setup_logging
 from ground.model import export_model, load_model, load_tokenizer
-from ground.signals import Pending, held_signals
+from ground.signals import Interrupted, held_signals
 from ground.storage import commit_directory
 from rl.batch import collate, rows_of
 from rl.books import Plan
@@ -45,8 +45,10 @@ def main() -> int:
     job = Job.model_validate_json(sys.stdin.readline())
     setup_logging(job.log_directory / "rl.learner.log")
     try:
-        with held_signals() as pending:
-            speaker.say(Report(kind="done", facts=learn(job, speaker, pending)))
+        speaker.say(Report(kind="done", facts=learn(job, speaker)))
+    except Interrupted as interruption:
+        speaker.say(Report(kind="done"))
+        return interruption.exit_code
     except PacktrainError as error:
         return speaker.fail(error)
     except Exception as error:
@@ -57,8 +59,12 @@ def main() -> int:
     return 0
 
 
-def learn(job: Job, speaker: Speaker, pending: Pending) -> dict[str, object]:
-    """Load, join, train, export; returns the facts for the manifest."""
+def learn(job: Job, speaker: Speaker) -> dict[str, object]:
+    """Load, join, train, export; returns the facts for the manifest.
+
+    Raises:
+        Interrupted: by a signal; the last version is saved and the ledger is closed.
+    """
     torch.set_num_threads(job.section.threads)
     accelerator = Accelerator()
     model, tokenizer = load_model(job.model), load_tokenizer(job.model)
@@ -87,15 +93,14 @@ def learn(job: Job, speaker: Speaker, pending: Pending) -> dict[str, object]:
         keep_batch=lambda plan: _keep_batch(job, plan),
     )
     try:
-        version = steps.run(version, pending)
-    except PacktrainError:
+        # Signals are held from here on, since joining Ray replaces their handlers.
+        with held_signals() as pending:
+            version = steps.run(version, pending)
+    except (PacktrainError, Interrupted) as error:
         with suppress(PacktrainError):
-            loop.close("run failed")
+            loop.close("interrupted" if isinstance(error, Interrupted) else "failed")
         raise
-    is_over = version == job.section.steps
-    ledger = loop.close("run ended" if is_over else "run interrupted")
-    if not is_over:
-        return {}
+    ledger = loop.close("run ended")
     best = publisher.best_weights()
     if best is not None:
         restore(model, best)
