@@ -77,10 +77,11 @@ def command(arguments: argparse.Namespace) -> int:
         )
     order = Order(document, run, tuple(plan(document)), arguments.accelerate)
     check_inputs(document, recipe)
+    if not arguments.overwrite:
+        require_resumable(order, arguments.resume)
     with run.open() as lock:
         if arguments.overwrite:
             discard(run)
-        require_resumable(order, arguments.resume)
         run.describe(document)
         code = run_steps(order, lock)
     if code == 0:

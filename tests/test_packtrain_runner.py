@@ -74,8 +74,8 @@ class Trail:
     def run(self, *overrides: str, resume: bool = False) -> int:
         """What `packtrain run` does, from the check to the last stage."""
         order = self.order(*overrides)
+        require_resumable(order, resume)
         with order.run.open() as lock:
-            require_resumable(order, resume)
             return run_steps(order, lock)
 
     @property
