@@ -21,7 +21,6 @@ from trl.trainer.dpo_trainer import DPOTrainer
 
 from dpo.config import DpoTrainerSection
 from dpo.data import EncodedPair, PairLogprobs
-from ground.llama4 import apply_shims
 from ground.training import Fit, check_loss, config_kept, fit, trainer_arguments
 
 _FEATURES = Features(
@@ -51,7 +50,6 @@ def run_dpo(
     Args:
         reference: log-probs of the pairs' answers under the model that training started from.
     """
-    apply_shims()
     arguments = trainer_arguments(
         section,
         num_rows=len(pairs),

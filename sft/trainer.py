@@ -14,7 +14,6 @@ from transformers import PreTrainedModel, PreTrainedTokenizerFast
 from trl.trainer.sft_config import SFTConfig
 from trl.trainer.sft_trainer import SFTTrainer
 
-from ground.llama4 import apply_shims
 from ground.trainer_config import TrainerSection
 from ground.training import Fit, check_loss, config_kept, fit, trainer_arguments
 from sft.data import TrainingRows
@@ -33,7 +32,6 @@ def run_sft(
     resume: bool,
 ) -> int:
     """Train `model` in place and return the number of steps done."""
-    apply_shims()
     arguments = trainer_arguments(
         section,
         num_rows=len(rows.rows),
