@@ -77,11 +77,13 @@ class RayWorker:
         with contextlib.suppress(PacktrainError, TimeoutError):
             async with asyncio.timeout(_CLOSE_SECONDS):
                 await _sorted(self._actor.close.remote())
-        self.kill()
+        ray.kill(cast(ActorHandle, self._actor))
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(_GONE_SECONDS):
                 while self._is_near and self._process and _is_running(self._process[1]):
                     await asyncio.sleep(_POLL_SECONDS)
+                return
+        self.kill()
 
     @property
     def _is_near(self) -> bool:
