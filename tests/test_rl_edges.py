@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -13,12 +15,13 @@ from torch import nn
 
 from ground.errors import DataError, FailureKind, InfraError, PacktrainError, SetupError
 from ground.records import Message, Prompt
+from rl import supervisor
 from rl.cluster import cluster
 from rl.config import RlSection
+from rl.job import Job
 from rl.journal import Journal, read_journal
 from rl.pool import split_pool
 from rl.snapshot import restore
-from rl.supervisor import _error_of
 
 
 def make_prompts(count: int) -> list[Prompt]:
@@ -90,16 +93,38 @@ def test_restoring_needs_each_weight_once_and_nothing_else() -> None:
 
 def test_the_learners_error_keeps_its_words_and_its_exit_code() -> None:
     facts: dict[str, object] = {"what": "w", "where": "here", "why": "y", "fix": "f"}
-    own = _error_of({**facts, "type": "RewardError", "kind": "code", "exit_code": 2})
+    own = supervisor._error_of({**facts, "type": "RewardError", "kind": "code", "exit_code": 2})
     assert (own.exit_code, own.kind, str(own)) == (
         2,
         FailureKind.CODE,
         "here: w\n  why: y\n  fix: f",
     )
     assert not isinstance(own, InfraError)
-    lost = _error_of({**facts, "type": "InfraError", "kind": "infra", "exit_code": 6})
+    lost = supervisor._error_of({**facts, "type": "InfraError", "kind": "infra", "exit_code": 6})
     assert isinstance(lost, InfraError)
     assert isinstance(own, PacktrainError)
+
+
+def test_a_learner_that_hangs_is_noticed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(supervisor, "_SILENT_SECONDS", 1.0)
+    job = Job(
+        section=RlSection(steps=1),
+        seed=0,
+        run_name="toy",
+        incarnation=0,
+        model=tmp_path,
+        directory=tmp_path,
+        log_directory=tmp_path,
+    )
+    learner = supervisor._Learner(job)
+    try:
+        os.kill(learner._process.pid, signal.SIGSTOP)
+        with pytest.raises(InfraError, match="it was silent for 1 s"):
+            learner.hear()
+    finally:
+        learner.close()
+    with pytest.raises(InfraError, match="ended with exit code -9 and no word"):
+        learner.hear()
 
 
 def test_a_journal_forgets_what_is_behind_its_position(tmp_path: Path) -> None:
