@@ -7,7 +7,7 @@ BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet --constraint constraints.txt
 
-.PHONY: quickstart test test-slow check bench install
+.PHONY: quickstart test test-slow test-rebuild check bench install
 .DEFAULT_GOAL := test
 
 quickstart: $(INSTALLED)
@@ -17,10 +17,13 @@ quickstart: $(INSTALLED)
 test test-slow: export OMP_NUM_THREADS = 1
 
 test: check
-	$(BIN)/python -m pytest -m "not slow"
+	$(BIN)/python -m pytest -m "not slow and not rebuild"
 
 test-slow: $(INSTALLED)
 	$(BIN)/python -m pytest -m slow
+
+test-rebuild: $(INSTALLED)
+	$(BIN)/python -m pytest -m rebuild
 
 check: $(INSTALLED)
 	$(BIN)/ruff check

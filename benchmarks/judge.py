@@ -121,8 +121,8 @@ def _prompt(row: dict) -> Prompt:
 
 def _spearman(rows: Sequence[Row]) -> tuple[float, float, float]:
     """Rank correlation of score and failure rate, with a 95 % interval by Fisher's z."""
-    result = stats.spearmanr([row.score for row in rows], [row.failure for row in rows])
-    rho = float(result.statistic)
+    rho, _ = stats.spearmanr([row.score for row in rows], [row.failure for row in rows])
+    rho = float(rho)
     half = 1.96 / math.sqrt(len(rows) - 3)
     return rho, math.tanh(math.atanh(rho) - half), math.tanh(math.atanh(rho) + half)
 

@@ -102,7 +102,7 @@ def test_the_judge_foresees_failure_on_families_it_was_not_taught_to_judge() -> 
     assert float(str(figures["p_value"])) < 0.01
 
 
-@pytest.mark.slow
+@pytest.mark.rebuild
 @pytest.mark.timeout(3000)
 def test_the_rebuilt_student_solves_as_much_as_the_shipped_one(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "ground.herd.train", str(RECIPE), "herd.rebuild=true"]

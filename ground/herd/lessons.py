@@ -32,6 +32,7 @@ _SYSTEM_SHARE = 0.3
 _WARM_UP_STEPS = 20
 _DECAY_SHARE = 0.4
 _MAX_GRAD_NORM = 1.0
+_NUM_THREADS = 2
 _NUM_PARTS = 4
 
 
@@ -66,7 +67,11 @@ def teach(
     lessons: Lessons,
     report: Callable[[int, float], None],
 ) -> None:
-    """Train a model from nothing; `report` is told each step's number and loss."""
+    """Train a model from nothing; `report` is told each step's number and loss.
+
+    The number of threads is fixed, because the bits of a sum depend on it.
+    """
+    torch.set_num_threads(_NUM_THREADS)
     matrices, others = _split_parameters(model)
     optimizers = (
         Muon(matrices, lr=lessons.matrix_lr),
