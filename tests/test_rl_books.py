@@ -90,6 +90,7 @@ def test_a_step_waits_for_its_own_slots_although_younger_ones_are_in() -> None:
         books.send(draw)
         books.settle(draw, make_group(draw, MIXED))
     assert not books.is_ready(0)
+    assert books.is_ready(1)
     assert [slot.number for slot in books.buffer.waiting(0)] == [1]
     books.send(draws[1])
     books.settle(draws[1], make_group(draws[1], MIXED))
@@ -116,6 +117,14 @@ def test_a_flat_group_is_replaced_once_within_its_capability_then_the_slot_is_gi
     plan = books.plan(0)
     assert [group.id for group in plan.groups] == [replaced.group_id]
     assert plan.filtered == {"all-1": 1, "all-0": 1, "broken": 1}
+
+
+def test_no_prompt_comes_twice_in_a_version_while_its_capability_has_others() -> None:
+    books = make_books([], pool=make_pool(24), groups_per_step=4, max_refills=2)
+    books.open()
+    draws = [draw for slot in books.buffer.slots() for draw in slot.draws]
+    assert len(draws) == 24
+    assert len({draw.prompt.id for draw in draws}) == 24
 
 
 def test_draws_do_not_depend_on_the_order_in_which_groups_come_back() -> None:

@@ -96,6 +96,7 @@ def make_controller(
     max_refills: int = 1,
     validation: list[Prompt] | None = None,
     step_deadline_seconds: float = 10.0,
+    in_flight: int = 4,
 ) -> Controller:
     section = RlSection(
         steps=4,
@@ -126,7 +127,7 @@ def make_controller(
         seed=0,
         validation=validation or [],
         system_of=lambda prompt, pass_: f"system {pass_}",
-        in_flight=4,
+        in_flight=in_flight,
         groups_directory=directory,
         note=lambda event: None,
     )
@@ -219,6 +220,18 @@ def test_a_broken_and_a_refused_group_are_replaced_and_told_apart(tmp_path: Path
         return [tuple(group.id.split(".")[1] for group in plan.groups)]
 
     assert asyncio.run(run()) == [("1", "3", "4")]
+
+
+def test_a_refill_overtakes_younger_slots(tmp_path: Path) -> None:
+    fleet = ScriptedFleet(mostly_mixed)
+
+    async def run() -> None:
+        controller = make_controller(fleet, tmp_path, [], in_flight=1)
+        await controller.begin(0, "weights")
+        await controller.next_batch(0)
+
+    asyncio.run(run())
+    assert [int(group_id.split(".")[1]) for group_id in fleet.finished[:4]] == [0, 1, 2, 4]
 
 
 def test_the_wait_for_a_step_ends_and_names_its_slots(tmp_path: Path) -> None:
