@@ -61,7 +61,10 @@ class Learner:
         num_tokens = sum(row.num_trained for row in rows)
         if not num_tokens:
             return {}
-        loss, measured = self._accumulate(rows, num_tokens)
+        # One whole step: unless told so, accelerate skips it when another trainer of this process
+        # was stopped between two of its passes.
+        with self._accelerator.accumulate(self._module):
+            loss, measured = self._accumulate(rows, num_tokens)
         grad_norm = self._clipped_grad_norm()
         if not math.isfinite(loss + grad_norm):
             self._optimizer.zero_grad()
