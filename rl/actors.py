@@ -55,7 +55,9 @@ class ControllerActor:
         )
         self._books = Books(source, buffer, self._ledger.append)
         config = WorkerConfig(job.model, section.engine, section.fleet, job.rewards)
-        self._fleet = Fleet(section.fleet, lambda: RayWorker(config), self._events.append)
+        self._fleet = Fleet(
+            section.fleet, lambda index: RayWorker(config, index), self._events.append
+        )
         self._keeper = start_keeper()
         self._controller = Controller(
             self._books,

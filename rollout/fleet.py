@@ -56,14 +56,14 @@ class Fleet:
     Lives on one asyncio loop: `start → publish → rollout …, publish … → close`.
 
     Args:
-        spawn: makes a new worker (`RayWorker`); returns at once.
+        spawn: makes a new worker (`RayWorker`) for a seat by its index; returns at once.
         note: receives an event for the timeline, kinds "rollout" and "restart".
     """
 
     def __init__(
         self,
         section: FleetSection,
-        spawn: Callable[[], Worker],
+        spawn: Callable[[int], Worker],
         note: Callable[[Event], None] = lambda event: None,
     ) -> None:
         self._section, self._spawn, self._note = section, spawn, note
@@ -220,7 +220,7 @@ class Fleet:
         seat.lost, seat.version, seat.failed_tasks = asyncio.Future(), -1, 0
         self._move(seat, State.STARTING)
         try:
-            seat.worker = self._spawn()
+            seat.worker = self._spawn(seat.index)
             await seat.within(section.start_deadline_seconds, "starting", seat.worker.open())
             self._move(seat, State.STALE)
             await self._become_healthy(seat)

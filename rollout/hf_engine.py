@@ -24,6 +24,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from ground import faults
 from ground.errors import DataError, DivergedError, InfraError, PacktrainError
 from ground.records import Finish, Segment
 from rollout.engine import Completion, Request, Scores, check_request
@@ -209,6 +210,7 @@ class HfEngine:
             tokens_S, positions_S = self._slots.last_S, self._slots.positions_S
             self._model.decode(torch.from_numpy(tokens_S), torch.from_numpy(positions_S))
             self._draw(self._slots.is_taken_S.copy())
+            faults.point("gen.mid")
 
     def _obey(self) -> None:
         with self._changed:

@@ -32,16 +32,20 @@ Value = TypeVar("Value")
 
 
 class RayWorker:
-    """A `Worker` in a process of its own, somewhere in the Ray cluster."""
+    """A `Worker` in a process of its own, somewhere in the Ray cluster.
 
-    def __init__(self, config: WorkerConfig) -> None:
+    Args:
+        index: its seat in the fleet.
+    """
+
+    def __init__(self, config: WorkerConfig, index: int) -> None:
         actor = ray.remote(RolloutWorker).options(
             num_cpus=config.fleet.cpus_per_worker,
             max_restarts=0,
             max_task_retries=0,
             max_concurrency=1000,
         )
-        self._actor: ActorProxy[RolloutWorker] = actor.remote(config)
+        self._actor: ActorProxy[RolloutWorker] = actor.remote(config, index)
         self._process: tuple[str, int] | None = None
 
     async def open(self) -> None:

@@ -19,6 +19,7 @@ from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING
 
+from ground import faults
 from ground.errors import InfraError
 from ground.records import Group, Rollout
 from rollout.engine import Completion, Request
@@ -42,8 +43,11 @@ class RolloutWorker:
     Its weights are those of the model folder and of no version until `load` is called.
     """
 
-    def __init__(self, config: WorkerConfig, lease_seconds: float = LEASE_SECONDS) -> None:
+    def __init__(
+        self, config: WorkerConfig, index: int = 0, lease_seconds: float = LEASE_SECONDS
+    ) -> None:
         self._config, self._lease_seconds = config, lease_seconds
+        faults.enter(f"rollout/{index}")
 
     async def open(self) -> tuple[str, int]:
         """Load the model and make ready; returns this machine's name and the process id.
@@ -71,6 +75,7 @@ class RolloutWorker:
 
     async def ping(self) -> None:
         """Renew the lease; answers while tokens are sampled."""
+        faults.point("ping")
         self._pinged = time.monotonic()
 
     async def version(self) -> int:
@@ -81,7 +86,10 @@ class RolloutWorker:
         """Swap weights in flight; returns the version that the engine has now."""
 
         def load() -> int:
-            self._engine.load(version, published.verified(version))
+            faults.point("weights.fetch")
+            tensors = published.verified(version)
+            faults.point("weights.load")
+            self._engine.load(version, faults.corrupted("weights.loaded", tensors))
             return self._engine.version
 
         return await asyncio.get_running_loop().run_in_executor(self._orders, load)
@@ -93,6 +101,7 @@ class RolloutWorker:
             attempt: how many workers were lost under this group before; only keeps ids apart.
         """
         started = time.time()
+        faults.point("gen.begin")
         prompt_ids = tuple(self._template.encode_prompt(task.messages))
         completions = await self._sample(self._requests(task, prompt_ids, attempt))
         sampled = time.time()
@@ -100,6 +109,7 @@ class RolloutWorker:
         scored = await asyncio.get_running_loop().run_in_executor(
             self._scoring, self._pool.score, task.prompt, texts
         )
+        faults.point("gen.scored")
         group = _group(task, prompt_ids, completions, texts, scored)
         num_tokens = sum(rollout.num_tokens for rollout in group.rollouts)
         return GroupResult(group, started, sampled, time.time(), num_tokens)

@@ -93,7 +93,7 @@ class Script:
         self.born: list[ScriptedWorker] = []
         self.events: list[Event] = []
 
-    def __call__(self) -> ScriptedWorker:
+    def __call__(self, index: int) -> ScriptedWorker:
         worker = ScriptedWorker(len(self.born))
         self.plans.get(f"worker{worker.number}", self.plans.get("others", lambda worker: None))(
             worker

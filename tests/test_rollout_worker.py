@@ -60,8 +60,8 @@ class Births:
         self.workers: list[RayWorker] = []
         self.events: list[Event] = []
 
-    def __call__(self) -> RayWorker:
-        self.workers.append(RayWorker(self.config))
+    def __call__(self, index: int) -> RayWorker:
+        self.workers.append(RayWorker(self.config, index))
         return self.workers[-1]
 
     def pids(self) -> list[int]:
