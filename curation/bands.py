@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from enum import StrEnum
 
 from ground.records import Group
 
 
 class Band(StrEnum):
-    """Where a group's rewards lie; only a mixed group has a gradient."""
+    """What a group is good for; only a mixed group has a gradient."""
 
     MIXED = "mixed"
     ALL_0 = "all-0"
@@ -16,12 +17,16 @@ class Band(StrEnum):
     ALL_1 = "all-1"
     """Flat, and every rollout passed: nothing left to learn."""
     OTHER = "flat"
-    """Equal rewards although the verdicts differ or are mixed with errors."""
+    """No gradient although the verdicts differ: equal rewards, or too many right for pass@k."""
 
 
-def band(group: Group) -> Band:
-    """Classify a group by flatness of its rewards (exact), then by the verifier's verdicts."""
-    if not group.is_flat:
+def band(group: Group, advantages: Sequence[float]) -> Band:
+    """Classify a group: flat iff all its advantages are zero, then by the verifier's verdicts.
+
+    Args:
+        advantages: [G], by the run's own estimator.
+    """
+    if any(advantages):
         return Band.MIXED
     passed = sum(rollout.passed for rollout in group.rollouts)
     if passed == 0:

@@ -168,7 +168,7 @@ class Group:
     """The G rollouts of one draw of a prompt: the unit of baselines, filters and accounting.
 
     Example:
-        rewards [1, 0, 0, 1] → pass_rate 0.5, not flat; [1, 1, 1, 1] → pass_rate 1.0, flat
+        verdicts [yes, no, no, yes] → pass_rate 0.5
     """
 
     id: str
@@ -189,11 +189,6 @@ class Group:
     def pass_rate(self) -> float:
         """Share of rollouts whose verifier said yes."""
         return sum(rollout.passed for rollout in self.rollouts) / len(self.rollouts)
-
-    @property
-    def is_flat(self) -> bool:
-        """True when every centred advantage is exactly zero."""
-        return max(self.rewards) == min(self.rewards)
 
     @property
     def oldest_version(self) -> int:

@@ -80,7 +80,8 @@ def _problem(
         siblings = set(known) if len(here) == 1 else set()
         for owner in _models_at(model, here[:-1]):
             siblings |= set(owner.model_fields)
-        text = f"is not a key{suggest(str(here[-1]), sorted(siblings))}"
+        # A key of another member of a union is a known word too, and no advice.
+        text = f"is not a key{suggest(str(here[-1]), sorted(siblings - {str(here[-1])}))}"
     else:
         text = _sentence(detail)
     return Problem(_origin(path, origins), f"{dotted(path)} {text}".strip())

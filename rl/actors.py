@@ -53,7 +53,7 @@ class ControllerActor:
         buffer = Buffer(
             groups_per_step=section.groups_per_step, max_staleness=section.max_staleness
         )
-        self._books = Books(source, buffer, self._ledger.append)
+        self._books = Books(source, buffer, self._ledger.append, section.advantages)
         config = WorkerConfig(job.model, section.engine, section.fleet, job.rewards)
         self._fleet = Fleet(
             section.fleet, lambda index: RayWorker(config, index), self._events.append

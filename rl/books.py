@@ -18,13 +18,18 @@ from typing import Literal, TypedDict, cast
 from curation.bands import Band, band
 from curation.curriculum import Curriculum, Observation
 from ground.records import Group, Prompt
+from rl.advantages import group_advantages
 from rl.buffer import Buffer, Outcome, Slot
+from rl.config import AdvantageSection, BaselineAdvantages
 from rl.ledger import Ledger, State
 from rl.source import Draw, Source
 
 Broken = Literal["broken", "refused"]
 """Why a draw has no group: the machinery could not finish it, or the prompt does not fit the engine
 and leaves the pool. Neither says anything about how hard the prompt is."""
+
+
+_CENTERED = BaselineAdvantages()
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,8 +67,10 @@ class Books:
         source: Source,
         buffer: Buffer,
         write: Callable[[Mapping[str, object]], None],
+        advantages: AdvantageSection = _CENTERED,
     ) -> None:
         self.source, self.buffer, self.ledger = source, buffer, Ledger(write)
+        self._advantages = advantages
         self.version = 0
         """The last published version, whose draws are being made."""
 
@@ -85,7 +92,7 @@ class Books:
 
     def settle(self, draw: Draw, group: Group | Broken) -> Draw | None:
         """A group came back, or why there is none; returns the draw that replaces it."""
-        outcome = _outcome(draw, group)
+        outcome = _outcome(draw, group, self._advantages)
         refill = self.buffer.put(outcome)
         if outcome.reason:
             self.ledger.move(draw.number, State.FILTERED, outcome.reason)
@@ -171,12 +178,14 @@ class Books:
             slot.outcomes.append(Outcome(draw, reason, observation))
 
 
-def _outcome(draw: Draw, group: Group | Broken) -> Outcome:
+def _outcome(draw: Draw, group: Group | Broken, advantages: AdvantageSection) -> Outcome:
     if not isinstance(group, Group):
         return Outcome(draw, group)
+    if len(group.rollouts) < 2:
+        return Outcome(draw, "broken")
     passed = sum(rollout.passed for rollout in group.rollouts)
     observation = Observation(draw.prompt.id, passed, len(group.rollouts))
-    kind = band(group)
+    kind = band(group, group_advantages(group, advantages))
     return Outcome(draw, "" if kind is Band.MIXED else kind, observation, group)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections import Counter
 
 import numpy as np
@@ -112,19 +113,18 @@ def test_draws_of_another_version_and_an_empty_pool_are_refused() -> None:
 
 
 @pytest.mark.parametrize(
-    ("rewards", "passed", "expected"),
+    ("advantages", "passed", "expected"),
     [
-        ([1.0, 0.0], [True, False], Band.MIXED),
+        ([0.5, -0.5], [True, False], Band.MIXED),
         ([0.0, 0.0], [False, False], Band.ALL_0),
-        ([0.2, 0.2], [False, False], Band.ALL_0),
-        ([1.0, 1.0], [True, True], Band.ALL_1),
-        ([0.5, 0.5], [True, False], Band.OTHER),
-        ([1.0, 0.9], [True, True], Band.MIXED),
+        ([0.0, 0.0], [True, True], Band.ALL_1),
+        ([0.0, 0.0], [True, False], Band.OTHER),
+        ([0.05, -0.05], [True, True], Band.MIXED),
+        ([math.nan, math.nan], [False, False], Band.MIXED),
     ],
 )
-def test_bands(rewards: list[float], passed: list[bool], expected: Band) -> None:
+def test_bands(advantages: list[float], passed: list[bool], expected: Band) -> None:
     rollouts = tuple(
-        Rollout(index, (), text="", reward=reward, passed=is_right)
-        for index, (reward, is_right) in enumerate(zip(rewards, passed, strict=True))
+        Rollout(index, (), text="", passed=is_right) for index, is_right in enumerate(passed)
     )
-    assert band(Group("g", make_prompt("a", 1, 2), (1,), rollouts)) is expected
+    assert band(Group("g", make_prompt("a", 1, 2), (1,), rollouts), advantages) is expected
