@@ -6,7 +6,8 @@ fault itself: then shim and test go together.
 
 from __future__ import annotations
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 from transformers import (
     Llama4ForCausalLM,
     Llama4ForConditionalGeneration,
@@ -33,3 +34,27 @@ def apply_shims() -> None:
 
 def _text_backbone(model: Llama4ForConditionalGeneration) -> nn.Module:
     return model.language_model.model
+
+
+def retempered(
+    module: nn.Module, query: Tensor, positions_BT: Tensor, assumed_BT: Tensor
+) -> Tensor:
+    """Query under the attention temperature of its real positions.
+
+    Layers without RoPE scale the query at position p by log(1 + ⌊(p + 1) / floor⌋) · a + 1, and
+    transformers takes p from the index in the tensor.
+
+    Args:
+        query: [B, heads, T, D], already scaled for `assumed_BT`.
+    """
+    if not getattr(module, "attn_temperature_tuning", False) or module.use_rope:
+        return query
+    scale_BT = _temperature(module, positions_BT) / _temperature(module, assumed_BT)
+    return (query * scale_BT[:, None, :, None]).to(query.dtype)
+
+
+def _temperature(module: nn.Module, positions: Tensor) -> Tensor:
+    floor_scale, attn_scale = module.floor_scale, module.attn_scale
+    assert isinstance(floor_scale, int | float) and isinstance(attn_scale, int | float)
+    steps = torch.floor((positions.float() + 1.0) / floor_scale)
+    return torch.log1p(steps) * attn_scale + 1.0

@@ -19,6 +19,7 @@ from torch.autograd.function import FunctionCtx, once_differentiable
 from transformers import PreTrainedModel
 
 from ground.errors import DataError
+from ground.packing import has_context, hidden_states
 
 CHUNK_TOKENS = 256
 """Least number of tokens of a chunk: enough rows to keep a matrix unit busy."""
@@ -54,25 +55,23 @@ def token_logprobs(
 def model_logprobs(
     model: PreTrainedModel,
     tokens_BT: Tensor,
-    mask_BT: Tensor,
+    segments_BT: Tensor,
     *,
     temperature: float = 1.0,
     wanted_BT: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Log-probability and entropy of each token of right-padded rows; position t speaks of token t.
+    """Log-probability and entropy of each token given its row so far; index t speaks of token t.
 
     The first token of a row has no context and gets 0, as do padding and tokens that are not
     wanted, for which the LM head does not run.
 
     Args:
-        mask_BT: 1 on tokens, 0 on the padding behind them.
+        segments_BT: number of each token's row (ground/packing.py), 0 on the padding at the end;
+            for one right-padded row per sequence a mask of ones and zeros.
         wanted_BT: tokens whose numbers are needed; all by default.
     """
-    backbone = cast(nn.Module, model.base_model)
-    hidden_BTH = backbone(
-        input_ids=tokens_BT, attention_mask=mask_BT, use_cache=False
-    ).last_hidden_state
-    scored_BT = mask_BT[:, 1:].bool()
+    hidden_BTH = hidden_states(model, tokens_BT, segments_BT)
+    scored_BT = has_context(segments_BT)
     if wanted_BT is not None:
         scored_BT = scored_BT & wanted_BT[:, 1:].bool()
     logprobs_N, entropy_N = token_logprobs(
@@ -98,13 +97,13 @@ class LogprobModel(nn.Module):
     def forward(
         self,
         tokens_BT: Tensor,
-        mask_BT: Tensor,
+        segments_BT: Tensor,
         wanted_BT: Tensor | None = None,
         temperature: float = 1.0,
     ) -> tuple[Tensor, Tensor]:
         """See `model_logprobs`."""
         return model_logprobs(
-            self.model, tokens_BT, mask_BT, temperature=temperature, wanted_BT=wanted_BT
+            self.model, tokens_BT, segments_BT, temperature=temperature, wanted_BT=wanted_BT
         )
 
 

@@ -17,6 +17,9 @@ from torch import Tensor, nn
 from transformers import AttentionInterface, PreTrainedConfig
 from transformers.cache_utils import Cache, CacheLayerMixin
 
+from ground.llama4 import retempered
+from ground.packing import layer_types
+
 ATTENTION = "packtrain_slots"
 """Name of our attention in transformers' registry."""
 
@@ -140,11 +143,6 @@ def causal_mask(queries_BT: Tensor, length: int, dtype: torch.dtype) -> Tensor:
     )
 
 
-def layer_types(config: PreTrainedConfig) -> list[str]:
-    """Kind of attention of each layer; models that do not say are full attention throughout."""
-    return getattr(config, "layer_types", None) or ["full_attention"] * config.num_hidden_layers
-
-
 def attention(
     module: nn.Module,
     query: Tensor,
@@ -161,7 +159,9 @@ def attention(
         slot_positions: [B] in a decode step (T = 1), where every row is at its own position.
     """
     if slot_positions is not None:
-        query = _tempered(module, query, slot_positions)
+        zeros_S1 = torch.zeros_like(slot_positions)[:, None]
+        # Exactly 1 at position 0, which is what transformers assumed, where floor_scale > 1.
+        query = retempered(module, query, slot_positions[:, None], zeros_S1)
         return decode_attention(query, key, value, attention_mask, scaling).transpose(1, 2), None
     grouped = query.shape[1] != key.shape[1]
     output = F.scaled_dot_product_attention(
@@ -178,26 +178,6 @@ def decode_attention(
     shared = query.reshape(slots, key.shape[1], heads // key.shape[1], size)
     output = F.scaled_dot_product_attention(shared, key, value, attn_mask=mask, scale=scaling)
     return output.reshape(slots, heads, 1, size)
-
-
-def _tempered(module: nn.Module, query: Tensor, positions_S: Tensor) -> Tensor:
-    """Llama 4's query scale of layers without RoPE, log(1 + ⌊(p + 1) / floor⌋) · a + 1, per row.
-
-    transformers has already scaled for position 0, which is exactly 1 where floor_scale > 1.
-    """
-    if not getattr(module, "attn_temperature_tuning", False) or module.use_rope:
-        return query
-    scale_S = _temperature(module, positions_S) / _temperature(
-        module, torch.zeros_like(positions_S)
-    )
-    return (query * scale_S[:, None, None, None]).to(query.dtype)
-
-
-def _temperature(module: nn.Module, positions: Tensor) -> Tensor:
-    floor_scale, attn_scale = module.floor_scale, module.attn_scale
-    assert isinstance(floor_scale, int | float) and isinstance(attn_scale, int | float)
-    steps = torch.floor((positions.float() + 1.0) / floor_scale)
-    return torch.log1p(steps) * attn_scale + 1.0
 
 
 def exact_lengths(

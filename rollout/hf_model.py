@@ -22,16 +22,16 @@ from transformers.cache_utils import DynamicLayer
 from ground.errors import DataError, SetupError
 from ground.llama4 import apply_shims
 from ground.model import load_model, tensors_of
-from rollout.engine import Scores
+from ground.packing import layer_types
+from rollout.engine import Lent, Scores
 from rollout.hf_cache import (
     ATTENTION,
     Masks,
     PrefixStates,
     SlotCache,
     exact_lengths,
-    layer_types,
 )
-from rollout.hf_weights import check_weights, copy_weights
+from rollout.hf_weights import check_weights, own_weights, swap_weights
 
 _PREFILL_STEP = 32
 """Prompts are padded to multiples of this: one shape, hence the same bits, per prompt."""
@@ -91,15 +91,23 @@ class SlotModel:
 
     def read(self, path: Path) -> Mapping[str, Tensor]:
         """The tensors of a model folder, in this model's dtype."""
-        return tensors_of(load_model(path, dtype=self._like.dtype))
+        return Lent(tensors_of(load_model(path, dtype=self._like.dtype)))
 
     def check(self, weights: Mapping[str, Tensor]) -> None:
         """Refuse weights that do not fit; touches nothing, may run beside decoding."""
         check_weights(self._model.state_dict(), weights)
 
+    def own(self, weights: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+        """Weights that `load` may keep: where the model is, and nobody else's."""
+        return own_weights(weights, self._like.device)
+
+    def tensors(self) -> Mapping[str, Tensor]:
+        """What the model computes with."""
+        return self._model.state_dict()
+
     def load(self, weights: Mapping[str, Tensor]) -> None:
-        """Swap in checked weights and forget prompts that were prefilled with the old ones."""
-        copy_weights(self._model, weights)
+        """Swap in checked weights of our own, forget prompts prefilled with the old ones."""
+        swap_weights(self._model, weights)
         self._head_fp32_VH = self._head.float()
         self._prefixes.clear()
 
