@@ -33,6 +33,7 @@ from ground.strikes import Action, damage, kill9, strike
 VARIABLE = "PACKTRAIN_FAULTS"
 
 POINTS: tuple[tuple[str, str], ...] = (
+    ("rollout", "open"),
     ("rollout", "gen.begin"),
     ("rollout", "gen.mid"),
     ("rollout", "gen.scored"),
@@ -40,6 +41,7 @@ POINTS: tuple[tuple[str, str], ...] = (
     ("rollout", "weights.load"),
     ("rollout", "weights.loaded"),
     ("rollout", "ping"),
+    ("reward", "score"),
 )
 """(kind of role, name) of every point in the code, in the order of the loop."""
 

@@ -56,7 +56,7 @@ class ControllerActor:
         self._books = Books(source, buffer, self._ledger.append, section.advantages)
         config = WorkerConfig(job.model, section.engine, section.fleet, job.rewards)
         self._fleet = Fleet(
-            section.fleet, lambda index: RayWorker(config, index), self._events.append
+            section.fleet, lambda: RayWorker(config), self._events.append
         )
         self._keeper = start_keeper()
         self._controller = Controller(

@@ -50,12 +50,19 @@ class FleetSection(Section):
     """From handing over weights to a worker's acknowledgement; then the worker is replaced."""
     ping_every_seconds: float = Field(default=1.0, gt=0)
     """How often a worker is asked whether it lives."""
+    suspect_after_seconds: float = Field(default=1.0, gt=0)
+    """A worker whose answer takes longer gets no new work until it answers."""
     ping_deadline_seconds: float = Field(default=15.0, gt=0)
     """A worker that is silent for longer is killed and replaced."""
     max_restarts: int = Field(default=3, ge=0)
     """Restarts of one worker without a finished group in between, before it is given up."""
+    min_workers: int = Field(default=1, ge=1)
+    """The run stops when fewer than these are left."""
+    spare: bool = True
+    """Keep a process ready that has its libraries imported: a lost worker is back seconds sooner,
+    for the memory of one Python process with torch in it."""
     backoff_seconds: float = Field(default=0.5, ge=0)
-    """Pause before the first restart; doubles with each one in a row."""
+    """Pause before the second restart in a row, then twice that; the first is made at once."""
     max_attempts: int = Field(default=5, ge=1)
     """Workers that may be lost under one group before the group itself is blamed."""
 

@@ -28,6 +28,7 @@ from ground import faults
 from ground.errors import DataError, DivergedError, InfraError, PacktrainError
 from ground.records import Finish, Segment
 from rollout.engine import Completion, Request, Scores, check_request
+from rollout.failures import sort_failure
 from rollout.hf_model import SlotModel
 from rollout.hf_slots import Slots
 
@@ -179,13 +180,8 @@ class HfEngine:
                 while self._wait_for_work():
                     self._turn()
             cause: PacktrainError = InfraError("the engine was closed", where="hf engine")
-        except PacktrainError as error:
-            cause = error
         except Exception as error:
-            cause = PacktrainError(
-                f"the decode thread died: {type(error).__name__}: {error}", where="hf engine"
-            )
-            cause.__cause__ = error
+            cause = sort_failure(error, "decoding")
         self._die(cause)
 
     def _wait_for_work(self) -> bool:

@@ -17,10 +17,12 @@ from typing import TypeVar, cast
 
 import ray
 from ray.actor import ActorHandle, ActorProxy
+from ray.exceptions import OutOfMemoryError as NodeOutOfMemoryError
 from ray.exceptions import RayActorError, RayError, RayTaskError
 
 from ground.errors import InfraError, PacktrainError
-from rollout.seat import WorkerDiedError
+from rollout.failures import memory_kills
+from rollout.seat import OutOfMemoryError, WorkerDiedError
 from rollout.task import GroupResult, GroupTask, WorkerConfig
 from rollout.worker import RolloutWorker
 
@@ -32,29 +34,33 @@ Value = TypeVar("Value")
 
 
 class RayWorker:
-    """A `Worker` in a process of its own, somewhere in the Ray cluster.
+    """A `Worker` in a process of its own, somewhere in the Ray cluster."""
 
-    Args:
-        index: its seat in the fleet.
-    """
-
-    def __init__(self, config: WorkerConfig, index: int) -> None:
+    def __init__(self, config: WorkerConfig) -> None:
         actor = ray.remote(RolloutWorker).options(
             num_cpus=config.fleet.cpus_per_worker,
             max_restarts=0,
             max_task_retries=0,
             max_concurrency=1000,
         )
-        self._actor: ActorProxy[RolloutWorker] = actor.remote(config, index)
+        self._actor: ActorProxy[RolloutWorker] = actor.remote(config)
+        self._incarnation = config.incarnation
+        self._memory_kills = memory_kills()
         self._process: tuple[str, int] | None = None
 
-    async def open(self) -> None:
-        """See `Worker.open`; remembers the process, so that it can be killed when it hangs."""
-        self._process = await _sorted(self._actor.open.remote())
+    async def prepare(self) -> None:
+        """See `Worker.prepare`; remembers the process, so that it can be killed when it hangs."""
+        self._process = await self._sorted(self._actor.prepare.remote())
+
+    async def open(self, index: int) -> None:
+        """See `Worker.open`."""
+        if not self._process:
+            await self.prepare()
+        await self._sorted(self._actor.open.remote(index))
 
     async def ping(self) -> None:
         """See `Worker.ping`."""
-        await _sorted(self._actor.ping.remote())
+        await self._sorted(self._actor.ping.remote(self._incarnation))
 
     @property
     def pid(self) -> int | None:
@@ -63,11 +69,11 @@ class RayWorker:
 
     async def load(self, version: int, weights: object) -> int:
         """See `Worker.load`; `weights` is a reference to `Published` weights."""
-        return await _sorted(self._actor.load.remote(version, weights))
+        return await self._sorted(self._actor.load.remote(self._incarnation, version, weights))
 
     async def rollout(self, task: GroupTask, attempt: int) -> GroupResult:
         """See `Worker.rollout`."""
-        return await _sorted(self._actor.rollout.remote(task, attempt))
+        return await self._sorted(self._actor.rollout.remote(self._incarnation, task, attempt))
 
     def kill(self) -> None:
         """Ray asks the process to go, which a stopped one cannot hear: so SIGKILL as well."""
@@ -80,7 +86,7 @@ class RayWorker:
         """See `Worker.close`."""
         with contextlib.suppress(PacktrainError, TimeoutError):
             async with asyncio.timeout(_CLOSE_SECONDS):
-                await _sorted(self._actor.close.remote())
+                await self._sorted(self._actor.close.remote())
         ray.kill(cast(ActorHandle, self._actor))
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(_GONE_SECONDS):
@@ -94,32 +100,45 @@ class RayWorker:
         """Whether its process id means something on this machine."""
         return self._process is not None and self._process[0] == platform.node()
 
+    async def _sorted(self, ref: ray.ObjectRef[Value]) -> Value:
+        """The value of a call, or its failure as one of our errors; cancelling cancels the call."""
+        try:
+            return await cast(Awaitable[Value], ref)
+        except asyncio.CancelledError:
+            ray.cancel(ref)
+            raise
+        except RayTaskError as error:
+            raise _own_error(error) from None
+        except NodeOutOfMemoryError as error:
+            raise OutOfMemoryError(f"Ray ended it: {_first_sentence(error)}") from None
+        except RayActorError as error:
+            raise self._death(error) from None
+        except RayError as error:
+            raise InfraError(f"{type(error).__name__}: {_first_sentence(error)}") from None
 
-async def _sorted(ref: ray.ObjectRef[Value]) -> Value:
-    """The value of a call, or its failure as one of our errors; cancelling cancels the call."""
-    try:
-        return await cast(Awaitable[Value], ref)
-    except asyncio.CancelledError:
-        ray.cancel(ref)
-        raise
-    except RayTaskError as error:
-        cause = error.cause
-        if isinstance(cause, PacktrainError):
-            raise cause from None
-        raise PacktrainError(
-            f"a rollout worker failed: {type(cause).__name__}: {cause}",
-            why=str(error),
-            fix="this is a defect, please report it with the traceback above",
-        ) from None
-    except RayActorError as error:
-        raise WorkerDiedError(f"{type(error).__name__}: {_last_line(error)}") from None
-    except RayError as error:
-        raise InfraError(f"{type(error).__name__}: {_last_line(error)}") from None
+    def _death(self, error: RayActorError) -> WorkerDiedError:
+        """Ray calls many ends a lost connection; the kernel counts those for want of memory."""
+        if memory_kills() > self._memory_kills:
+            return OutOfMemoryError("the kernel has ended a process for want of memory meanwhile")
+        return WorkerDiedError(f"{type(error).__name__}: {_first_sentence(error)}")
 
 
-def _last_line(error: Exception) -> str:
-    """Ray's messages begin with generalities and end with the cause."""
-    return (str(error).strip().splitlines() or [""])[-1].strip()
+def _own_error(error: RayTaskError) -> PacktrainError:
+    cause = error.cause
+    if isinstance(cause, PacktrainError):
+        return cause
+    return PacktrainError(
+        f"a rollout worker failed: {type(cause).__name__}: {cause}",
+        why=str(error),
+        fix="this is a defect, please report it with the traceback above",
+    )
+
+
+def _first_sentence(error: Exception) -> str:
+    """The cause, without Ray's generalities before it and its list of what may be behind it."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [""]
+    told = next((line for line in lines if "exit detail:" in line or "killed" in line), lines[-1])
+    return told.partition(" Some common causes")[0].rpartition("exit detail: ")[2]
 
 
 def _is_running(pid: int) -> bool:

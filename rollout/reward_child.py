@@ -20,7 +20,9 @@ import traceback
 from pathlib import Path
 from typing import BinaryIO
 
+from ground import faults
 from ground.records import Message, Prompt
+from ground.roles import enter_role
 from rollout.descendants import adopt_orphans, end_children
 from rollout.rewards import Refusal, Score, call_reward, find_reward, load_rewards, reward_names
 
@@ -29,6 +31,7 @@ _MAX_MESSAGE = 500
 
 def main(descriptor: int, max_memory_bytes: int, files: list[Path]) -> None:
     """Serve requests until the other end closes."""
+    enter_role("reward")
     channel = socket.socket(fileno=descriptor)
     channel.set_inheritable(False)
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
@@ -42,6 +45,7 @@ def main(descriptor: int, max_memory_bytes: int, files: list[Path]) -> None:
 
 def _serve(request: dict[str, object], files: list[Path], replies: BinaryIO) -> None:
     try:
+        faults.point("score")
         reply = _answer(request, files)
     except BaseException as error:  # SystemExit and KeyboardInterrupt are the reward's failures too
         reply = {"raised": _describe(error)}

@@ -18,12 +18,17 @@ class WorkerDiedError(InfraError):
     """The process behind a worker is gone; whatever else was asked of it is lost too."""
 
 
+class OutOfMemoryError(WorkerDiedError):
+    """The process was ended because memory ran out."""
+
+
 class State(StrEnum):
     """Where a worker is in its life."""
 
     STARTING = "starting"
     STALE = "stale"
     HEALTHY = "healthy"
+    SUSPECT = "suspect"
     DEAD = "dead"
     RESTARTING = "restarting"
     RETIRED = "retired"
@@ -32,8 +37,12 @@ class State(StrEnum):
 class Worker(Protocol):
     """One life of a worker; calls raise `PacktrainError` only and are bounded by the caller."""
 
-    async def open(self) -> None:
-        """Return when it can take weights and tasks."""
+    async def prepare(self) -> None:
+        """Return when its process is there and has its libraries."""
+        ...
+
+    async def open(self, index: int) -> None:
+        """Return when it can take weights and tasks, as the worker of that seat."""
         ...
 
     async def ping(self) -> None:
@@ -63,14 +72,19 @@ class Seat:
 
     index: int
     state: State = State.STARTING
+    since: float = 0.0
+    """Unix seconds at which it came into this state."""
     worker: Worker | None = None
     lost: asyncio.Future[str] = field(default_factory=asyncio.Future)
     """Completed with the cause as soon as somebody finds this life to be over."""
+    loading: asyncio.Lock = field(default_factory=asyncio.Lock)
     version: int = -1
     in_flight: int = 0
+    lives: int = 0
     failures: int = 0
     """Lives lost since the last finished group."""
     failed_tasks: int = 0
+    """Tasks in a row that failed in this life, while it answered pings."""
     causes: list[str] = field(default_factory=list)
 
     @property
@@ -78,10 +92,14 @@ class Seat:
         """How messages and events call it."""
         return f"worker {self.index}"
 
+    @property
+    def is_serving(self) -> bool:
+        """Whether it may be given work."""
+        return self.state is State.HEALTHY and not self.lost.done()
+
     def lose(self, cause: str) -> None:
-        """Declare this life over; the first cause counts."""
-        if not self.lost.done():
-            self.lost.set_result(cause)
+        """Declare the present life over; the first cause counts."""
+        _complete(self.lost, cause)
 
     async def within(self, seconds: float, doing: str, call: Awaitable[Value]) -> Value:
         """Wait for a call to this life, but no longer than its deadline, nor than it lives.
@@ -89,18 +107,22 @@ class Seat:
         Raises:
             InfraError: the deadline passed (which ends this life) or the life was lost.
         """
+        life = self.lost  # by the time we wake up there may be a new one, which is not to blame
         task = asyncio.ensure_future(call)
         try:
-            if not self.lost.done():
-                await asyncio.wait(
-                    {task, self.lost}, timeout=seconds, return_when="FIRST_COMPLETED"
-                )
+            if not life.done():
+                await asyncio.wait({task, life}, timeout=seconds, return_when="FIRST_COMPLETED")
             if task.done():
                 return task.result()
-            self.lose(f"{doing} must be done within {seconds:g} s")
-            raise InfraError(self.lost.result(), where=self.name)
+            _complete(life, f"{doing} must be done within {seconds:g} s")
+            raise InfraError(life.result(), where=self.name)
         except WorkerDiedError as error:
-            self.lose(error.what)
+            _complete(life, error.what)
             raise
         finally:
             task.cancel()
+
+
+def _complete(life: asyncio.Future[str], cause: str) -> None:
+    if not life.done():
+        life.set_result(cause)

@@ -43,7 +43,7 @@ class GroupResult:
     """A finished group and what it cost; times are wall-clock seconds, for labels only.
 
     Example:
-        GroupResult(group, started=100.0, sampled=101.5, ended=101.6, num_tokens=240)
+        GroupResult(group, started=100.0, sampled=101.5, ended=101.6, num_tokens=240, attempt=0)
     """
 
     group: Group
@@ -52,6 +52,8 @@ class GroupResult:
     """When the last token came; from here to `ended` it was scored."""
     ended: float
     num_tokens: int
+    attempt: int
+    """Which asking it answers; an answer to another one is refused."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,3 +70,7 @@ class WorkerConfig:
     fleet: FleetSection
     reward_files: tuple[Path, ...] = ()
     """The user's own reward functions."""
+    incarnation: int = 0
+    """Life of the run that the worker belongs to; it takes no messages of another one."""
+    lease_seconds: float = 60.0
+    """A worker that is not pinged for so long ends itself."""

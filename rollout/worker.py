@@ -13,7 +13,6 @@ import asyncio
 import logging
 import os
 import platform
-import threading
 import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -21,18 +20,17 @@ from typing import TYPE_CHECKING
 
 from ground import faults
 from ground.errors import InfraError
+from ground.lease import Fence, Lease
 from ground.records import Group, Rollout
-from rollout.engine import Completion, Request
+from ground.roles import enter_role
+from rollout.engine import Completion, Engine, Request
+from rollout.failures import sorted_failures
 from rollout.reward_pool import RewardPool, ScoredText
 from rollout.task import GroupResult, GroupTask, WorkerConfig
 
 if TYPE_CHECKING:
+    from ground.chat import ChatTemplate
     from rollout.weights import Published
-
-LEASE_SECONDS = 120.0
-"""A worker that is not pinged for so long ends itself."""
-_ABANDONED = 3
-"""Exit code of a worker whose lease has lapsed."""
 
 logger = logging.getLogger(__name__)
 
@@ -40,66 +38,78 @@ logger = logging.getLogger(__name__)
 class RolloutWorker:
     """Samples and scores groups; wrapped by `ray.remote` in rollout/ray_worker.py.
 
-    Its weights are those of the model folder and of no version until `load` is called.
+        prepare (libraries) → open (model; weights of no version) → load, rollout, ping … → close
+
+    Each message carries the run's incarnation, and one of another life is refused.
     """
 
-    def __init__(
-        self, config: WorkerConfig, index: int = 0, lease_seconds: float = LEASE_SECONDS
-    ) -> None:
-        self._config, self._lease_seconds = config, lease_seconds
-        faults.enter(f"rollout/{index}")
+    def __init__(self, config: WorkerConfig) -> None:
+        self._config, self._fence = config, Fence(config.incarnation)
+        self._lease: Lease | None = None
 
-    async def open(self) -> tuple[str, int]:
+    async def prepare(self) -> tuple[str, int]:
+        """Import the libraries; returns this machine's name and the process id."""
+        with sorted_failures("importing the engine"):
+            # Here and not above: whoever only creates workers needs no torch.
+            import rollout.engines  # noqa: F401
+
+        return platform.node(), os.getpid()
+
+    async def open(self, index: int) -> tuple[str, int]:
         """Load the model and make ready; returns this machine's name and the process id.
 
         Not part of the constructor, because Ray keeps only the text of what a constructor raises.
         """
+        enter_role(f"rollout/{index}")
         config, fleet = self._config, self._config.fleet
-        # Imported in the worker's own process: whoever only creates workers needs no torch.
-        from rollout.engines import open_engine
-
-        try:
-            self._engine, self._template = open_engine(config.model_path, config.engine, version=-1)
-        except (OSError, RuntimeError, MemoryError) as error:
-            raise InfraError(
-                f"the engine must open, got {type(error).__name__}: {error}"
-            ) from error
+        with sorted_failures("opening the engine"):
+            faults.point("open")
+            self._engine, self._template = _open(config)
         self._pool = RewardPool(
             fleet.reward_processes, fleet.reward_deadline_seconds, config.reward_files
         )
         self._scoring = ThreadPoolExecutor(fleet.reward_processes, thread_name_prefix="score")
         self._orders = ThreadPoolExecutor(1, thread_name_prefix="order")
-        self._pinged = time.monotonic()
-        threading.Thread(target=self._watch_lease, name="lease", daemon=True).start()
+        self._lease = Lease("fleet", config.lease_seconds)
         return platform.node(), os.getpid()
 
-    async def ping(self) -> None:
+    async def ping(self, incarnation: int) -> None:
         """Renew the lease; answers while tokens are sampled."""
+        self._fence.check(incarnation)
         faults.point("ping")
-        self._pinged = time.monotonic()
+        if self._lease:
+            self._lease.renew()
 
-    async def version(self) -> int:
-        """Version of the weights that the next token is sampled with; -1 before the first."""
-        return self._engine.version
-
-    async def load(self, version: int, published: Published) -> int:
+    async def load(self, incarnation: int, version: int, published: Published) -> int:
         """Swap weights in flight; returns the version that the engine has now."""
+        self._fence.check(incarnation)
 
         def load() -> int:
-            faults.point("weights.fetch")
-            tensors = published.verified(version)
-            faults.point("weights.load")
-            self._engine.load(version, faults.corrupted("weights.loaded", tensors))
-            return self._engine.version
+            with sorted_failures(f"loading version {version}"):
+                faults.point("weights.fetch")
+                tensors = published.verified(version)
+                faults.point("weights.load")
+                self._engine.load(version, faults.corrupted("weights.loaded", tensors))
+                return self._engine.version
 
         return await asyncio.get_running_loop().run_in_executor(self._orders, load)
 
-    async def rollout(self, task: GroupTask, attempt: int = 0) -> GroupResult:
+    async def rollout(self, incarnation: int, task: GroupTask, attempt: int) -> GroupResult:
         """Sample and score one group.
 
         Args:
-            attempt: how many workers were lost under this group before; only keeps ids apart.
+            attempt: how many workers were lost under this group before; keeps ids apart.
         """
+        self._fence.check(incarnation)
+        with sorted_failures(f"group {task.id}"):
+            return await self._rollout(task, attempt)
+
+    async def close(self) -> None:
+        """End engine and pool; their children are gone when this returns."""
+        await asyncio.to_thread(self._engine.close)
+        await asyncio.to_thread(self._pool.close)
+
+    async def _rollout(self, task: GroupTask, attempt: int) -> GroupResult:
         started = time.time()
         faults.point("gen.begin")
         prompt_ids = tuple(self._template.encode_prompt(task.messages))
@@ -112,12 +122,7 @@ class RolloutWorker:
         faults.point("gen.scored")
         group = _group(task, prompt_ids, completions, texts, scored)
         num_tokens = sum(rollout.num_tokens for rollout in group.rollouts)
-        return GroupResult(group, started, sampled, time.time(), num_tokens)
-
-    async def close(self) -> None:
-        """End engine and pool; their children are gone when this returns."""
-        await asyncio.to_thread(self._engine.close)
-        await asyncio.to_thread(self._pool.close)
+        return GroupResult(group, started, sampled, time.time(), num_tokens, attempt)
 
     def _requests(
         self, task: GroupTask, prompt_ids: tuple[int, ...], attempt: int
@@ -150,13 +155,14 @@ class RolloutWorker:
         ids = completion.segment.token_ids
         return ids[:-1] if completion.finish == "stop" else ids
 
-    def _watch_lease(self) -> None:
-        while time.monotonic() - self._pinged < self._lease_seconds:
-            time.sleep(min(self._lease_seconds / 4, 5.0))
-        logger.error(
-            "no ping for %g s: the fleet is gone, so this worker ends", self._lease_seconds
-        )
-        os._exit(_ABANDONED)
+
+def _open(config: WorkerConfig) -> tuple[Engine, ChatTemplate]:
+    from rollout.engines import open_engine
+
+    try:
+        return open_engine(config.model_path, config.engine, version=-1)
+    except (OSError, RuntimeError) as error:
+        raise InfraError(f"the engine must open, got {type(error).__name__}: {error}") from error
 
 
 def _group(

@@ -25,6 +25,7 @@ SECTION = FleetSection(
     max_restarts=2,
     backoff_seconds=0.01,
     max_attempts=3,
+    spare=False,
 )
 Call = Callable[["ScriptedWorker"], Awaitable[None]]
 
@@ -58,7 +59,10 @@ class ScriptedWorker:
     tasks: list[tuple[str, int]] = field(default_factory=list)
     ack_lag: int = 0
 
-    async def open(self) -> None:
+    async def prepare(self) -> None:
+        return
+
+    async def open(self, index: int) -> None:
         await self.opening(self)
 
     async def ping(self) -> None:
@@ -76,7 +80,7 @@ class ScriptedWorker:
         version = self.loads[-1]
         segment = Segment("policy", (5, 2), (-0.1, -0.2), (Span(version, 2),))
         rollouts = tuple(Rollout(n, (segment,), f"{self.number}") for n in range(len(task.seeds)))
-        return GroupResult(Group(task.id, task.prompt, (1,), rollouts), 0.0, 1.0, 2.0, 4)
+        return GroupResult(Group(task.id, task.prompt, (1,), rollouts), 0.0, 1.0, 2.0, 4, attempt)
 
     def kill(self) -> None:
         self.killed = True
@@ -93,7 +97,7 @@ class Script:
         self.born: list[ScriptedWorker] = []
         self.events: list[Event] = []
 
-    def __call__(self, index: int) -> ScriptedWorker:
+    def __call__(self) -> ScriptedWorker:
         worker = ScriptedWorker(len(self.born))
         self.plans.get(f"worker{worker.number}", self.plans.get("others", lambda worker: None))(
             worker
@@ -186,9 +190,9 @@ def test_tasks_of_a_lost_worker_are_done_elsewhere_with_the_next_attempt() -> No
 
     _run(script, scenario)
     kinds = [(event["kind"], event["role"]) for event in script.events]
-    assert kinds == [("rollout", "worker 1"), ("restart", "worker 0")]
-    assert script.events[0]["attempt"] == 1 and script.events[0]["tokens"] == 4
-    assert "killed" in str(script.events[1]["cause"])
+    assert kinds == [("lost", "worker 0"), ("rollout", "worker 1"), ("restart", "worker 0")]
+    assert script.events[1]["attempt"] == 1 and script.events[1]["tokens"] == 4
+    assert "killed" in str(script.events[2]["cause"])
 
 
 @pytest.mark.parametrize("silent", ["pinging", "sampling", "loading"])
@@ -213,7 +217,9 @@ def test_a_worker_that_never_comes_up_is_given_up_after_its_budget() -> None:
     script = Script(others=_set(opening=_failing(InfraError("RuntimeError: no such kernel"))))
 
     async def scenario(fleet: Fleet) -> None:
-        with pytest.raises(WorkersLostError, match="all 2 are lost after 2 restarts") as caught:
+        with pytest.raises(
+            WorkersLostError, match=r"at least 1 of 2 .* 0 are left after 2 restarts"
+        ) as caught:
             await fleet.start()
         assert "worker 1: RuntimeError: no such kernel" in caught.value.why
         assert fleet.stats().states == ("retired", "retired")
@@ -242,7 +248,7 @@ def test_losing_the_whole_fleet_under_a_task_names_what_happened() -> None:
 
     async def scenario(fleet: Fleet) -> None:
         await _begin(fleet)
-        with pytest.raises(WorkersLostError, match="all 2 are lost") as caught:
+        with pytest.raises(WorkersLostError, match="0 are left") as caught:
             await asyncio.gather(*(fleet.rollout(_task(f"g{n}")) for n in range(3)))
         assert "worker 0: ActorDiedError: out of memory" in caught.value.why
 

@@ -326,7 +326,7 @@ def test_death_of_the_decode_thread_is_told_to_everyone(
     futures = [engine.submit(Request(str(n), (5,), 4, 1.0, n, ())) for n in range(12)]
     for future in futures:
         with pytest.raises(
-            PacktrainError, match="decode thread died: RuntimeError: kernel says no"
+            PacktrainError, match="decoding failed: RuntimeError: kernel says no"
         ):
             future.result(10)
     with pytest.raises(PacktrainError, match="kernel says no"):

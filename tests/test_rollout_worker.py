@@ -35,6 +35,7 @@ FLEET = FleetSection(
     ping_deadline_seconds=2,
     max_restarts=2,
     backoff_seconds=0.1,
+    spare=False,
 )
 
 
@@ -60,8 +61,8 @@ class Births:
         self.workers: list[RayWorker] = []
         self.events: list[Event] = []
 
-    def __call__(self, index: int) -> RayWorker:
-        self.workers.append(RayWorker(self.config, index))
+    def __call__(self) -> RayWorker:
+        self.workers.append(RayWorker(self.config))
         return self.workers[-1]
 
     def pids(self) -> list[int]:
@@ -203,7 +204,7 @@ def test_a_worker_that_dies_at_birth_ends_the_fleet_in_bounded_time(
     )
 
     async def scenario(fleet: Fleet) -> None:
-        with pytest.raises(WorkersLostError, match="all 1 are lost after 1 restarts") as caught:
+        with pytest.raises(WorkersLostError, match="0 are left after 1 restarts") as caught:
             await fleet.start()
         assert "the engine must open" in caught.value.why
 
