@@ -1,18 +1,22 @@
-"""Rollouts as right-padded tensors, cut into micro-batches by a budget of tokens.
+"""Rollouts as tensors: rows, rows packed into sequences, sequences cut into micro-batches.
 
-B rows (one rollout each), T tokens of the longest row. Position t speaks of token t.
+    rows_of ─▶ pack (rows side by side up to a number of tokens) ─▶ micro_batches ─▶ collate
+
+B sequences, T tokens of the longest one, R rows (one rollout each). Index t speaks of token t.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
 
 import torch
 from torch import Tensor
 
+from ground.packing import positions_of
 from ground.records import Group, Rollout
-from rl.advantages import centered
+from rl.advantages import batch_advantages
+from rl.config import AdvantageSection
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,7 +32,14 @@ class Row:
     """True on the policy's own tokens; prompts and tool results are context only."""
     behavior: tuple[float, ...]
     """log mu of trained tokens, 0 elsewhere."""
+    ages: tuple[int, ...]
+    """Versions between sampling and the step, of trained tokens; 0 elsewhere."""
     advantage: float
+    capability: str = ""
+
+    def __len__(self) -> int:
+        """Tokens, context included."""
+        return len(self.tokens)
 
     @property
     def num_trained(self) -> int:
@@ -36,92 +47,158 @@ class Row:
         return sum(self.trained)
 
 
+Sequenced = list[Row]
+"""Rows that share a sequence."""
+
+
 @dataclass(frozen=True, slots=True)
 class Batch:
-    """A micro-batch of rows, right-padded."""
+    """A micro-batch: sequences of one or more rows, padded at the end.
+
+    Example:
+        rows of 3 and 2 tokens in one sequence → segments_BT [[1, 1, 1, 2, 2]],
+        positions_BT [[0, 1, 2, 0, 1]]
+    """
 
     tokens_BT: Tensor
-    mask_BT: Tensor
-    """1 on tokens, 0 on padding."""
+    segments_BT: Tensor
+    """Number of each token's row, from 1 over the whole micro-batch; 0 on padding."""
     loss_mask_BT: Tensor
     """True on trained tokens."""
     behavior_logprobs_BT: Tensor
     advantages_BT: Tensor
     """The advantage of a row on its trained tokens, 0 elsewhere."""
+    ages_BT: Tensor
+    capability_R: tuple[str, ...]
+
+    @property
+    def positions_BT(self) -> Tensor:
+        """Place of each token in its own row."""
+        return positions_of(self.segments_BT)
+
+    @property
+    def num_loss_tokens(self) -> int:
+        """Tokens that carry a gradient; a step divides by their sum over all its micro-batches."""
+        return int(self.loss_mask_BT.sum())
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Field by field, for a file."""
+        values = {field.name: getattr(self, field.name) for field in fields(self)}
+        return {name: value for name, value in values.items() if isinstance(value, Tensor)}
 
     def to(self, device: torch.device) -> Batch:
         """The same batch on a device."""
-        return Batch(
-            self.tokens_BT.to(device),
-            self.mask_BT.to(device),
-            self.loss_mask_BT.to(device),
-            self.behavior_logprobs_BT.to(device),
-            self.advantages_BT.to(device),
-        )
+        moved = {name: value.to(device) for name, value in self.tensors().items()}
+        return Batch(**moved, capability_R=self.capability_R)
+
+    def without_loss(self) -> Batch:
+        """The same tokens with nothing to train on, for a rank that has run out of rows."""
+        idle = {**self.tensors(), "loss_mask_BT": torch.zeros_like(self.loss_mask_BT)}
+        return Batch(**idle, capability_R=self.capability_R)
 
 
-def rows_of(group: Group) -> list[Row]:
-    """The rows of a group with centred advantages; a rollout without policy tokens gives none."""
-    advantages = centered(group.rewards)
+def rows_of(groups: Sequence[Group], section: AdvantageSection, version: int) -> list[Row]:
+    """The rows of a whole step; a rollout without policy tokens gives none.
+
+    Advantages are made here, before any split, since some look at the whole batch.
+
+    Args:
+        version: of the weights that are about to be trained.
+    """
     rows = [
-        _row(group.prompt_ids, rollout, advantage)
+        _row(group, rollout, advantage, version)
+        for group, advantages in zip(groups, batch_advantages(groups, section), strict=True)
         for rollout, advantage in zip(group.rollouts, advantages, strict=True)
     ]
     return [row for row in rows if row.num_trained]
 
 
-def micro_batches(rows: Sequence[Row], max_tokens: int) -> list[list[Row]]:
-    """Cut rows into batches of at most `max_tokens` with padding, like lengths together.
+def pack(rows: Sequence[Row], max_tokens: int) -> list[Sequenced]:
+    """Put rows side by side into sequences of at most `max_tokens`, the longest ones first.
 
-    A row longer than the budget gets a batch of its own.
+    Each row goes to the first sequence with room (first-fit decreasing); one that is longer than
+    `max_tokens` has a sequence of its own, so that 0 leaves every row alone.
+
+    Example:
+        lengths 3, 9, 4, 2 and max_tokens 9 → [9], [4, 3, 2]
+    """
+    sequences: list[Sequenced] = []
+    room: list[int] = []
+    for row in sorted(rows, key=len, reverse=True):
+        place = next((i for i, free in enumerate(room) if free >= len(row)), None)
+        if place is None:
+            sequences.append([row])
+            room.append(max_tokens - len(row))
+        else:
+            sequences[place].append(row)
+            room[place] -= len(row)
+    return sequences
+
+
+def micro_batches(sequences: Sequence[Sequenced], max_tokens: int) -> list[list[Sequenced]]:
+    """Cut sequences into batches of at most `max_tokens` with padding, like lengths together.
+
+    A sequence longer than the budget gets a batch of its own.
 
     Example:
         lengths 3, 9, 4 and max_tokens 9 → [9], [4, 3]
     """
-    batches: list[list[Row]] = []
-    for row in sorted(rows, key=lambda row: -len(row.tokens)):
-        longest = len(batches[-1][0].tokens) if batches else 0
+    batches: list[list[Sequenced]] = []
+    for sequence in sorted(sequences, key=_length, reverse=True):
+        longest = _length(batches[-1][0]) if batches else 0
         if batches and longest * (len(batches[-1]) + 1) <= max_tokens:
-            batches[-1].append(row)
+            batches[-1].append(sequence)
         else:
-            batches.append([row])
+            batches.append([sequence])
     return batches
 
 
-def collate(rows: Sequence[Row], pad_id: int) -> Batch:
-    """Stack rows to tensors."""
-    shape = (len(rows), max(len(row.tokens) for row in rows))
+def collate(sequences: Sequence[Sequenced], pad_id: int) -> Batch:
+    """Sequences as tensors."""
+    shape = (len(sequences), max(_length(sequence) for sequence in sequences))
     batch = Batch(
         tokens_BT=torch.full(shape, pad_id),
-        mask_BT=torch.zeros(shape, dtype=torch.long),
+        segments_BT=torch.zeros(shape, dtype=torch.long),
         loss_mask_BT=torch.zeros(shape, dtype=torch.bool),
         behavior_logprobs_BT=torch.zeros(shape),
         advantages_BT=torch.zeros(shape),
+        ages_BT=torch.zeros(shape, dtype=torch.long),
+        capability_R=tuple(row.capability for sequence in sequences for row in sequence),
     )
-    for number, row in enumerate(rows):
-        length = len(row.tokens)
-        batch.tokens_BT[number, :length] = torch.tensor(row.tokens)
-        batch.mask_BT[number, :length] = 1
-        batch.loss_mask_BT[number, :length] = torch.tensor(row.trained)
-        batch.behavior_logprobs_BT[number, :length] = torch.tensor(row.behavior)
-        batch.advantages_BT[number, :length] = torch.tensor(row.trained) * row.advantage
+    number = 0
+    for index, sequence in enumerate(sequences):
+        end = 0
+        for row in sequence:
+            number += 1
+            start, end = end, end + len(row)
+            batch.tokens_BT[index, start:end] = torch.tensor(row.tokens)
+            batch.segments_BT[index, start:end] = number
+            batch.loss_mask_BT[index, start:end] = torch.tensor(row.trained)
+            batch.behavior_logprobs_BT[index, start:end] = torch.tensor(row.behavior)
+            batch.advantages_BT[index, start:end] = torch.tensor(row.trained) * row.advantage
+            batch.ages_BT[index, start:end] = torch.tensor(row.ages)
     return batch
 
 
-def token_ages(groups: Sequence[Group], version: int) -> Iterator[tuple[int, int]]:
-    """Yield (versions between sampling and `version`, number of tokens) of each span."""
-    for group in groups:
-        for rollout in group.rollouts:
-            for segment in rollout.segments:
-                yield from ((version - span.version, span.length) for span in segment.versions)
+def _length(sequence: Sequenced) -> int:
+    return sum(map(len, sequence))
 
 
-def _row(prompt_ids: Sequence[int], rollout: Rollout, advantage: float) -> Row:
-    tokens, trained = list(prompt_ids), [False] * len(prompt_ids)
-    behavior = [0.0] * len(prompt_ids)
+def _row(group: Group, rollout: Rollout, advantage: float, version: int) -> Row:
+    tokens = list(group.prompt_ids)
+    trained, behavior, ages = [False] * len(tokens), [0.0] * len(tokens), [0] * len(tokens)
     for segment in rollout.segments:
-        is_policy = segment.source == "policy"
+        is_policy, length = segment.source == "policy", len(segment.token_ids)
         tokens += segment.token_ids
-        trained += [is_policy] * len(segment.token_ids)
-        behavior += segment.logprobs if is_policy else [0.0] * len(segment.token_ids)
-    return Row(tuple(tokens), tuple(trained), tuple(behavior), advantage)
+        trained += [is_policy] * length
+        behavior += segment.logprobs if is_policy else [0.0] * length
+        ages += [version - span.version for span in segment.versions for _ in range(span.length)]
+        ages += [0] * (len(tokens) - len(ages))
+    return Row(
+        tuple(tokens),
+        tuple(trained),
+        tuple(behavior),
+        tuple(ages),
+        advantage,
+        group.prompt.capability,
+    )

@@ -133,6 +133,11 @@ class RlSection(Section):
     """Rollouts of a group; at least 2 to form a baseline."""
     max_staleness: int = Field(default=1, ge=0)
     """Versions between a sample's oldest token and the learner; 0 is synchronous training."""
+    late: Literal["wait", "drop"] = "wait"
+    """What the learner does about slots that are not in when their step is due: wait for them, or
+    drop them and ask their prompts again in the next slots that open."""
+    late_floor: float = Field(default=0.9, gt=0, le=1)
+    """Share of a step's slots that must be in before the others can be dropped."""
     max_refills: int = Field(default=1, ge=0)
     """Draws that may replace a flat group, one after another."""
     sampling: SamplingSection = SamplingSection()
@@ -145,6 +150,13 @@ class RlSection(Section):
     validation: ValidationSection = ValidationSection()
     micro_batch_tokens: int = Field(default=8192, ge=1)
     """Tokens, padding included, of one forward and backward pass."""
+    pack_tokens: int = Field(default=0, ge=0)
+    """Rows are packed side by side into sequences of at most so many tokens; 0 keeps one row per
+    sequence, like lengths together."""
+    ess_floor: float = Field(default=0.5, ge=0, le=1)
+    """Effective share of a step's tokens below which the step is made smaller; 0 never brakes."""
+    max_braked_steps: int = Field(default=10, ge=1)
+    """Braked steps in a row before the run stops."""
     max_empty_steps: int = Field(default=3, ge=1)
     """Steps in a row without any group that teaches, before the run stops with the reasons."""
     threads: int = Field(default=1, ge=1)

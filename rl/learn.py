@@ -136,15 +136,9 @@ def _leave_at_end(lines: TextIO) -> None:
 
 def _keep_batch(job: Job, plan: Plan) -> None:
     """Save the rollouts that a step diverged on."""
-    rows = [row for group in plan.groups for row in rows_of(group)]
-    batch = collate(rows, pad_id=0)
-    tensors = {
-        "tokens": batch.tokens_BT,
-        "mask": batch.mask_BT,
-        "loss_mask": batch.loss_mask_BT,
-        "behavior_logprobs": batch.behavior_logprobs_BT,
-        "advantages": batch.advantages_BT,
-    }
+    rows = rows_of(plan.groups, job.section.advantages, plan.step)
+    batch = collate([[row] for row in rows], pad_id=0)
+    tensors = {name.removesuffix("_BT"): tensor for name, tensor in batch.tensors().items()}
     with commit_directory(job.directory / "diverged", {"step": plan.step}) as staging:
         save_file(tensors, staging / "batch.safetensors")
 

@@ -1,12 +1,16 @@
 """The optimizer's side of the loop: one plan in, one step of the weights, numbers out.
 
+    rows_of ─▶ pack ─▶ this rank's micro-batches ─▶ log-probs ─▶ policy_loss ─▶ backward (each)
+            ─▶ numbers of all ranks ─▶ guards ─▶ update
+
 N trained tokens of the whole step, over all micro-batches and ranks.
 """
 
 from __future__ import annotations
 
-import math
+import copy
 from collections.abc import Sequence
+from contextlib import nullcontext
 from typing import cast
 
 import torch
@@ -14,25 +18,25 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from ground.errors import DivergedError
+from ground import faults
 from ground.logprobs import LogprobModel
 from ground.model import tensors_of
-from rl.batch import Row, collate, micro_batches, rows_of, token_ages
+from rl.batch import Batch, Row, Sequenced, collate, micro_batches, pack, rows_of
 from rl.books import Plan
 from rl.config import RlSection
-from rl.loss import aipo, mismatch
+from rl.guards import EssBrake, check_finite
+from rl.loss import effective_share, mismatch
+from rl.objective import Tokens, policy_loss
+from rl.routing import RouterLoad
 from rl.snapshot import restore
-
-_NO_TOKEN = -(10**9)
-"""Fills up the shorter ranks' numbers when they are gathered; no log-prob is as low."""
 
 
 class Learner:
     """A model and its optimizer on accelerate.
 
     The loss is divided once by the global number of trained tokens, so that neither the
-    micro-batch split nor a split of the rows over ranks changes the update. The stage starts one
-    rank (rl/supervisor.py).
+    micro-batch split nor packing nor a split of the rows over ranks changes the update. The stage
+    starts one rank (rl/supervisor.py).
     """
 
     def __init__(
@@ -47,6 +51,9 @@ class Learner:
             betas=settings.betas,
             weight_decay=settings.weight_decay,
         )
+        self._reference = _frozen(model, accelerator) if section.loss.reference_kl else None
+        self._routers = RouterLoad(model)
+        self._brake = EssBrake(section.ess_floor, section.max_braked_steps)
         module, wrapped = accelerator.prepare(LogprobModel(model.train()), optimizer)
         self._module = cast(nn.Module, module)
         self._optimizer = cast(torch.optim.Optimizer, wrapped)
@@ -55,35 +62,32 @@ class Learner:
         """Take one optimizer step on a plan's groups; without groups nothing moves.
 
         Raises:
-            DivergedError: loss or gradient is not finite; the weights are left as they were.
+            DivergedError: loss or gradient is not finite, or too many steps in a row were braked;
+                the weights are left as they were.
         """
-        rows = [row for group in plan.groups for row in rows_of(group)]
+        rows = rows_of(plan.groups, self._section.advantages, plan.step)
         num_tokens = sum(row.num_trained for row in rows)
         if not num_tokens:
             return {}
         # One whole step: unless told so, accelerate skips it when another trainer of this process
         # was stopped between two of its passes.
-        with self._accelerator.accumulate(self._module):
-            loss, measured = self._accumulate(rows, num_tokens)
-        grad_norm = self._clipped_grad_norm()
-        if not math.isfinite(loss + grad_norm):
+        try:
+            with self._accelerator.accumulate(self._module):
+                loss, measured = self._accumulate(rows, num_tokens)
+            grad_norm = self._clipped_grad_norm()
+            check_finite(loss, grad_norm, step=plan.step, num_rows=len(rows))
+            brake = self._brake.factor(measured["ess_applied"], plan.step)
+            self._set_learning_rate(plan.step, brake)
+            self._optimizer.step()
+            faults.point("step.applied")
+        finally:
             self._optimizer.zero_grad()
-            raise DivergedError(
-                f"loss and gradient must be finite, got {loss:g} and a gradient norm {grad_norm:g}",
-                where=f"rl, step {plan.step}",
-                why=f"{len(rows)} rollouts were kept in the stage's diverged/ folder",
-                fix="lower rl.optimizer.learning_rate, or look at the saved rollouts",
-            )
-        self._set_learning_rate(plan.step)
-        self._optimizer.step()
-        self._optimizer.zero_grad()
-        ages = list(token_ages(plan.groups, plan.step))
         return {
             "loss": loss,
             "grad_norm": grad_norm,
             "trained_tokens": num_tokens,
+            "brake": brake,
             **measured,
-            **_staleness(ages),
         }
 
     def model_tensors(self) -> dict[str, Tensor]:
@@ -112,57 +116,122 @@ class Learner:
         self._optimizer.load_state_dict({"state": state, "param_groups": groups})
 
     def _accumulate(self, rows: Sequence[Row], num_tokens: int) -> tuple[float, dict[str, float]]:
-        """Backward over this rank's rows; returns the global loss and mismatch."""
-        accelerator, world = self._accelerator, self._accelerator.num_processes
-        own = sorted(rows, key=lambda row: -len(row.tokens))[accelerator.process_index :: world]
+        """Backward over this rank's rows; returns the global loss and what is measured."""
+        accelerator, rank = self._accelerator, self._accelerator.process_index
+        shares = _shares(pack(rows, self._section.pack_tokens), accelerator.num_processes)
+        cuts = [micro_batches(share, self._section.micro_batch_tokens) for share in shares]
+        passes = max(map(len, cuts))
         seen: list[Tensor] = []
-        for part in micro_batches(own, self._section.micro_batch_tokens):
-            batch = collate(part, self._pad_id).to(accelerator.device)
-            logprobs_BT, entropy_BT = self._module(
-                batch.tokens_BT,
-                batch.mask_BT,
-                batch.loss_mask_BT,
-                self._section.sampling.temperature,
-            )
-            mask_BT = batch.loss_mask_BT
-            logprobs_N, behavior_N = logprobs_BT[mask_BT], batch.behavior_logprobs_BT[mask_BT]
-            loss_N = aipo(
-                logprobs_N, behavior_N, batch.advantages_BT[mask_BT], self._section.loss.rho_max
-            )
-            accelerator.backward(loss_N.sum() * (world / num_tokens))
-            numbers = (loss_N, logprobs_N, behavior_N, entropy_BT[mask_BT])
-            seen.append(torch.stack([number.detach() for number in numbers]))
-        loss_N, logprobs_N, behavior_N, entropy_N = self._gathered(torch.cat(seen, dim=1))
-        measured = mismatch(logprobs_N, behavior_N, self._section.loss.rho_max)
-        measured["entropy"] = entropy_N.mean().item()
-        return loss_N.sum().item() / num_tokens, measured
+        for number in range(passes):
+            # Every rank makes as many passes as the busiest one, and reduces in the last.
+            batch = self._batch(cuts[rank], number, spare=cuts[0])
+            is_last = number == passes - 1
+            with nullcontext() if is_last else accelerator.no_sync(self._module):
+                seen.append(self._backward(batch, accelerator.num_processes / num_tokens))
+        counts = [_num_trained(share) for share in shares]
+        numbers = self._gathered(torch.cat(seen, dim=1), counts)
+        return numbers[0].sum().item() / num_tokens, self._measured(numbers)
 
-    def _gathered(self, numbers_4N: Tensor) -> Tensor:
-        """The numbers of all ranks' tokens side by side."""
+    def _batch(
+        self, cut: Sequence[list[Sequenced]], number: int, spare: Sequence[list[Sequenced]]
+    ) -> Batch:
+        """A pass of this rank, or one without loss when its rows are through."""
+        if number < len(cut):
+            return collate(cut[number], self._pad_id).to(self._accelerator.device)
+        shortest = spare[-1][-1:]
+        return collate(shortest, self._pad_id).without_loss().to(self._accelerator.device)
+
+    def _backward(self, batch: Batch, scale: float) -> Tensor:
+        """One pass; returns the numbers of its tokens, [8, N]."""
+        mask_BT, temperature = batch.loss_mask_BT, self._section.sampling.temperature
+        inputs = (batch.tokens_BT, batch.segments_BT, mask_BT, temperature)
+        faults.point("step.forward")
+        with self._routers.counting(batch.segments_BT != 0):
+            logprobs_BT, entropy_BT = self._module(*inputs)
+        reference_N = None
+        if self._reference is not None:
+            with torch.no_grad():
+                reference_N = self._reference(*inputs)[0][mask_BT]
+        tokens = Tokens(
+            logprobs_N=logprobs_BT[mask_BT],
+            behavior_N=batch.behavior_logprobs_BT[mask_BT],
+            advantages_N=batch.advantages_BT[mask_BT],
+            ages_N=batch.ages_BT[mask_BT],
+            rows_N=batch.segments_BT[mask_BT] - 1,
+            reference_N=reference_N,
+        )
+        losses = policy_loss(self._section.loss, tokens)
+        faults.point("step.backward")
+        self._accelerator.backward(losses.loss_N.sum() * scale)
+        numbers = (
+            losses.loss_N,
+            tokens.logprobs_N,
+            tokens.behavior_N,
+            entropy_BT[mask_BT],
+            tokens.ages_N,
+            losses.weights_N,
+            losses.clipped_N,
+            losses.kept_N,
+        )
+        return torch.stack([number.detach().double() for number in numbers])
+
+    def _measured(self, numbers: Tensor) -> dict[str, float]:
+        """The metrics of a step from the numbers of all its tokens."""
+        _, logprobs_N, behavior_N, entropy_N, ages_N, weights_N, clipped_N, kept_N = numbers
+        return {
+            **mismatch(logprobs_N, behavior_N),
+            "ess_applied": effective_share(weights_N),
+            "clip_share": clipped_N.mean().item(),
+            "masked_share": 1 - kept_N.mean().item(),
+            "entropy": entropy_N.mean().item(),
+            "staleness_mean": ages_N.mean().item(),
+            "staleness_min": ages_N.min().item(),
+            "staleness_max": ages_N.max().item(),
+            "stale_share": (ages_N > 0).double().mean().item(),
+            **self._routers.gauges(self._added_up),
+        }
+
+    def _gathered(self, numbers: Tensor, counts: Sequence[int]) -> Tensor:
+        """The numbers of all ranks' tokens side by side.
+
+        Args:
+            counts: trained tokens of each rank.
+        """
         if self._accelerator.num_processes == 1:
-            return numbers_4N
-        padded = self._accelerator.pad_across_processes(numbers_4N.T, pad_index=_NO_TOKEN)
-        gathered = cast(Tensor, self._accelerator.gather(padded))
-        return gathered[gathered[:, 1] > _NO_TOKEN].T
+            return numbers
+        padded = numbers.new_zeros(max(counts), len(numbers))
+        padded[: numbers.shape[1]] = numbers.T
+        gathered = cast(Tensor, self._accelerator.gather(padded[None]))
+        parts = [part[:count] for part, count in zip(gathered, counts, strict=True)]
+        return torch.cat(parts).T
+
+    def _added_up(self, counts: Tensor) -> Tensor:
+        total = self._accelerator.reduce(counts.to(self._accelerator.device), reduction="sum")
+        return cast(Tensor, total)
 
     def _clipped_grad_norm(self) -> float:
         limit = self._section.optimizer.max_grad_norm
         norm = self._accelerator.clip_grad_norm_(self._module.parameters(), limit)
         return float(cast(Tensor, norm))
 
-    def _set_learning_rate(self, step: int) -> None:
+    def _set_learning_rate(self, step: int, brake: float) -> None:
         settings = self._section.optimizer
         share = min(1.0, (step + 1) / settings.warmup_steps) if settings.warmup_steps else 1.0
         for group in self._optimizer.param_groups:
-            group["lr"] = settings.learning_rate * share
+            group["lr"] = settings.learning_rate * share * brake
 
 
-def _staleness(ages: Sequence[tuple[int, int]]) -> dict[str, float]:
-    """Versions between sampling and training: mean over tokens, newest, oldest, share above 0."""
-    total = sum(count for _, count in ages)
-    return {
-        "staleness_mean": sum(age * count for age, count in ages) / total,
-        "staleness_min": min(age for age, _ in ages),
-        "staleness_max": max(age for age, _ in ages),
-        "stale_share": sum(count for age, count in ages if age > 0) / total,
-    }
+def _frozen(model: PreTrainedModel, accelerator: Accelerator) -> LogprobModel:
+    """A copy of the stage's first model that stays as it is."""
+    kept = copy.deepcopy(model).eval().requires_grad_(False)
+    return LogprobModel(kept).to(accelerator.device)
+
+
+def _shares(sequences: Sequence[Sequenced], num_ranks: int) -> list[list[Sequenced]]:
+    """Deal sequences to the ranks, the longest ones first, so that all have alike."""
+    ordered = sorted(sequences, key=lambda sequence: -sum(map(len, sequence)))
+    return [ordered[rank::num_ranks] for rank in range(num_ranks)]
+
+
+def _num_trained(sequences: Sequence[Sequenced]) -> int:
+    return sum(row.num_trained for sequence in sequences for row in sequence)

@@ -8,7 +8,6 @@ Version v is the weights after v steps; step v trains version v and makes versio
 from __future__ import annotations
 
 import time
-from collections import Counter
 from collections.abc import Callable
 from typing import Protocol
 
@@ -19,19 +18,11 @@ from ground.errors import DivergedError
 from ground.signals import Pending
 from rl.books import Plan
 from rl.config import RlSection
+from rl.guards import NoSignalGuard
 from rl.job import Report
 from rl.learner import Learner
 from rl.publisher import Publisher
 from rl.snapshot import Snapshot
-
-_FIXES = {
-    "all-0": "easier prompts: every answer was wrong; mine again with this model",
-    "all-1": "harder prompts: every answer was right",
-    "flat": "a reward that tells good from bad: all answers earned the same",
-    "broken": "workers that finish their groups: look at the run's log folder",
-    "refused": "prompts that fit the engine: raise rl.engine.max_length",
-}
-
 
 class Plans(Protocol):
     """Where plans come from: the controller, wherever that runs."""
@@ -41,38 +32,6 @@ class Plans(Protocol):
     ) -> tuple[Plan, dict[str, float]] | None:
         """Wait for a step's plan and the fleet's gauges; None as soon as `stop` says so."""
         ...
-
-
-class NoSignalGuard:
-    """Stops a run that has nothing to learn from, and says why.
-
-    Example:
-        max_empty_steps 3: three steps in a row without a group that teaches → DivergedError with
-        "why: 192 groups were filtered: all-1 180, all-0 12"
-    """
-
-    def __init__(self, max_empty_steps: int) -> None:
-        self._max_empty_steps, self._empty_steps = max_empty_steps, 0
-        self._reasons: Counter[str] = Counter()
-
-    def check(self, plan: Plan) -> None:
-        """Count a step; a group that teaches begins the count anew."""
-        if plan.groups:
-            self._empty_steps, self._reasons = 0, Counter()
-            return
-        self._empty_steps += 1
-        self._reasons.update(plan.filtered)
-        if self._empty_steps < self._max_empty_steps:
-            return
-        ranked = self._reasons.most_common()
-        histogram = ", ".join(f"{reason} {count}" for reason, count in ranked)
-        total = sum(self._reasons.values())
-        raise DivergedError(
-            f"at least one group in {self._max_empty_steps} steps must teach something, none did",
-            where=f"rl, step {plan.step}",
-            why=f"{total} groups were filtered: {histogram}",
-            fix=f"give it {_FIXES[ranked[0][0]]}",
-        )
 
 
 class LearnerLoop:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import cast
+from typing import Any, cast
 
 import pytest
 import torch
@@ -36,7 +36,7 @@ def llama() -> PreTrainedModel:
     )
 
 
-def llama4(folder: Path, **settings: object) -> PreTrainedModel:
+def llama4(folder: Path, **settings: Any) -> PreTrainedModel:
     return load_model(make_tiny_model(folder / "m", **settings))
 
 
@@ -104,7 +104,7 @@ def error(got: Tensor, want: Tensor) -> float:
 def test_packing_changes_neither_logprobs_nor_gradients(
     kind: str, dtype: torch.dtype, tmp_path: Path
 ) -> None:
-    model, rows = make_model(kind, tmp_path).to(dtype), make_rows()
+    model, rows = make_model(kind, tmp_path).to(dtype=dtype), make_rows()
     alone, alone_grads = scored(model, *packed(rows, [[0], [1], [2], [3]]))
     for bins in ([[0, 1, 2, 3]], [[2, 0], [3, 1]]):
         together, grads = scored(model, *packed(rows, bins))
