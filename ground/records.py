@@ -191,14 +191,19 @@ class Group:
         return sum(rollout.passed for rollout in self.rollouts) / len(self.rollouts)
 
     @property
-    def oldest_version(self) -> int:
-        """Version of the weights that sampled the group's oldest policy token."""
-        return min(
+    def versions(self) -> frozenset[int]:
+        """Versions of the weights that sampled the group's policy tokens."""
+        return frozenset(
             span.version
             for rollout in self.rollouts
             for segment in rollout.segments
             for span in segment.versions
         )
+
+    @property
+    def oldest_version(self) -> int:
+        """Version of the weights that sampled the group's oldest policy token."""
+        return min(self.versions)
 
 
 @dataclass(frozen=True, slots=True)

@@ -4,17 +4,19 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Awaitable, Mapping
+from collections.abc import Awaitable, Mapping, Sequence
 from typing import cast
 
 import ray
 from ray.actor import ActorHandle, ActorProxy
 
 from curation.curriculum import Curriculum
+from ground import faults
 from ground.errors import DataError
 from ground.logs import setup_logging
+from ground.records import Prompt
 from rl.books import Books, Plan
-from rl.buffer import Buffer
+from rl.buffer import Buffer, Outcome
 from rl.controller import Controller
 from rl.job import Job
 from rl.journal import Journal
@@ -24,7 +26,7 @@ from rollout.fleet import Fleet
 from rollout.ray_worker import RayWorker
 from rollout.systems import draw_system
 from rollout.task import WorkerConfig
-from rollout.weights import WeightKeeper, start_keeper
+from rollout.weights import Published, WeightKeeper, start_keeper
 
 
 class ControllerActor:
@@ -36,28 +38,14 @@ class ControllerActor:
     def __init__(self, job: Job, pool: Pool) -> None:
         setup_logging(job.log_directory / "rl.controller.log")
         logging.getLogger("ray").setLevel(logging.WARNING)
+        faults.enter("controller")
         section = job.section
         self._ledger = Journal(job.directory / "ledger.jsonl")
         self._events = Journal(job.directory / "events.jsonl")
         self._prompts = {prompt.id: prompt for prompt in pool.training}
-        curriculum = Curriculum(
-            pool.training, section.curriculum, seed=job.seed, group_size=section.group_size
-        )
-        source = Source(
-            curriculum,
-            steps=section.steps,
-            groups_per_step=section.groups_per_step,
-            max_staleness=section.max_staleness,
-            max_refills=section.max_refills,
-        )
-        buffer = Buffer(
-            groups_per_step=section.groups_per_step, max_staleness=section.max_staleness
-        )
-        self._books = Books(source, buffer, self._ledger.append, section.advantages)
+        self._books = make_books(job, pool, self._ledger)
         config = WorkerConfig(job.model, section.engine, section.fleet, job.rewards)
-        self._fleet = Fleet(
-            section.fleet, lambda: RayWorker(config), self._events.append
-        )
+        self._fleet = Fleet(section.fleet, lambda: RayWorker(config), self._events.append)
         self._keeper = start_keeper()
         self._controller = Controller(
             self._books,
@@ -73,7 +61,6 @@ class ControllerActor:
                 pass_=pass_,
             ),
             in_flight=groups_in_flight(job),
-            groups_directory=job.directory / "groups",
             note=self._events.append,
         )
 
@@ -85,15 +72,20 @@ class ControllerActor:
         """Bring the workers up; weights come with `begin`."""
         await self._fleet.start()
 
-    async def begin(self, version: int, saved: Mapping[str, object] | None) -> None:
-        """Hand the first weights over and start sampling, from saved books if there are any."""
-        waiting = None
-        if saved is None:
-            self._ledger.rewind(0)
-        else:
-            self._ledger.rewind(cast(int, saved["ledger_bytes"]))
-            waiting = self._books.load_state_dict(saved, self._prompts)
-        await self._controller.begin(version, await self._weights(version), waiting)
+    async def begin(
+        self,
+        version: int,
+        saved: Mapping[str, object] | None,
+        replayed: Sequence[Sequence[Outcome]],
+    ) -> None:
+        """Hand the first weights over and start sampling.
+
+        Args:
+            saved: the books of the cut that the learner went on from, if there was one.
+            replayed: what became of the draws of each step that it repeated since.
+        """
+        restore_books(self._books, self._ledger, saved, replayed, self._prompts)
+        await self._controller.begin(version, await self._weights(version))
 
     async def next_batch(self, step: int) -> tuple[Plan, dict[str, float]]:
         """See `Controller.next_batch`."""
@@ -103,6 +95,10 @@ class ControllerActor:
         """See `Controller.publish`; the weights lie with the keeper."""
         weights = await self._weights(version)
         return await self._controller.publish(version, weights, evaluate=evaluate)
+
+    async def evaluate(self, version: int) -> float | None:
+        """See `Controller.evaluate`."""
+        return await self._controller.evaluate(version)
 
     async def state(self) -> dict[str, object]:
         """The books, and how far the ledger's file goes with them."""
@@ -116,12 +112,51 @@ class ControllerActor:
         self._events.close()
         return sums
 
-    async def _weights(self, version: int) -> ray.ObjectRef:
-        answer = cast(Awaitable[tuple[int, ray.ObjectRef]], self._keeper.current.remote())
-        current, reference = await answer
+    async def _weights(self, version: int) -> Published:
+        answer = cast(Awaitable[tuple[int, Published]], self._keeper.current.remote())
+        current, published = await answer
         if current != version:
             raise DataError(f"the keeper must have version {version}, it has {current}", where="rl")
-        return reference
+        return published
+
+
+def make_books(job: Job, pool: Pool, ledger: Journal) -> Books:
+    """The books of a job as they are before the first draw."""
+    section = job.section
+    curriculum = Curriculum(
+        pool.training, section.curriculum, seed=job.seed, group_size=section.group_size
+    )
+    source = Source(
+        curriculum,
+        steps=section.steps,
+        groups_per_step=section.groups_per_step,
+        max_staleness=section.max_staleness,
+        max_refills=section.max_refills,
+    )
+    buffer = Buffer(groups_per_step=section.groups_per_step, max_staleness=section.max_staleness)
+    floor = section.late_floor if section.late == "drop" else 1.0
+    return Books(source, buffer, ledger.append, section.advantages, floor)
+
+
+def restore_books(
+    books: Books,
+    ledger: Journal,
+    saved: Mapping[str, object] | None,
+    replayed: Sequence[Sequence[Outcome]],
+    prompts: Mapping[str, Prompt],
+) -> None:
+    """Bring new books to where the learner is: the cut, then the journaled steps since.
+
+    The ledger's file goes back to the cut with them, and is written again from there.
+    """
+    if saved is None:
+        ledger.rewind(0)
+        books.open()
+    else:
+        ledger.rewind(cast(int, saved["ledger_bytes"]))
+        books.load_state_dict(saved, prompts)
+    for outcomes in replayed:
+        books.replay(outcomes)
 
 
 def start_controller(job: Job, pool: Pool) -> ActorHandle:

@@ -5,21 +5,28 @@
                    └───────────────┘ (settle returns the draw that replaces it)
 
 What a version's curriculum knows is exactly the outcomes of the slots consumed before it, told in
-slot order. So with `max_staleness: 0` the run is a pure function of the seed and of the groups.
+slot order. So with `max_staleness: 0` the run is a pure function of the seed and of the groups, and
+from any version on the books can be brought forward again by the outcomes alone (`replay`).
+
+`late: drop` is the number `late_floor` below 1: a step is ready as soon as that share of its slots
+is settled, and `drop_late` gives the others up. Their draws come back, first in line, in the slots
+that the step's own publication opens. A draw that comes back is waited for, so none is put off for
+ever; and near the end of the run, when no slots open any more, all are.
 """
 
 from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Literal, TypedDict, cast
 
 from curation.bands import Band, band
 from curation.curriculum import Curriculum, Observation
+from ground.errors import DataError
 from ground.records import Group, Prompt
 from rl.advantages import group_advantages
-from rl.buffer import Buffer, Outcome, Slot
+from rl.buffer import LATE, Buffer, Outcome, Slot
 from rl.config import AdvantageSection, BaselineAdvantages
 from rl.ledger import Ledger, State
 from rl.source import Draw, Source
@@ -27,6 +34,9 @@ from rl.source import Draw, Source
 Broken = Literal["broken", "refused"]
 """Why a draw has no group: the machinery could not finish it, or the prompt does not fit the engine
 and leaves the pool. Neither says anything about how hard the prompt is."""
+MISVERSIONED = "misversioned"
+"""Reason of a group with a token of a version that it cannot have been sampled with: older than its
+slot, or newer than what was handed out. A worker errs about its weights."""
 
 
 _CENTERED = BaselineAdvantages()
@@ -50,12 +60,37 @@ class Plan:
     """Mean reward of all those answers."""
     pass_rate: float
     """Share of them that the verifier accepted."""
+    outcomes: tuple[Outcome, ...] = ()
+    """What became of every draw of the step's slots, in slot order: what the journal keeps."""
+
+    @staticmethod
+    def of(step: int, outcomes: Sequence[Outcome]) -> Plan:
+        """The plan that follows from what became of the draws."""
+        answers = [r for outcome in outcomes if outcome.group for r in outcome.group.rollouts]
+        return Plan(
+            step=step,
+            groups=tuple(o.group for o in outcomes if o.group and not o.reason),
+            filtered=dict(Counter(outcome.reason for outcome in outcomes if outcome.reason)),
+            rollouts=len(answers),
+            reward=sum(answer.reward for answer in answers) / max(len(answers), 1),
+            pass_rate=sum(answer.passed for answer in answers) / max(len(answers), 1),
+            outcomes=tuple(outcomes),
+        )
+
+
+class _SavedDraw(TypedDict):
+    number: int
+    slot: int
+    version: int
+    prompt: str
 
 
 class _SavedSlot(TypedDict):
     slot: int
     prompts: list[str]
     version: int
+    again: int | None
+    """Number of its first draw when that one is asked again."""
     outcomes: list[tuple[str, dict[str, object] | None]]
 
 
@@ -68,9 +103,12 @@ class Books:
         buffer: Buffer,
         write: Callable[[Mapping[str, object]], None],
         advantages: AdvantageSection = _CENTERED,
+        late_floor: float = 1.0,
     ) -> None:
         self.source, self.buffer, self.ledger = source, buffer, Ledger(write)
-        self._advantages = advantages
+        self._advantages, self._late_floor = advantages, late_floor
+        self._late: list[Draw] = []
+        """Given up by a step that is published, and still without a slot."""
         self.version = 0
         """The last published version, whose draws are being made."""
 
@@ -81,9 +119,11 @@ class Books:
 
     def open(self) -> list[Draw]:
         """Open the slots that the current version makes room for; returns their first draws."""
-        slots = [self.buffer.open(draws) for draws in self.source.open(self.version)]
+        opened, self._late = self.source.open(self.version, self._late)
+        slots = [self.buffer.open(draws) for draws in opened]
         for slot in slots:
-            self.ledger.admit(slot.draw)
+            if not slot.draw.is_again:
+                self.ledger.admit(slot.draw)
         return [slot.draw for slot in slots]
 
     def send(self, draw: Draw) -> None:
@@ -92,19 +132,22 @@ class Books:
 
     def settle(self, draw: Draw, group: Group | Broken) -> Draw | None:
         """A group came back, or why there is none; returns the draw that replaces it."""
-        outcome = _outcome(draw, group, self._advantages)
-        refill = self.buffer.put(outcome)
-        if outcome.reason:
-            self.ledger.move(draw.number, State.FILTERED, outcome.reason)
-        else:
-            self.ledger.move(draw.number, State.BUFFERED)
-        if refill is not None:
-            self.ledger.admit(refill)
-        return refill
+        return self._record(_outcome(draw, group, self._advantages, self.version + 1))
+
+    def waits_for(self, draw: Draw) -> bool:
+        """Whether a draw's group is still wanted; not when it was given up as late."""
+        return self.buffer.waits_for(draw)
 
     def is_ready(self, step: int) -> bool:
-        """Whether a step's slots are open and settled."""
-        return self.buffer.has(step) and self.buffer.is_ready(step)
+        """Whether a step's slots are open, and settled or such that the step may do without."""
+        return self.buffer.has(step) and self._may_go_on(step)
+
+    def drop_late(self, step: int) -> list[Draw]:
+        """Give up the slots of a ready step that are not settled; returns their draws."""
+        late = [slot.draw for slot in self.buffer.waiting(step)]
+        for draw in late:
+            self._record(Outcome(draw, LATE))
+        return late
 
     def describe_waiting(self, step: int) -> str:
         """What a step still waits for, in words."""
@@ -115,23 +158,14 @@ class Books:
         return names + (f" and {len(draws) - 3} more" if len(draws) > 3 else "")
 
     def plan(self, step: int) -> Plan:
-        """What a ready step trains on; asking twice gives the same."""
+        """What a settled step trains on; asking twice gives the same."""
         slots = self.buffer.take(step)
-        outcomes = [outcome for slot in slots for outcome in slot.outcomes]
-        answers = [r for outcome in outcomes if outcome.group for r in outcome.group.rollouts]
-        return Plan(
-            step=step,
-            groups=tuple(slot.group for slot in slots if slot.group),
-            filtered=dict(Counter(outcome.reason for outcome in outcomes if outcome.reason)),
-            rollouts=len(answers),
-            reward=sum(answer.reward for answer in answers) / max(len(answers), 1),
-            pass_rate=sum(answer.passed for answer in answers) / max(len(answers), 1),
-        )
+        return Plan.of(step, [outcome for slot in slots for outcome in slot.outcomes])
 
-    def publish(self, version: int) -> tuple[list[Outcome], list[Draw]]:
+    def publish(self, version: int) -> list[Draw]:
         """Version `version` is out: its step's slots are trained and freed, new ones opened.
 
-        Returns what became of the freed slots' draws, in slot order, and the new first draws.
+        Returns the first draws of the new slots.
         """
         slots = self.buffer.free(version - 1)
         outcomes = [outcome for slot in slots for outcome in slot.outcomes]
@@ -139,10 +173,37 @@ class Books:
             if not outcome.reason:
                 self.ledger.move(outcome.draw.number, State.TRAINED)
         self.version = version
+        self._late += [outcome.draw for outcome in outcomes if outcome.reason == LATE]
         self.curriculum.refuse(o.draw.prompt.id for o in outcomes if o.reason == "refused")
         told = [outcome.observation for outcome in outcomes if outcome.observation]
         self.curriculum.observe(version, told)
-        return outcomes, self.open()
+        return self.open()
+
+    def replay(self, outcomes: Sequence[Outcome]) -> None:
+        """Do a step again that was journaled: the same outcomes, then its publication.
+
+        Raises:
+            DataError: the journal's draws are not those that these books make.
+        """
+        step = self.version
+        seen: Counter[int] = Counter()
+        for outcome in outcomes:
+            draw, turn = outcome.draw, seen[outcome.draw.slot]
+            seen[draw.slot] += 1
+            own = self._draw_at(draw.slot, turn)
+            if own is None or _identity(own) != _identity(draw):
+                raise DataError(
+                    f"step {step} must have consumed draw {own and _identity(own)} of slot "
+                    f"{draw.slot}, the journal has {_identity(draw)}",
+                    where="rl/groups",
+                    fix="go on with the recipe and prompts of this run, or use --overwrite",
+                )
+            if self.buffer.waits_for(own):
+                self.send(own)
+                self._record(replace(outcome, draw=own))
+        if not self.buffer.is_ready(step):
+            raise DataError(f"the journal of step {step} is not whole", where="rl/groups")
+        self.publish(step + 1)
 
     def state_dict(self) -> dict[str, object]:
         """Everything as JSON types. Groups stay out: what was buffered is sampled again."""
@@ -151,12 +212,14 @@ class Books:
             "curriculum": self.curriculum.state_dict(),
             "ledger": self.ledger.state_dict(),
             "slots": [_saved(slot) for slot in self.buffer.slots()],
+            "late": [
+                {"number": d.number, "slot": d.slot, "version": d.version, "prompt": d.prompt.id}
+                for d in self._late
+            ],
         }
 
-    def load_state_dict(
-        self, state: Mapping[str, object], pool: Mapping[str, Prompt]
-    ) -> list[Draw]:
-        """Go back to a saved state; returns the draws that wait, all re-admitted.
+    def load_state_dict(self, state: Mapping[str, object], pool: Mapping[str, Prompt]) -> None:
+        """Go back to a saved state, with every open draw re-admitted.
 
         Args:
             pool: prompts by id; the curriculum has refused a pool that differs by then.
@@ -167,36 +230,84 @@ class Books:
         self.ledger.load_state_dict(ledger["drawn"], ledger["open"], ledger["closed"])
         for saved in cast(Sequence[_SavedSlot], state["slots"]):
             self._restore(saved, pool)
+        self._late = [
+            Draw(late["number"], late["slot"], 0, late["version"], pool[late["prompt"]])
+            for late in cast(Sequence[_SavedDraw], state["late"])
+        ]
         self.ledger.readmit_all("resumed")
+
+    def waiting(self) -> list[Draw]:
+        """The draws that are to be sent after a restart, oldest slot first."""
         return [slot.draw for slot in self.buffer.slots() if not slot.is_settled]
+
+    def _record(self, outcome: Outcome) -> Draw | None:
+        """Write down what became of a draw; returns the draw that replaces it."""
+        number, refill = outcome.draw.number, self.buffer.put(outcome)
+        if not outcome.reason:
+            self.ledger.move(number, State.BUFFERED)
+        elif outcome.reason == LATE:
+            self.ledger.move(number, State.READMITTED, LATE)
+        else:
+            self.ledger.move(number, State.FILTERED, outcome.reason)
+        if refill is not None:
+            self.ledger.admit(refill)
+        return refill
+
+    def _may_go_on(self, step: int) -> bool:
+        waiting = self.buffer.waiting(step)
+        if not waiting:
+            return True
+        share = 1 - len(waiting) / self.buffer.groups_per_step
+        is_dropping = share >= self._late_floor and self.source.opens(step + 1)
+        return is_dropping and not any(slot.draw.is_again for slot in waiting)
+
+    def _draw_at(self, slot: int, turn: int) -> Draw | None:
+        """A slot's draw by the order in which they are asked."""
+        found = next((s for s in self.buffer.take(self.version) if s.number == slot), None)
+        return found.draws[turn] if found and turn < len(found.draws) else None
 
     def _restore(self, saved: _SavedSlot, pool: Mapping[str, Prompt]) -> None:
         prompts = [pool[prompt_id] for prompt_id in saved["prompts"]]
-        slot = self.buffer.open(self.source.draws_of(saved["slot"], saved["version"], prompts))
+        first = None
+        if saved["again"] is not None:
+            first = Draw(saved["again"], saved["slot"], 0, saved["version"], prompts[0])
+        draws = self.source.draws_of(saved["slot"], saved["version"], prompts, first)
+        slot = self.buffer.open(draws)
         for draw, (reason, seen) in zip(slot.draws, saved["outcomes"], strict=False):
             observation = Observation(**cast(dict, seen)) if seen else None
             slot.outcomes.append(Outcome(draw, reason, observation))
 
 
-def _outcome(draw: Draw, group: Group | Broken, advantages: AdvantageSection) -> Outcome:
+def _outcome(
+    draw: Draw, group: Group | Broken, advantages: AdvantageSection, newest: int
+) -> Outcome:
     if not isinstance(group, Group):
         return Outcome(draw, group)
-    if len(group.rollouts) < 2:
+    versions = group.versions
+    if len(group.rollouts) < 2 or not versions:
         return Outcome(draw, "broken")
     passed = sum(rollout.passed for rollout in group.rollouts)
     observation = Observation(draw.prompt.id, passed, len(group.rollouts))
+    if min(versions) < draw.version or max(versions) > newest:
+        return Outcome(draw, MISVERSIONED, None, group)
     kind = band(group, group_advantages(group, advantages))
     return Outcome(draw, "" if kind is Band.MIXED else kind, observation, group)
 
 
+def _identity(draw: Draw) -> tuple[int, str, int]:
+    return draw.number, draw.prompt.id, draw.version
+
+
 def _saved(slot: Slot) -> _SavedSlot:
-    filtered = [outcome for outcome in slot.outcomes if outcome.reason]
+    kept = [outcome for outcome in slot.outcomes if outcome.reason not in ("", LATE)]
+    first = slot.draws[0]
     return {
         "slot": slot.number,
         "prompts": [draw.prompt.id for draw in slot.draws],
-        "version": slot.draws[0].version,
+        "version": first.version,
+        "again": first.number if first.is_again else None,
         "outcomes": [
             (str(outcome.reason), asdict(outcome.observation) if outcome.observation else None)
-            for outcome in filtered
+            for outcome in kept
         ],
     }

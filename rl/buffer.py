@@ -1,7 +1,7 @@
 """Slots that hold drawn prompts until the learner has consumed them.
 
-    open ──▶ put(group) ──▶ settled ──▶ take ──▶ free
-              └── flat or broken, draws left: refill(next draw) ──▶ put again
+    open ──▶ put(outcome) ──▶ settled ──▶ take ──▶ free
+              └── flat or broken, draws left: the next draw ──▶ put again
 
 S = max_staleness, G = groups_per_step. The buffer has (S + 1) * G slots. A slot opened at version v
 must be consumed while the learner is at version v + S or below. Every step consumes G slots and
@@ -10,7 +10,8 @@ consumed by step o // G: to take a younger one first would push an older one pas
 the rule is one line: step u takes slots u * G to u * G + G - 1 and waits for them (`late: wait`).
 Nothing is starved or dropped, and what a step trains on does not depend on who finished first.
 
-A slot whose draws are all spent is settled without a group; it is consumed like the others.
+A slot whose draws are all spent is settled without a group, and so is one that is given up because
+it is late (`late: drop`, rl/books.py); they are consumed like the others.
 
 Example (G = 2, S = 1): open 0 1 2 3; groups for 0, 2, 3 are in → step 0 waits for 1 (2 and 3 are
 step 1's); 1 comes in → take(0) gives 0 and 1; version 1 is published → free(0), open 4 and 5.
@@ -19,11 +20,14 @@ step 1's); 1 comes in → take(0) gives 0 and 1; version 1 is published → free
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from curation.curriculum import Observation
 from ground.records import Group
 from rl.source import Draw
+
+LATE = "late"
+"""Reason of a draw whose step went on without it; it is asked again in another slot."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,9 +42,14 @@ class Outcome:
     reason: str = ""
     """Why its group is not trained on; empty when it teaches."""
     observation: Observation | None = None
-    """What it tells the curriculum; None when the machinery broke the group."""
+    """What it tells the curriculum; None when the group is broken or late."""
     group: Group | None = None
-    """None when broken, or when the outcome was restored from a checkpoint."""
+    """None when broken or late, or when the outcome was restored from a checkpoint."""
+
+    @property
+    def without_group(self) -> Outcome:
+        """The same without what was sampled: all that the books need."""
+        return replace(self, group=None)
 
 
 @dataclass(slots=True)
@@ -53,8 +62,9 @@ class Slot:
 
     @property
     def is_settled(self) -> bool:
-        """Whether a teaching group is in, or all draws are spent."""
-        return len(self.outcomes) == len(self.draws) or self.group is not None
+        """Whether a teaching group is in, all draws are spent, or it is given up as late."""
+        ends = bool(self.outcomes) and self.outcomes[-1].reason in ("", LATE)
+        return ends or len(self.outcomes) == len(self.draws)
 
     @property
     def group(self) -> Group | None:
@@ -72,7 +82,7 @@ class Buffer:
     """The open slots; bounded by construction, since opening beyond capacity is a defect."""
 
     def __init__(self, *, groups_per_step: int, max_staleness: int) -> None:
-        self._groups_per_step, self.max_staleness = groups_per_step, max_staleness
+        self.groups_per_step, self.max_staleness = groups_per_step, max_staleness
         self.capacity = (max_staleness + 1) * groups_per_step
         self._slots: dict[int, Slot] = {}
 
@@ -90,15 +100,21 @@ class Buffer:
 
     def put(self, outcome: Outcome) -> Draw | None:
         """Record what became of a slot's current draw; returns the draw that replaces it."""
-        slot = self._slots[outcome.draw.slot]
-        if slot.is_settled or slot.draw != outcome.draw:
-            raise ValueError(f"slot {slot.number} does not wait for draw {outcome.draw.number}")
+        slot = self._slots.get(outcome.draw.slot)
+        if slot is None or not self.waits_for(outcome.draw):
+            number = outcome.draw.number
+            raise ValueError(f"slot {outcome.draw.slot} does not wait for draw {number}")
         slot.outcomes.append(outcome)
         return None if slot.is_settled else slot.draw
 
+    def waits_for(self, draw: Draw) -> bool:
+        """Whether what becomes of this draw still matters to its slot."""
+        slot = self._slots.get(draw.slot)
+        return slot is not None and not slot.is_settled and slot.draw == draw
+
     def has(self, step: int) -> bool:
         """Whether the slots of a step are open."""
-        return step * self._groups_per_step in self._slots
+        return step * self.groups_per_step in self._slots
 
     def is_ready(self, step: int) -> bool:
         """Whether every slot of a step is settled."""
@@ -110,8 +126,8 @@ class Buffer:
 
     def take(self, step: int) -> list[Slot]:
         """The slots of a step, in order; they stay held until `free`."""
-        first = step * self._groups_per_step
-        return [self._slots[number] for number in range(first, first + self._groups_per_step)]
+        first = step * self.groups_per_step
+        return [self._slots[number] for number in range(first, first + self.groups_per_step)]
 
     def free(self, step: int) -> list[Slot]:
         """Give up the slots of a step, all settled, and return them in order."""

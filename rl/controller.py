@@ -9,8 +9,8 @@
 
 `rl/books.py` decides everything; this only carries: it keeps as many groups in flight as the fleet
 can decode (the oldest slot first, so that a refill overtakes younger slots), hands out plans, and
-makes a version known. Every wait has a deadline and says what it waits for; a background task that
-fails fails the run.
+makes a version known. With `late: drop` it also calls off what a step no longer waits for. Every
+wait has a deadline and says what it waits for; a background task that fails fails the run.
 """
 
 from __future__ import annotations
@@ -19,14 +19,14 @@ import asyncio
 import logging
 import time
 from collections.abc import Callable, Coroutine, Mapping, Sequence
-from pathlib import Path
+from dataclasses import replace
 from typing import Protocol
 
+from ground import faults
 from ground.errors import InfraError, WorkersLostError
 from ground.records import Group, Prompt
 from rl.books import Books, Broken, Plan
 from rl.config import RlSection
-from rl.groups import groups_path, write_groups
 from rl.source import Draw
 from rollout.engine import PromptTooLong
 from rollout.seeds import sample_seed
@@ -55,7 +55,7 @@ class Controller:
         plan = await controller.next_batch(0);  …;  await controller.publish(1, weights)
 
     Args:
-        books: not opened yet, or restored; `waiting` are then the draws that wait.
+        books: opened, or restored and replayed.
         in_flight: groups that the fleet is given at a time.
         note: receives an event for the timeline.
     """
@@ -70,24 +70,24 @@ class Controller:
         validation: Sequence[Prompt],
         system_of: Callable[[Prompt, int], str],
         in_flight: int,
-        groups_directory: Path,
         note: Callable[[Mapping[str, object]], None],
     ) -> None:
         self._books, self._fleet, self._section, self._seed = books, fleet, section, seed
         self._validation, self._system_of = validation, system_of
-        self._in_flight, self._groups_directory, self._note = in_flight, groups_directory, note
+        self._in_flight, self._note = in_flight, note
         self._queue: asyncio.PriorityQueue[tuple[int, int, Draw]] = asyncio.PriorityQueue()
         self._changed = asyncio.Condition()
         self._tasks: list[asyncio.Task[None]] = []
+        self._running: dict[str, asyncio.Task[Group | Broken]] = {}
         self._failure: BaseException | None = None
-        self._busy = BusyClock()
+        self._busy = BusyClock(lambda: asyncio.get_running_loop().time())
+        self._asked: int | None = None
+        self._since, self._moves = 0.0, 0
 
-    async def begin(
-        self, version: int, weights: object, waiting: Sequence[Draw] | None = None
-    ) -> None:
+    async def begin(self, version: int, weights: object) -> None:
         """Bring the first weights to the fleet and start sampling."""
         await self._hand_over(version, weights)
-        self._admit(self._books.open() if waiting is None else waiting)
+        self._admit(self._books.waiting())
         for number in range(self._in_flight):
             self._tasks.append(asyncio.create_task(self._guarded(self._sample(), f"s{number}")))
 
@@ -98,6 +98,7 @@ class Controller:
             InfraError: the slots were not settled within the deadline; names them.
         """
         seconds = self._section.step_deadline_seconds
+        self._asked, self._since = step, time.time()
         try:
             async with asyncio.timeout(seconds), self._changed:
                 await self._changed.wait_for(
@@ -110,7 +111,12 @@ class Controller:
                 where="controller",
                 fix="look at the workers' log, or raise rl.step_deadline_seconds",
             ) from None
+        finally:
+            self._asked = None
         self._raise_failure()
+        for draw in self._books.drop_late(step):
+            self._call_off(draw)
+        faults.point("plan")
         return self._books.plan(step), self._gauges()
 
     async def publish(
@@ -121,18 +127,64 @@ class Controller:
         With `evaluate` it returns once the validation slice was answered by exactly these weights,
         and how well: publications come one after another, so the next one waits for it.
         """
+        faults.point("publish.begin")
         await self._hand_over(version, weights)
-        outcomes, draws = self._books.publish(version)
-        self._admit(draws)
-        path = groups_path(self._groups_directory, version)
-        await asyncio.to_thread(write_groups, path, outcomes)
-        score = await self._evaluate(version) if evaluate and self._validation else None
+        faults.point("publish.handed")
+        self._admit(self._books.publish(version))
+        self._moves += 1
+        faults.point("publish.freed")
+        score = await self.evaluate(version) if evaluate else None
         self._raise_failure()
         return score
 
+    async def evaluate(self, version: int) -> float | None:
+        """Pass rate on the validation slice; each look uses the same seeds, so looks compare.
+
+        A look that lost a prompt to the machinery would not compare: it gives None and a warning.
+        """
+        start, turns = time.time(), asyncio.Semaphore(self._in_flight)
+        if not self._validation:
+            return None
+
+        async def rate(prompt: Prompt) -> float | None:
+            size = self._section.validation.samples
+            task = self._task(prompt, f"{prompt.id}.validation-{version}", "validation", size)
+            async with turns:
+                try:
+                    return (await self._fleet.rollout(task)).pass_rate
+                except PromptTooLong:
+                    return None
+
+        try:
+            rates = await asyncio.gather(*map(rate, self._validation))
+        except InfraError as error:
+            logger.warning("version %d has no validation: %s", version, error)
+            return None
+        self._timeline("evaluate", start, version)
+        answered = [each for each in rates if each is not None]
+        return sum(answered) / len(answered) if answered else None
+
     def state(self) -> dict[str, object]:
         """The books as of the last publication and of what came in since."""
+        faults.point("state")
         return self._books.state_dict()
+
+    def status(self) -> dict[str, object]:
+        """What is going on, for those who watch from outside.
+
+        `step` is the one that the learner asks for, `waits_for` what that one lacks, `since` the
+        unix time of its question, and `settled` grows whenever anything moves.
+        """
+        step = self._asked
+        return {
+            "version": self._books.version,
+            "step": step,
+            "waits_for": "" if step is None else self._books.describe_waiting(step),
+            "since": None if step is None else self._since,
+            "buffered": self._books.buffer.num_settled,
+            "in_flight": len(self._running),
+            "settled": self._moves,
+        }
 
     async def close(self, reason: str) -> dict[str, int]:
         """Stop sampling, withdraw what is still open, and return the ledger's sums."""
@@ -150,18 +202,40 @@ class Controller:
         """One of `in_flight` loops: take the oldest waiting draw, have it sampled, settle it."""
         while True:
             _, _, draw = await self._queue.get()
+            if not self._books.waits_for(draw):
+                continue
+            faults.point("draw")
             self._books.send(draw)
             with self._busy:
-                group = await self._group_of(draw)
+                group = await self._group_unless_late(draw)
+            if group is None:
+                continue
+            faults.point("settle")
             refill = self._books.settle(draw, group)
             self._admit([refill] if refill else [])
+            self._moves += 1
             async with self._changed:
                 self._changed.notify_all()
 
-    async def _group_of(self, draw: Draw) -> Group | Broken:
-        task = self._task(draw.prompt, draw.group_id, draw.number, self._section.group_size)
+    async def _group_unless_late(self, draw: Draw) -> Group | Broken | None:
+        """What came of a draw; None when it was called off, or came in just after that."""
+        task = self._running[draw.task_id] = asyncio.create_task(self._group_of(draw))
         try:
-            return await self._fleet.rollout(task)
+            await asyncio.wait({task})
+        finally:
+            del self._running[draw.task_id]
+            task.cancel()
+        return task.result() if self._books.waits_for(draw) else None
+
+    def _call_off(self, draw: Draw) -> None:
+        """Stop sampling a draw; cancelling the fleet's task aborts its requests."""
+        if task := self._running.get(draw.task_id):
+            task.cancel()
+
+    async def _group_of(self, draw: Draw) -> Group | Broken:
+        task = self._task(draw.prompt, draw.task_id, draw.number, self._section.group_size)
+        try:
+            return replace(await self._fleet.rollout(task), id=draw.group_id)
         except WorkersLostError:
             raise
         except InfraError as error:
@@ -186,31 +260,6 @@ class Controller:
         start = time.time()
         await self._fleet.publish(version, weights)
         self._timeline("handover", start, version)
-
-    async def _evaluate(self, version: int) -> float | None:
-        """Pass rate on the validation slice; each look uses the same seeds, so looks compare.
-
-        A look that lost a prompt to the machinery would not compare: it gives None and a warning.
-        """
-        start, turns = time.time(), asyncio.Semaphore(self._in_flight)
-
-        async def rate(prompt: Prompt) -> float | None:
-            size = self._section.validation.samples
-            task = self._task(prompt, f"{prompt.id}.validation-{version}", "validation", size)
-            async with turns:
-                try:
-                    return (await self._fleet.rollout(task)).pass_rate
-                except PromptTooLong:
-                    return None
-
-        try:
-            rates = await asyncio.gather(*map(rate, self._validation))
-        except InfraError as error:
-            logger.warning("version %d has no validation: %s", version, error)
-            return None
-        self._timeline("evaluate", start, version)
-        answered = [each for each in rates if each is not None]
-        return sum(answered) / len(answered) if answered else None
 
     def _gauges(self) -> dict[str, float]:
         counts = self._books.curriculum.counts()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Literal
+from typing import Literal, Protocol
 
 from pydantic import BaseModel, ConfigDict, Field
 
@@ -67,3 +67,15 @@ class Report(BaseModel):
     """Unix seconds between which the weights were being changed."""
     ended: float = 0.0
     facts: dict[str, object] = Field(default_factory=dict)
+
+
+class Voice(Protocol):
+    """Who is told how it goes: the supervisor, through a `Speaker`."""
+
+    def say(self, report: Report) -> None:
+        """A report."""
+        ...
+
+    def score(self, version: int, score: float) -> None:
+        """How a version did on the validation slice."""
+        ...

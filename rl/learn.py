@@ -10,6 +10,7 @@ import logging
 import os
 import sys
 import threading
+from collections.abc import Callable
 from contextlib import suppress
 from typing import TextIO
 
@@ -18,6 +19,7 @@ import torch
 from accelerate import Accelerator
 from safetensors.torch import save_file
 
+from ground import faults
 from ground.chat import ChatTemplate
 from ground.checkpoints import Checkpoints, step_of
 from ground.errors import PacktrainError
@@ -28,11 +30,13 @@ from ground.storage import commit_directory
 from rl.batch import collate, rows_of
 from rl.books import Plan
 from rl.cluster import NAMESPACE
-from rl.job import Job, Report
+from rl.consumed import Consumed
+from rl.job import Job, Report, Voice
 from rl.learner import Learner
-from rl.loop import LearnerLoop
+from rl.loop import LearnerLoop, Loop
 from rl.publisher import Publisher
 from rl.remote import RemoteLoop
+from rl.scores import Scores
 from rl.snapshot import read_books, read_snapshot, restore
 from rl.speaker import Speaker
 
@@ -44,8 +48,9 @@ def main() -> int:
     speaker = Speaker()
     job = Job.model_validate_json(sys.stdin.readline())
     setup_logging(job.log_directory / "rl.learner.log")
+    faults.enter("learner")
     try:
-        speaker.say(Report(kind="done", facts=learn(job, speaker)))
+        speaker.say(Report(kind="done", facts=learn(job, speaker, join_ray)))
     except Interrupted as interruption:
         speaker.say(Report(kind="done"))
         return interruption.exit_code
@@ -59,13 +64,17 @@ def main() -> int:
     return 0
 
 
-def learn(job: Job, speaker: Speaker) -> dict[str, object]:
+def learn(job: Job, speaker: Voice, join: Callable[[Job], Loop]) -> dict[str, object]:
     """Load, join, train, export; returns the facts for the manifest.
+
+    Args:
+        join: finds the controller of this life.
 
     Raises:
         Interrupted: by a signal; the last version is saved and the ledger is closed.
     """
     torch.set_num_threads(job.section.threads)
+    torch.manual_seed(job.seed)
     accelerator = Accelerator()
     model, tokenizer = load_model(job.model), load_tokenizer(job.model)
     learner = Learner(model, accelerator, job.section, ChatTemplate(tokenizer).pad_id)
@@ -77,16 +86,21 @@ def learn(job: Job, speaker: Speaker) -> dict[str, object]:
         learner.load(snapshot.model, snapshot.optimizer)
         logger.info("going on from %s", folder)
     logger.info("loaded %s at version %d", job.model, version)
-    loop = _join(job, sys.stdin)
+    loop = join(job)
     logger.info("joined; the workers are coming up")
-    loop.begin(version, learner.model_tensors(), saved)
-    logger.info("the workers have version %d", version)
     speaker.say(Report(kind="begun", step=version))
-    publisher = Publisher(loop, checkpoints, Checkpoints(job.best_directory, keep=1), speaker.score)
+    publisher = Publisher(
+        loop,
+        checkpoints,
+        Checkpoints(job.best_directory, keep=1),
+        Scores(job.directory / "validation.jsonl"),
+        speaker.score,
+    )
     steps = LearnerLoop(
         learner,
         loop,
         publisher,
+        Consumed(job.directory / "groups", job.section.advantages),
         accelerator,
         job.section,
         tell=speaker.say,
@@ -95,6 +109,10 @@ def learn(job: Job, speaker: Speaker) -> dict[str, object]:
     try:
         # Signals are held from here on, since joining Ray replaces their handlers.
         with held_signals() as pending:
+            cut, (version, replayed) = version, steps.repeat(version)
+            loop.begin(version, learner.model_tensors(), saved, replayed)
+            logger.info("the workers have version %d", version)
+            steps.catch_up(cut, version)
             version = steps.run(version, pending)
     except (PacktrainError, Interrupted) as error:
         with suppress(PacktrainError):
@@ -106,14 +124,16 @@ def learn(job: Job, speaker: Speaker) -> dict[str, object]:
         restore(model, best)
     facts: dict[str, object] = {"stage": "rl", "run": job.run_name, "base": str(job.model)}
     facts |= {"version": publisher.best.version if publisher.best else version}
+    faults.point("export")
     with commit_directory(job.directory / "model", facts) as staging:
         export_model(model, tokenizer, staging, facts)
     score = publisher.best.score if publisher.best else None
     return {**facts, "validation_pass_rate": score, "ledger": ledger}
 
 
-def _join(job: Job, lines: TextIO) -> RemoteLoop:
+def join_ray(job: Job) -> RemoteLoop:
     """Wait for Ray's address, join, and leave with the supervisor from now on."""
+    lines: TextIO = sys.stdin
     address = lines.readline().strip()
     if not address:
         sys.exit(0)

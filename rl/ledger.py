@@ -5,7 +5,8 @@
        └ re-admitted/reason ◀────────────────┘           (any open state) ──▶ withdrawn/reason
 
 Trained, filtered and withdrawn are final. A re-admitted draw waits again, because the process that
-held it is gone; it keeps its number, so that it can still be trained only once. Sums close by
+held it is gone or its step went on without it; it keeps its number, so that it can still be trained
+only once. Sums close by
 construction: a draw is counted in its state and nowhere else; `audit_ledger` proves it again from
 the file alone.
 """

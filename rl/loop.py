@@ -1,28 +1,42 @@
-"""The learner's loop: wait for a plan, step, publish, tell.
+"""The learner's loop: wait for a plan, keep it, step, publish, tell.
 
-    next_batch(step) ──▶ Learner.step ──▶ Publisher.publish(step + 1) ──▶ tell(numbers)
+    next_batch(step) ─▶ Consumed.write ─▶ Learner.step ─▶ Publisher.publish(step + 1) ─▶ tell
+                             └── after a restart: repeat(plan) for each step since the cut
 
-Version v is the weights after v steps; step v trains version v and makes version v + 1.
+Version v is the weights after v steps; step v trains version v and makes version v + 1. A plan is
+on the disk before its step is applied, so whatever the learner was killed at, the steps since its
+last cut are taken again with the same tokens and give the same weights, bit for bit.
 """
 
 from __future__ import annotations
 
+import logging
 import time
-from collections.abc import Callable
-from typing import Protocol
+from collections.abc import Callable, Mapping, Sequence
+from typing import Protocol, TypeVar
 
 from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
+from torch import Tensor
 
-from ground.errors import DivergedError
+from ground import faults
+from ground.errors import DataError, DivergedError
 from ground.signals import Pending
 from rl.books import Plan
+from rl.buffer import LATE, Outcome
 from rl.config import RlSection
+from rl.consumed import Consumed
 from rl.guards import NoSignalGuard
 from rl.job import Report
 from rl.learner import Learner
+from rl.publisher import Loop as Publications
 from rl.publisher import Publisher
 from rl.snapshot import Snapshot
+
+Value = TypeVar("Value")
+
+logger = logging.getLogger("packtrain")
+
 
 class Plans(Protocol):
     """Where plans come from: the controller, wherever that runs."""
@@ -34,6 +48,24 @@ class Plans(Protocol):
         ...
 
 
+class Loop(Plans, Publications, Protocol):
+    """The controller's side of the loop, wherever that runs."""
+
+    def begin(
+        self,
+        version: int,
+        weights: Mapping[str, Tensor],
+        saved: object,
+        replayed: Sequence[Sequence[Outcome]],
+    ) -> None:
+        """Publish the first weights and let the fleet start, the books being where we are."""
+        ...
+
+    def close(self, reason: str) -> dict[str, int]:
+        """End the loop; returns the ledger's closing sums."""
+        ...
+
+
 class LearnerLoop:
     """Runs steps `start` to `section.steps` on every rank; rank 0 talks to the controller."""
 
@@ -42,6 +74,7 @@ class LearnerLoop:
         learner: Learner,
         plans: Plans,
         publisher: Publisher,
+        consumed: Consumed,
         accelerator: Accelerator,
         section: RlSection,
         *,
@@ -49,9 +82,41 @@ class LearnerLoop:
         keep_batch: Callable[[Plan], None],
     ) -> None:
         self._learner, self._plans, self._publisher = learner, plans, publisher
-        self._accelerator, self._section = accelerator, section
+        self._consumed, self._accelerator, self._section = consumed, accelerator, section
         self._tell, self._keep_batch = tell, keep_batch
         self._guard = NoSignalGuard(section.max_empty_steps)
+
+    def repeat(self, cut: int) -> tuple[int, list[list[Outcome]]]:
+        """Take the journaled steps since a cut again; returns the version that they lead to.
+
+        They end before a damaged file, and at a version that should have been looked at and was
+        not: whatever was consumed after that is forgotten, and its draws are asked again. Also
+        returns, per step, what became of its draws.
+        """
+        version, replayed = cut, list[list[Outcome]]()
+        while (plan := self._journaled(version)) is not None:
+            self._guard.check(plan)
+            numbers = self._step(plan)
+            version += 1
+            replayed.append([outcome.without_group for outcome in plan.outcomes])
+            if self._accelerator.is_main_process:
+                self._publisher.repeat(version, self._learner.model_tensors)
+                measured = {**_of_plan(plan), **numbers, "replayed": 1.0}
+                self._tell(Report(kind="step", step=version, numbers=measured))
+        if self._accelerator.is_main_process:
+            self._consumed.trim(version)
+            self._publisher.forget_after(version)
+        return version, replayed
+
+    def catch_up(self, cut: int, version: int) -> None:
+        """Begin what the version still owes that a restart goes on from: its look, a newer cut."""
+        if not self._accelerator.is_main_process:
+            return
+        evaluate = version > 0 and self._is_look_due(version) and self._publisher.owes_look(version)
+        save = any(self._is_cut_due(each) for each in range(cut + 1, version + 1))
+        if evaluate or save:
+            snapshot = self._snapshot(version, with_optimizer=save)
+            self._publisher.catch_up(snapshot, evaluate=evaluate, save=save)
 
     def run(self, start: int, pending: Pending) -> int:
         """Train to the last step, or to the first step's end after a signal; returns the version.
@@ -97,27 +162,54 @@ class LearnerLoop:
         return True
 
     def _publish(self, version: int) -> None:
-        is_last = version == self._section.steps
-        evaluate = is_last or version % self._section.validation.evaluate_every == 0
-        save = is_last or version % self._section.checkpoint_every == 0
+        evaluate, save = self._is_look_due(version), self._is_cut_due(version)
         snapshot = self._snapshot(version, with_optimizer=save)
         self._publisher.publish(snapshot, evaluate=evaluate, save=save)
 
     def _next_plan(self, step: int, pending: Pending) -> tuple[Plan, dict[str, float]] | None:
-        """Rank 0 asks; all ranks get the same plan, or the same order to stop."""
-        box: list[tuple[Plan, dict[str, float]] | None] = [None]
+        """Rank 0 asks and keeps; all ranks get the same plan, or the same order to stop."""
+        received = None
         if self._accelerator.is_main_process:
-            box = [self._plans.next_batch(step, lambda: pending.requested)]
+            received = self._plans.next_batch(step, lambda: pending.requested)
+        if received is not None:
+            faults.point("plan.received")
+            self._consumed.write(received[0])
+        return self._shared(received)
+
+    def _journaled(self, version: int) -> Plan | None:
+        """Rank 0 reads what the step from this version consumed; None where that ends."""
+        plan = None
+        owes = version > 0 and self._is_look_due(version) and self._publisher.owes_look(version)
+        if self._accelerator.is_main_process and not owes:
+            try:
+                plan = next(self._consumed.after(version), None)
+            except DataError as error:
+                logger.warning("going on from version %d: %s", version, error)
+        return self._shared(plan)
+
+    def _shared(self, value: Value) -> Value:
+        """What rank 0 has, on every rank."""
+        box = [value]
         if self._accelerator.num_processes > 1:
             broadcast_object_list(box)
         return box[0]
 
+    def _is_look_due(self, version: int) -> bool:
+        is_last = version == self._section.steps
+        return is_last or version % self._section.validation.evaluate_every == 0
+
+    def _is_cut_due(self, version: int) -> bool:
+        is_last = version == self._section.steps
+        return is_last or version % self._section.checkpoint_every == 0
+
     def _step(self, plan: Plan) -> dict[str, float]:
         try:
-            return self._learner.step(plan)
+            numbers = self._learner.step(plan)
         except DivergedError:
             self._keep_batch(plan)
             raise
+        faults.point("step.applied")
+        return numbers
 
     def _snapshot(self, version: int, *, with_optimizer: bool) -> Snapshot:
         optimizer = self._learner.optimizer_tensors() if with_optimizer else {}
@@ -128,6 +220,7 @@ def _of_plan(plan: Plan) -> dict[str, float]:
     """Reward and the fate of the step's draws."""
     flat = sum(plan.filtered.get(reason, 0) for reason in ("all-0", "all-1", "flat"))
     draws = len(plan.groups) + sum(plan.filtered.values())
+    late = plan.filtered.get(LATE, 0)
     return {
         "reward": plan.reward,
         "pass_rate": plan.pass_rate,
@@ -137,5 +230,6 @@ def _of_plan(plan: Plan) -> dict[str, float]:
         "flat_share": flat / draws,
         "all_0_share": plan.filtered.get("all-0", 0) / draws,
         "all_1_share": plan.filtered.get("all-1", 0) / draws,
-        "broken_share": (draws - flat - len(plan.groups)) / draws,
+        "late_share": late / draws,
+        "broken_share": (draws - flat - late - len(plan.groups)) / draws,
     }

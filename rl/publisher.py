@@ -1,10 +1,11 @@
 """Publishes versions in the background, keeps checkpoints and the best weights.
 
-    publish(snapshot) ──▶ keeper ──▶ controller (hand-over, slots, evaluation) ──▶ best, checkpoint
+    publish(snapshot) ──▶ keeper ──▶ controller (hand-over, slots, evaluation) ──▶ score, best, cut
 
 One publication at a time, on a thread named `publish`: the learner trains on meanwhile and waits
 only when it has the next version ready before the last one is out. What fails there fails the
-learner at its next call.
+learner at its next call. A score is written down before the best weights are chosen by it, and
+these before the cut: after a kill at any point the rest can be done again (`catch_up`).
 """
 
 from __future__ import annotations
@@ -12,12 +13,15 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Protocol
 
 from torch import Tensor
 
+from ground import faults
 from ground.checkpoints import Checkpoints
 from ground.manifest import read_manifest
+from rl.scores import Scores
 from rl.snapshot import Snapshot, read_weights, write_cut, write_weights
 
 
@@ -26,6 +30,10 @@ class Loop(Protocol):
 
     def publish(self, version: int, weights: Mapping[str, Tensor], evaluate: bool) -> float | None:
         """Make a version known to all; returns once it is, with its validation if asked."""
+        ...
+
+    def evaluate(self, version: int) -> float | None:
+        """Look at the version that was published last."""
         ...
 
     def state(self) -> dict[str, object]:
@@ -53,10 +61,11 @@ class Publisher:
         loop: Loop,
         checkpoints: Checkpoints,
         best: Checkpoints,
+        scores: Scores,
         tell_score: Callable[[int, float], None],
     ) -> None:
         self._loop, self._checkpoints, self._kept = loop, checkpoints, best
-        self._tell_score = tell_score
+        self._scores, self._tell_score = scores, tell_score
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="publish")
         self._current: Future[None] | None = None
         self.best = _read_best(best)
@@ -65,6 +74,27 @@ class Publisher:
         """Begin to publish, once the publication before is done."""
         self.finish()
         self._current = self._thread.submit(self._publish, snapshot, evaluate, save)
+
+    def catch_up(self, snapshot: Snapshot, *, evaluate: bool, save: bool) -> None:
+        """Begin what the publication of the version that a restart goes on from still owes."""
+        self.finish()
+        self._current = self._thread.submit(self._complete, snapshot, evaluate, save)
+
+    def repeat(self, version: int, model: Callable[[], Mapping[str, Tensor]]) -> None:
+        """Tell the score of a version that was looked at before a restart, and judge it by that."""
+        score = self._scores.get(version)
+        if score is not None:
+            self._tell_score(version, score)
+            if self.best is None or version > self.best.version:
+                self._consider(version, score, model)
+
+    def owes_look(self, version: int) -> bool:
+        """Whether nobody has written down yet how a version did."""
+        return version not in self._scores
+
+    def forget_after(self, version: int) -> None:
+        """Looks at later versions are going to be taken again."""
+        self._scores.forget_after(version)
 
     def finish(self) -> None:
         """Wait for the publication under way, if any, and raise what went wrong in it.
@@ -79,9 +109,13 @@ class Publisher:
         """Commit a checkpoint of the last published version."""
         books = self._loop.state()
         facts = {"books_version": books["version"]}
-        self._checkpoints.commit(
-            snapshot.version, lambda folder: write_cut(folder, snapshot, books), facts
-        )
+
+        def write(folder: Path) -> None:
+            write_cut(folder, snapshot, books)
+            faults.point("cut.staged")
+
+        self._checkpoints.commit(snapshot.version, write, facts)
+        faults.point("cut.committed")
 
     def best_weights(self) -> Mapping[str, Tensor] | None:
         """The weights that did best; None when nothing was evaluated."""
@@ -89,21 +123,37 @@ class Publisher:
         return read_weights(folder) if folder else None
 
     def _publish(self, snapshot: Snapshot, evaluate: bool, save: bool) -> None:
+        faults.point("publish.begin")
         score = self._loop.publish(snapshot.version, snapshot.model, evaluate)
-        if score is not None:
-            self._consider(snapshot, score)
+        faults.point("publish.done")
+        if evaluate:
+            self._looked(snapshot, score)
         if save:
             self.save(snapshot)
 
-    def _consider(self, snapshot: Snapshot, score: float) -> None:
-        self._tell_score(snapshot.version, score)
+    def _complete(self, snapshot: Snapshot, evaluate: bool, save: bool) -> None:
+        if evaluate:
+            self._looked(snapshot, self._loop.evaluate(snapshot.version))
+        if save:
+            self.save(snapshot)
+
+    def _looked(self, snapshot: Snapshot, score: float | None) -> None:
+        self._scores.record(snapshot.version, score)
+        faults.point("score.recorded")
+        if score is not None:
+            self._tell_score(snapshot.version, score)
+            self._consider(snapshot.version, score, lambda: snapshot.model)
+
+    def _consider(
+        self, version: int, score: float, model: Callable[[], Mapping[str, Tensor]]
+    ) -> None:
         if self.best is None or score >= self.best.score:
-            self.best = Best(snapshot.version, score)
+            self.best = Best(version, score)
+            weights = model()
             self._kept.commit(
-                snapshot.version,
-                lambda folder: write_weights(folder, snapshot.model),
-                {"score": score},
+                version, lambda folder: write_weights(folder, weights), {"score": score}
             )
+            faults.point("best.kept")
 
 
 def _read_best(kept: Checkpoints) -> Best | None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Protocol, cast
 
@@ -11,8 +11,10 @@ import ray
 from ray.exceptions import GetTimeoutError, RayError, RayTaskError
 from torch import Tensor
 
+from ground import faults
 from ground.errors import InfraError, PacktrainError
 from rl.books import Plan
+from rl.buffer import Outcome
 from rl.cluster import NAMESPACE
 from rl.job import Job
 
@@ -44,10 +46,16 @@ class RemoteLoop:
             self._controller = cast(_Actor, ray.get_actor(job.controller_name, NAMESPACE))
         self._keeper = cast(_Actor, self._call("start", self._controller.keeper.remote()))
 
-    def begin(self, version: int, weights: Mapping[str, Tensor], saved: object) -> None:
-        """Publish the first weights and let the fleet start, from saved books if there are any."""
+    def begin(
+        self,
+        version: int,
+        weights: Mapping[str, Tensor],
+        saved: object,
+        replayed: Sequence[Sequence[Outcome]],
+    ) -> None:
+        """Publish the first weights and let the fleet start, the books being where we are."""
         self._keep(version, weights)
-        self._call("start", self._controller.begin.remote(version, saved))
+        self._call("start", self._controller.begin.remote(version, saved, replayed))
 
     def next_batch(
         self, step: int, stop: Callable[[], bool]
@@ -68,8 +76,14 @@ class RemoteLoop:
     def publish(self, version: int, weights: Mapping[str, Tensor], evaluate: bool) -> float | None:
         """Make a version known to all; returns once it is, with its validation if asked."""
         self._keep(version, weights)
+        faults.point("publish.kept")
         answer = self._controller.publish.remote(version, evaluate)
         return cast(float | None, self._call(f"publish version {version}", answer))
+
+    def evaluate(self, version: int) -> float | None:
+        """Look at the version that was published last."""
+        answer = self._controller.evaluate.remote(version)
+        return cast(float | None, self._call(f"evaluate version {version}", answer))
 
     def state(self) -> dict[str, object]:
         """The books as of the last publication."""

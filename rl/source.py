@@ -5,11 +5,13 @@
 A slot's first draw and the ones that replace it, should its group be flat, follow from
 (seed, v, capability, n) and the curriculum at v alone; neither the order in which groups finish nor
 the moment of a refill enters. What a slot never needed of its draws is never counted as drawn.
+A draw that came too late for its step (`late: drop`) takes the place of the first draw of the first
+new slot of its capability, number and seeds included.
 """
 
 from __future__ import annotations
 
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -31,13 +33,20 @@ class Draw:
     attempt: int
     """0 at first, then one more for each flat or broken group that it replaces."""
     version: int
-    """Published version whose curriculum it follows."""
+    """Version at which its slot was opened; no token of it is older."""
     prompt: Prompt
+    is_again: bool = False
+    """It was late for a step before, so this time it is waited for."""
 
     @property
     def group_id(self) -> str:
         """Id of the group it makes."""
         return f"{self.prompt.id}.{self.number}"
+
+    @property
+    def task_id(self) -> str:
+        """The same, but for a draw that is asked again one that no earlier asking has had."""
+        return f"{self.group_id}~{self.slot}" if self.is_again else self.group_id
 
 
 class Source:
@@ -60,17 +69,23 @@ class Source:
         self._groups_per_step, self._max_staleness = groups_per_step, max_staleness
         self._num_slots, self._max_refills = steps * groups_per_step, max_refills
 
-    def open(self, version: int) -> list[list[Draw]]:
+    def open(self, version: int, late: Sequence[Draw] = ()) -> tuple[list[list[Draw]], list[Draw]]:
         """The slots that a version makes room for, as the draws of each in order of attempt.
 
         A capability with g slots gives its k-th slot draws k, g + k, 2 g + k and so on: no prompt
         comes twice in a version before all of its capability were drawn.
+
+        Args:
+            late: draws to ask again, oldest first; returned second are those that found no slot.
         """
-        reach = version + self._max_staleness
-        first = self._groups_per_step * (reach if version else 0)
-        last = min(self._groups_per_step * (reach + 1), self._num_slots)
-        counts = apportion(self.curriculum.shares(), max(last - first, 0))
+        first, last = self._range(version)
+        counts = apportion(self.curriculum.shares(), last - first)
         turns = _interleave(counts)
+        again: dict[str, deque[Draw]] = {name: deque() for name in turns}
+        left = [draw for draw in late if draw.prompt.capability not in again]
+        for draw in late:
+            if draw.prompt.capability in again:
+                again[draw.prompt.capability].append(draw)
         seen: Counter[str] = Counter()
         slots: list[list[Draw]] = []
         for slot, capability in enumerate(turns, start=first):
@@ -78,15 +93,40 @@ class Source:
             seen[capability] += 1
             places = range(rank, rank + stride * (self._max_refills + 1), stride)
             prompts = [self.curriculum.draw(version, capability, n) for n in places]
-            slots.append(self.draws_of(slot, version, prompts))
-        return slots
+            waiting = again[capability]
+            slots.append(
+                self.draws_of(slot, version, prompts, waiting.popleft() if waiting else None)
+            )
+        left += [draw for waiting in again.values() for draw in waiting]
+        return slots, sorted(left, key=late.index)
 
-    def draws_of(self, slot: int, version: int, prompts: Sequence[Prompt]) -> list[Draw]:
-        """The draws of a slot, given their prompts in order of attempt."""
-        return [
+    def opens(self, version: int) -> bool:
+        """Whether a version makes room for slots; near the end of the run none does."""
+        first, last = self._range(version)
+        return last > first
+
+    def draws_of(
+        self, slot: int, version: int, prompts: Sequence[Prompt], late: Draw | None = None
+    ) -> list[Draw]:
+        """The draws of a slot, given their prompts in order of attempt.
+
+        Args:
+            late: a draw of an earlier slot that is asked again in place of the first.
+        """
+        draws = [
             Draw(self._number(slot, attempt), slot, attempt, version, prompt)
             for attempt, prompt in enumerate(prompts)
         ]
+        if late is not None:
+            draws[0] = Draw(late.number, slot, 0, version, late.prompt, is_again=True)
+        return draws
+
+    def _range(self, version: int) -> tuple[int, int]:
+        """First slot that a version opens, and the one behind the last."""
+        reach = version + self._max_staleness
+        first = self._groups_per_step * (reach if version else 0)
+        last = min(self._groups_per_step * (reach + 1), self._num_slots)
+        return first, max(first, last)
 
     def _number(self, slot: int, attempt: int) -> int:
         return slot * (self._max_refills + 1) + attempt

@@ -59,6 +59,8 @@ def _tell(stage: Stage[RlSection], timeline: Journal, report: Report) -> None:
         stage.metrics.log(report.step, numbers, phase="validation")
         return
     stage.metrics.log(report.step, numbers)
+    if "replayed" in numbers:
+        return
     timeline.append(
         {"time": report.ended, "kind": "train", "role": "learner", "start": report.started}
         | {"end": report.ended, "version": report.step}

@@ -210,6 +210,7 @@ def test_the_files_of_the_rl_stage_are_read_in_order(tmp_path: Path):
     extra = {"state": "trained", "reason": "", "errors": ["", ""], "advantages": [0.5, -0.5]}
     files = [groups.groups_path(tmp_path, step) for step in (1, 2)]
     for step, file in enumerate(files, start=1):
-        write_rows(file, [{**raw_group(version=step), **extra}], groups.SCHEMA)
+        journal = dict.fromkeys(groups.SCHEMA.names)
+        write_rows(file, [{**journal, **raw_group(version=step), **extra}], groups.SCHEMA)
     assert [row.version for row in read_groups(files)] == [1, 2]
     assert read_groups([]) == []

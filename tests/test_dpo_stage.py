@@ -66,7 +66,9 @@ def finish_rl(recipe: Path, model: Path, num_prompts: int) -> None:
     done = RunDir(recipe.parent / "run")
     (done.path / "log").mkdir(parents=True)
     done.begin("rl", {}, resume=False, overwrite=False)
-    write_rows(groups.groups_path(done.stage("rl") / "groups", 1), rows, groups.SCHEMA)
+    journal = dict.fromkeys(groups.SCHEMA.names)
+    journaled = [{**journal, **row} for row in rows]
+    write_rows(groups.groups_path(done.stage("rl") / "groups", 1), journaled, groups.SCHEMA)
     with commit_directory(done.stage("rl") / "model", {"version": 1}) as folder:
         shutil.copytree(model, folder, dirs_exist_ok=True)
     done.finish("rl", {}, {})

@@ -32,7 +32,8 @@ def make_pool(size: int, capabilities: tuple[str, ...] = ("counting", "sums")) -
     ]
 
 
-def make_group(draw: Draw, passed: list[bool], version: int = 0) -> Group:
+def make_group(draw: Draw, passed: list[bool], version: int | None = None) -> Group:
+    version = draw.version if version is None else version
     rollouts = tuple(
         Rollout(
             index=index,
@@ -78,7 +79,7 @@ def test_slots_are_opened_as_far_ahead_as_staleness_allows_and_no_further_than_t
         for slot in books.buffer.take(version - 1):
             books.send(slot.draw)
             books.settle(slot.draw, make_group(slot.draw, MIXED))
-        opened.append([draw.slot for draw in books.publish(version)[1]])
+        opened.append([draw.slot for draw in books.publish(version)])
     assert opened == [[0, 1, 2, 3], [4, 5], [], []]
     assert books.ledger.counts() == {"drawn": 6, "trained": 6}
 
@@ -141,7 +142,7 @@ def test_draws_do_not_depend_on_the_order_in_which_groups_come_back() -> None:
                 outcome = ALL_RIGHT if int(draw.prompt.answer) % 3 == 0 else MIXED
                 refill = books.settle(draw, make_group(draw, outcome))
                 waiting += [refill] if refill else []
-            draws = books.publish(version)[1]
+            draws = books.publish(version)
         pending = [r for r in records if r["state"] == "pending"]
         drawn.append(sorted((r["draw"], r["prompt_id"], r["version"]) for r in pending))
     assert drawn[0] == drawn[1]
@@ -158,7 +159,8 @@ def test_a_saved_state_goes_on_with_the_same_draws_and_every_open_draw_readmitte
     books.settle(draws[1], make_group(draws[1], MIXED))
     state = json.loads(json.dumps(books.state_dict()))
     again = make_books(records, pool=pool)
-    waiting = again.load_state_dict(state, {prompt.id: prompt for prompt in pool})
+    again.load_state_dict(state, {prompt.id: prompt for prompt in pool})
+    waiting = again.waiting()
     assert [draw.number for draw in waiting] == [1, 2, 4, 6]
     assert waiting[0] == books.buffer.take(0)[0].draw
     assert again.ledger.counts() == {"drawn": 5, "re-admitted": 4, "filtered/all-0": 1}
@@ -254,7 +256,7 @@ class BooksMachine(RuleBasedStateMachine):
             self.trained.append(group.id)
         for slot in self.books.buffer.take(step):
             assert 0 <= step - slot.draws[0].version <= self.shape["max_staleness"]
-        self.waiting += self.books.publish(step + 1)[1]
+        self.waiting += self.books.publish(step + 1)
 
     @rule()
     def save(self) -> None:
@@ -267,7 +269,8 @@ class BooksMachine(RuleBasedStateMachine):
         del self.records[num_records:], self.trained[num_trained:]
         self.books = make_books(self.records, pool=self.pool, steps=6, **self.shape)
         known = {prompt.id: prompt for prompt in self.pool}
-        self.waiting, self.in_flight = self.books.load_state_dict(json.loads(state), known), []
+        self.books.load_state_dict(json.loads(state), known)
+        self.waiting, self.in_flight = self.books.waiting(), []
 
     @invariant()
     def sums_close(self) -> None:

@@ -5,9 +5,7 @@ from __future__ import annotations
 import asyncio
 import random
 from collections.abc import Callable
-from pathlib import Path
 
-import pyarrow.parquet as pq
 import pytest
 
 from curation.config import CurriculumSection
@@ -18,7 +16,6 @@ from rl.books import Books
 from rl.buffer import Buffer
 from rl.config import RlSection, ValidationSection
 from rl.controller import BusyClock, Controller
-from rl.groups import SCHEMA
 from rl.ledger import audit_ledger
 from rl.source import Source
 from rollout.engine import PromptTooLong, Request
@@ -89,7 +86,6 @@ def make_pool(size: int = 24) -> list[Prompt]:
 
 def make_controller(
     fleet: ScriptedFleet,
-    directory: Path,
     records: list[dict[str, object]],
     *,
     max_staleness: int = 1,
@@ -120,6 +116,7 @@ def make_controller(
         Buffer(groups_per_step=3, max_staleness=max_staleness),
         lambda record: records.append(dict(record)),
     )
+    books.open()
     return Controller(
         books,
         fleet,
@@ -128,7 +125,6 @@ def make_controller(
         validation=validation or [],
         system_of=lambda prompt, pass_: f"system {pass_}",
         in_flight=in_flight,
-        groups_directory=directory,
         note=lambda event: None,
     )
 
@@ -154,12 +150,12 @@ def mostly_mixed(task: GroupTask, index: int) -> bool:
 
 
 @pytest.mark.parametrize("max_staleness", [0, 1, 3])
-def test_all_steps_are_trained_and_the_ledger_closes(tmp_path: Path, max_staleness: int) -> None:
+def test_all_steps_are_trained_and_the_ledger_closes(max_staleness: int) -> None:
     records: list[dict[str, object]] = []
     fleet = ScriptedFleet(mostly_mixed, jitter=0.01)
 
     async def run() -> list[tuple[str, ...]]:
-        controller = make_controller(fleet, tmp_path, records, max_staleness=max_staleness)
+        controller = make_controller(fleet, records, max_staleness=max_staleness)
         trained = await play(controller)
         assert await controller.close("end")
         return trained
@@ -171,28 +167,22 @@ def test_all_steps_are_trained_and_the_ledger_closes(tmp_path: Path, max_stalene
     assert totals["trained"] == len(everything)
     assert totals["filtered"] > 0
     assert "withdrawn" not in totals
-    tables = [pq.read_table(path) for path in sorted(tmp_path.glob("*.parquet"))]
-    assert [table.schema.names for table in tables] == [SCHEMA.names] * 4
-    kept = [r["id"] for t in tables for r in t.to_pylist() if r["state"] == "trained"]
-    assert kept == everything
-    assert tables[0].to_pylist()[0]["advantages"] == [0.0, 0.0]
-    assert sum(map(len, tables)) == sum(totals.values())
 
 
-def test_synchronous_batches_do_not_depend_on_latency(tmp_path: Path) -> None:
+def test_synchronous_batches_do_not_depend_on_latency() -> None:
     async def run(jitter: float) -> list[tuple[str, ...]]:
         fleet = ScriptedFleet(mostly_mixed, jitter)
-        return await play(make_controller(fleet, tmp_path, [], max_staleness=0))
+        return await play(make_controller(fleet, [], max_staleness=0))
 
     assert asyncio.run(run(0.0)) == asyncio.run(run(0.03))
 
 
-def test_no_trained_token_is_older_than_the_bound(tmp_path: Path) -> None:
+def test_no_trained_token_is_older_than_the_bound() -> None:
     ages: list[int] = []
 
     async def run() -> None:
         fleet = ScriptedFleet(first_is_right, jitter=0.02)
-        controller = make_controller(fleet, tmp_path, [], max_staleness=2)
+        controller = make_controller(fleet, [], max_staleness=2)
         await controller.begin(0, "weights")
         for step in range(4):
             plan, _ = await controller.next_batch(step)
@@ -204,16 +194,16 @@ def test_no_trained_token_is_older_than_the_bound(tmp_path: Path) -> None:
     assert min(ages) >= 0 and max(ages) <= 2
 
 
-def test_a_broken_and_a_refused_group_are_replaced_and_told_apart(tmp_path: Path) -> None:
+def test_a_broken_and_a_refused_group_are_replaced_and_told_apart() -> None:
     records: list[dict[str, object]] = []
     fleet = ScriptedFleet(first_is_right)
 
     async def run() -> list[tuple[str, ...]]:
-        controller = make_controller(fleet, tmp_path, records)
+        controller = make_controller(fleet, records)
         books = controller._books
-        draws = books.source.open(0)
-        fleet.failures[draws[0][0].prompt.messages[0].content] = InfraError("worker lost")
-        fleet.failures[draws[1][0].prompt.messages[0].content] = PromptTooLong("prompt too long")
+        draws = books.waiting()
+        fleet.failures[draws[0].prompt.messages[0].content] = InfraError("worker lost")
+        fleet.failures[draws[1].prompt.messages[0].content] = PromptTooLong("prompt too long")
         await controller.begin(0, "weights")
         plan, _ = await controller.next_batch(0)
         assert plan.filtered == {"broken": 1, "refused": 1}
@@ -222,11 +212,11 @@ def test_a_broken_and_a_refused_group_are_replaced_and_told_apart(tmp_path: Path
     assert asyncio.run(run()) == [("1", "3", "4")]
 
 
-def test_a_refill_overtakes_younger_slots(tmp_path: Path) -> None:
+def test_a_refill_overtakes_younger_slots() -> None:
     fleet = ScriptedFleet(mostly_mixed)
 
     async def run() -> None:
-        controller = make_controller(fleet, tmp_path, [], in_flight=1)
+        controller = make_controller(fleet, [], in_flight=1)
         await controller.begin(0, "weights")
         await controller.next_batch(0)
 
@@ -234,11 +224,11 @@ def test_a_refill_overtakes_younger_slots(tmp_path: Path) -> None:
     assert [int(group_id.split(".")[1]) for group_id in fleet.finished[:4]] == [0, 1, 2, 4]
 
 
-def test_the_wait_for_a_step_ends_and_names_its_slots(tmp_path: Path) -> None:
+def test_the_wait_for_a_step_ends_and_names_its_slots() -> None:
     async def run() -> None:
         fleet = ScriptedFleet(first_is_right, jitter=60)
         fleet._random = random.Random(1)
-        controller = make_controller(fleet, tmp_path, [], step_deadline_seconds=0.05)
+        controller = make_controller(fleet, [], step_deadline_seconds=0.05)
         await controller.begin(0, "weights")
         await controller.next_batch(0)
 
@@ -246,34 +236,34 @@ def test_the_wait_for_a_step_ends_and_names_its_slots(tmp_path: Path) -> None:
         asyncio.run(run())
 
 
-def test_a_lost_fleet_fails_the_waiting_learner(tmp_path: Path) -> None:
+def test_a_lost_fleet_fails_the_waiting_learner() -> None:
     async def run() -> None:
         fleet = ScriptedFleet(first_is_right)
         for prompt in make_pool():
             fleet.failures[prompt.messages[0].content] = WorkersLostError("all lost")
-        await play(make_controller(fleet, tmp_path, []))
+        await play(make_controller(fleet, []))
 
     with pytest.raises(WorkersLostError, match="all lost"):
         asyncio.run(run())
 
 
-def test_a_fault_of_the_recipe_fails_the_run_with_its_own_words(tmp_path: Path) -> None:
+def test_a_fault_of_the_recipe_fails_the_run_with_its_own_words() -> None:
     async def run() -> None:
         fleet = ScriptedFleet(first_is_right)
         for prompt in make_pool():
             fleet.failures[prompt.messages[0].content] = DataError("no reward 'exakt'")
-        await play(make_controller(fleet, tmp_path, []))
+        await play(make_controller(fleet, []))
 
     with pytest.raises(DataError, match="no reward 'exakt'"):
         asyncio.run(run())
 
 
-def test_a_look_that_lost_a_prompt_counts_for_nothing(tmp_path: Path) -> None:
+def test_a_look_that_lost_a_prompt_counts_for_nothing() -> None:
     async def run() -> float | None:
         fleet = ScriptedFleet(first_is_right)
         held_out = make_pool(26)[24:]
         fleet.failures[held_out[0].messages[0].content] = InfraError("worker lost")
-        controller = make_controller(fleet, tmp_path, [], validation=held_out)
+        controller = make_controller(fleet, [], validation=held_out)
         await controller.begin(0, "weights")
         await controller.next_batch(0)
         return await controller.publish(1, "weights", evaluate=True)
@@ -281,9 +271,7 @@ def test_a_look_that_lost_a_prompt_counts_for_nothing(tmp_path: Path) -> None:
     assert asyncio.run(run()) is None
 
 
-def test_evaluation_asks_the_validation_slice_under_the_version_just_published(
-    tmp_path: Path,
-) -> None:
+def test_evaluation_asks_the_validation_slice_under_the_version_just_published() -> None:
     asked: list[GroupTask] = []
 
     def is_right(task: GroupTask, index: int) -> bool:
@@ -295,7 +283,7 @@ def test_evaluation_asks_the_validation_slice_under_the_version_just_published(
     async def run() -> float | None:
         fleet = ScriptedFleet(is_right)
         held_out = make_pool(26)[24:]
-        controller = make_controller(fleet, tmp_path, [], validation=held_out)
+        controller = make_controller(fleet, [], validation=held_out)
         await controller.begin(0, "weights")
         await controller.next_batch(0)
         return await controller.publish(1, "weights", evaluate=True)

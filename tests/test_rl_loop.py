@@ -16,9 +16,12 @@ from ground.errors import DivergedError, InfraError
 from ground.signals import Pending
 from rl.books import Plan
 from rl.config import RlSection, ValidationSection
+from rl.consumed import Consumed
+from rl.guards import NoSignalGuard
 from rl.job import Report
-from rl.loop import LearnerLoop, NoSignalGuard
+from rl.loop import LearnerLoop
 from rl.publisher import Best, Publisher
+from rl.scores import Scores
 from rl.snapshot import Snapshot, read_books
 
 
@@ -44,6 +47,9 @@ class FakeLoop:
         self.published.append(version)
         return self._scores.get(version, 0.5) if evaluate else None
 
+    def evaluate(self, version: int) -> float | None:
+        return self._scores.get(version, 0.5)
+
     def state(self) -> dict[str, object]:
         return {"version": self.published[-1] if self.published else 0}
 
@@ -53,6 +59,7 @@ def make_publisher(loop: FakeLoop, directory: Path, told: list[tuple[int, float]
         loop,
         Checkpoints(directory, keep=2),
         Checkpoints(directory / "best", keep=1),
+        Scores(directory / "validation.jsonl"),
         lambda version, score: told.append((version, score)),
     )
 
@@ -72,6 +79,7 @@ def run_loop(
         make_learner(model),
         loop,
         publisher,
+        Consumed(directory / "groups"),
         Accelerator(cpu=True),
         section,
         tell=told.append,
