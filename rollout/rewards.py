@@ -178,7 +178,8 @@ def as_score(value: object) -> Score | Refusal:
     """Turn what a function returned for one completion into a score, or say why it is none.
 
     Whatever converts to one float counts as a number: numpy and torch scalars, also on a graph, and
-    bool (a comparison). None, text, NaN, infinities and numbers beyond a million are refused.
+    bool (a comparison). None, text, NaN, infinities and numbers beyond a million are refused, and
+    so is a verdict that is not a bool: "no" and NaN are true to Python.
     """
     if not isinstance(value, Score):
         number = _as_number(value)
@@ -186,6 +187,9 @@ def as_score(value: object) -> Score | Refusal:
     number = _as_number(value.reward)
     if isinstance(number, Refusal):
         return number
+    if not isinstance(value.passed, bool):
+        got = type(value.passed).__name__
+        return Refusal(f"passed must be True or False, got {got}: wrap it in bool(…)")
     if not isinstance(value.parts, Mapping) or len(value.parts) > MAX_PARTS:
         return Refusal(f"parts must be a mapping of at most {MAX_PARTS} numbers")
     parts: dict[str, float] = {}
@@ -194,7 +198,7 @@ def as_score(value: object) -> Score | Refusal:
         if isinstance(converted, Refusal):
             return Refusal(f"part {str(key)[:40]!r} {converted.reason}")
         parts[str(key)[:40]] = converted
-    return Score(number, bool(value.passed), parts)
+    return Score(number, value.passed, parts)
 
 
 def _as_list(returned: object) -> list[object] | None:

@@ -67,7 +67,15 @@ def test_final_answer(text: str, answer: str | None):
 def test_exact():
     texts = ["4;+5=9=>9", "the answer is 9.", "=>09", "9", "=> 9 ", "=>"]
     assert scores("exact", "9", *texts) == [1, 1, 0, 0, 1, 0]
-    assert scores("exact", "", "=>", "no marker") == [1, 1]
+    assert scores("exact", "None.", "=>", "no marker", "") == [0, 0, 0]
+
+
+@pytest.mark.parametrize("empty", ["", " ", ".", " .\n"])
+def test_exact_refuses_a_reference_that_says_nothing(empty: str):
+    asked = prompt("exact", empty)
+    with pytest.raises(DataError, match="must say something") as caught:
+        call_reward(find_reward("exact"), asked, ["garbage"])
+    assert f"prompt {asked.id}" in caught.value.where
 
 
 def test_format():
@@ -160,6 +168,13 @@ def test_what_converts_to_a_number_is_one(value: object, expected: Score):
 def test_what_is_no_finite_number_is_refused_with_a_reason(value: object):
     result = as_score(value)
     assert isinstance(result, Refusal) and result.reason.strip()
+
+
+@pytest.mark.parametrize("verdict", ["no", math.nan, 1, None], ids=repr)
+def test_a_verdict_is_a_bool_or_no_verdict(verdict: object):
+    """Python takes "no" and NaN for true: such an answer would count as solved."""
+    result = as_score(Score(1.0, verdict))  # pyright: ignore[reportArgumentType]
+    assert isinstance(result, Refusal) and "passed must be True or False" in result.reason
 
 
 @given(
