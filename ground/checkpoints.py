@@ -78,7 +78,7 @@ class Checkpoints:
             raise DataError(
                 f"every checkpoint is damaged ({len(damaged)} of them)",
                 where=str(self.root),
-                fix="restore one from a backup, or start the stage again with --overwrite",
+                fix="restore one from a backup, or start the stage again (packtrain run … --from STAGE)",
             )
         return None
 
@@ -107,7 +107,7 @@ class Checkpoints:
             raise DataError(
                 "the checkpoint belongs to another run: " + ", ".join(wrong),
                 where=str(path),
-                fix="undo the change, or start the stage again with --overwrite",
+                fix="undo the change, or start the stage again: packtrain run RECIPE --from STAGE",
             )
 
 

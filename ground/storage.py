@@ -28,6 +28,11 @@ _LITTER = re.compile(r"^\..*\.(staging|removed|replaced)$")
 """What a crash may leave beside a file or folder; nobody reads it."""
 
 
+def is_litter(name: str) -> bool:
+    """Whether a file or folder of this name is what a crash of ours may have left."""
+    return _LITTER.match(name) is not None
+
+
 def write_file(path: Path, content: bytes | str) -> None:
     """Replace `path` by `content` in one step that survives a crash at any moment."""
     with replace_file(path) as staging:
@@ -123,7 +128,7 @@ def verify_file(directory: Path, name: str, manifest: Manifest | None = None) ->
     fact = (manifest or read_manifest(directory)).files.get(name)
     if fact is None or name.startswith("/") or ".." in PurePosixPath(name).parts:
         raise DataError("the manifest does not list this file", where=str(path))
-    fix = "use an older checkpoint, or run the stage again with --overwrite"
+    fix = "use an older checkpoint, or make the stage again: packtrain run RECIPE --from STAGE"
     try:
         found = digest(path)
     except (FileNotFoundError, NotADirectoryError):
@@ -149,8 +154,8 @@ def _names(directory: Path, leave_out: frozenset[str]) -> list[str]:
     names: list[str] = []
     for folder, folders, files in os.walk(directory):
         here = Path(folder)
-        folders[:] = [name for name in folders if not _LITTER.match(name)]
-        files = [name for name in files if not _LITTER.match(name)]
+        folders[:] = [name for name in folders if not is_litter(name)]
+        files = [name for name in files if not is_litter(name)]
         if here == directory:
             folders[:] = [name for name in folders if name not in leave_out]
             files = [name for name in files if name not in leave_out | {MANIFEST}]

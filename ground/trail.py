@@ -105,7 +105,7 @@ class Trail:
             raise DataError(
                 f"the manifest must say the model's version, got {version!r}",
                 where=str(folder / _MODELS["rl"]),
-                fix="run the rl stage again with --overwrite",
+                fix="make the stage again: packtrain run RECIPE --from rl",
             )
         return [verify_file(folder, name, manifest) for name in names], version
 

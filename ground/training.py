@@ -117,6 +117,22 @@ def fit(trainer: Trainer, where: Fit, *, resume: bool) -> int:
     return trainer.state.global_step
 
 
+class FiniteLoss(Trainer):
+    """Stops a trainer at the first loss that is not finite; stands first among the bases."""
+
+    def compute_loss(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Tensor],
+        return_outputs: bool = False,
+        num_items_in_batch: Tensor | None = None,
+    ) -> object:
+        """The loss of the trainer next in line, checked before its backward pass."""
+        result = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+        check_loss(result[0] if isinstance(result, tuple) else result, self.state.global_step)
+        return result
+
+
 def check_loss(loss: Tensor, step: int) -> None:
     """Raise DivergedError when a loss is NaN or infinite, before its backward pass."""
     if not torch.isfinite(loss).all():
@@ -229,5 +245,5 @@ def _diverged(what: str, step: int) -> DivergedError:
         what,
         where=f"step {step + 1}",
         why="the weights were not touched by it; the last checkpoint is sound",
-        fix="lower trainer.learning_rate, or look for broken rows, and start with --overwrite",
+        fix="lower trainer.learning_rate, or look for broken rows, and start the stage again",
     )

@@ -133,6 +133,14 @@ def _run_arguments(parser: argparse.ArgumentParser) -> None:
     begun = parser.add_mutually_exclusive_group()
     begun.add_argument("--resume", action="store_true", help="go on where a stopped run ended")
     begun.add_argument("--overwrite", action="store_true", help="discard what the run holds")
+    begun.add_argument(
+        "--from",
+        dest="start",
+        default="",
+        metavar="STAGE",
+        help="discard STAGE and all that comes after it, and go on from there; `base` and "
+        "`evaluate` stand for the evaluation of the base and for all evaluations",
+    )
     parser.add_argument(
         "--accelerate",
         type=Path,

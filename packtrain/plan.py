@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from ground.config import STAGES
 from ground.errors import RecipeError
 from ground.recipe import RecipeDocument
 from ground.trail import PLACES
@@ -23,6 +24,8 @@ ENTRIES = {
 EVALUATION = "rollout.evaluate"
 LAUNCHED = ("sft", "dpo")
 """Stages that `accelerate launch` may start; rl starts its own learner ranks."""
+STARTS = (STAGES[0], "base", *STAGES[1:], "evaluate")
+"""Where `--from` can begin: the trail in order, or the evaluations alone."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,6 +78,25 @@ def plan(document: RecipeDocument) -> list[Step]:
         steps.append(Step(stage, stage, ENTRIES[stage]))
         steps += _evaluations(document, "base" if stage == "herd" else stage)
     return steps
+
+
+def folders_from(start: str) -> tuple[str, ...]:
+    """Folders of the trail from `start` on, whether a recipe turns them on or not.
+
+    Example:
+        folders_from("rl") → ("rl", "dpo");  folders_from("evaluate") → every evaluation's
+    """
+    if start == "evaluate":
+        return tuple(f"{place}/evaluation" for place in PLACES)
+    trail = STARTS[STARTS.index(start) : -1]
+    return tuple("base/evaluation" if name == "base" else name for name in trail)
+
+
+def start_of(step: Step, changes: Sequence[str]) -> str:
+    """The word for `--from` that makes a step again whose settings changed, and what follows it."""
+    if step.is_evaluation and (step.stage != "base" or list(changes) == ["evaluate"]):
+        return "evaluate"
+    return step.stage
 
 
 def launch_line(

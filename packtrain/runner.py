@@ -15,22 +15,23 @@ import shlex
 import sys
 import time
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-from ground.config import STAGES
 from ground.console import plain_text, say
-from ground.errors import SetupError
+from ground.errors import RecipeError, SetupError
 from ground.lock import RunLock
 from ground.logs import redact
 from ground.provenance import stage_settings
 from ground.recipe import RecipeDocument, load_recipe
 from ground.run import RunDir
 from ground.storage import remove_directory, write_file
+from ground.validation import suggest
 from packtrain.child import Child, exit_name
 from packtrain.doctor import shadows
 from packtrain.panel import LivePanel, Panel, open_panel
-from packtrain.plan import Step, launch_line, plan
+from packtrain.plan import STARTS, Step, folders_from, launch_line, plan, start_of
 from packtrain.recipe import read_recipe
 from packtrain.report import write_report
 from packtrain.validate import check_inputs
@@ -54,14 +55,22 @@ class Order:
     run: RunDir
     steps: tuple[Step, ...]
     accelerate: Path | None
+    discarded: tuple[str, ...] = ()
+    """Folders that are removed before the start."""
 
     @property
     def again(self) -> str:
         """The command that goes on with this run."""
+        return self.line("--resume")
+
+    def line(self, *flags: str) -> str:
+        """The command of this run with other flags, as it can be typed."""
         words = ["packtrain", "run", str(self.document.path), *self.document.overrides]
         if self.run.path != Path("runs") / self.document.head().name:
             words += ["--run", str(self.run.path)]
-        return shlex.join([*words, "--resume"])
+        if self.accelerate is not None:
+            words += ["--accelerate", str(self.accelerate)]
+        return shlex.join([*words, *flags])
 
 
 def command(arguments: argparse.Namespace) -> int:
@@ -75,13 +84,15 @@ def command(arguments: argparse.Namespace) -> int:
             f"{', '.join(hidden)} would hide packtrain's own modules from the stages",
             fix="start packtrain from another folder, or rename them",
         )
-    order = Order(document, run, tuple(plan(document)), arguments.accelerate)
+    steps = tuple(plan(document))
+    start = STARTS[0] if arguments.overwrite else arguments.start
+    check_words(steps, arguments.start, arguments.accelerate)
+    discarded = folders_from(start) if start else ()
+    order = Order(document, run, steps, arguments.accelerate, discarded)
     check_inputs(document, recipe)
-    if not arguments.overwrite:
-        require_resumable(order, arguments.resume)
+    require_resumable(order, arguments.resume or bool(start))
     with run.open() as lock:
-        if arguments.overwrite:
-            discard(run)
+        discard(order)
         run.describe(document)
         code = run_steps(order, lock)
     if code == 0:
@@ -89,19 +100,41 @@ def command(arguments: argparse.Namespace) -> int:
     return code
 
 
+def check_words(steps: Sequence[Step], start: str, accelerate: Path | None) -> None:
+    """Refuse words of the command line that cannot be followed, before anything is touched.
+
+    Raises:
+        RecipeError: `--accelerate` names no file, or `--from` nothing that the recipe turns on.
+    """
+    if accelerate is not None and not accelerate.is_file():
+        raise RecipeError(f"--accelerate names {accelerate}, which is not a file")
+    names = {step.stage for step in steps} | {"evaluate" for step in steps if step.is_evaluation}
+    if start and start not in names:
+        known = [name for name in STARTS if name in names]
+        raise RecipeError(
+            f"--from names '{start}', which is no stage of this recipe{suggest(start, known)}",
+            fix=f"name one of {', '.join(known)}",
+        )
+
+
 def require_resumable(order: Order, resume: bool) -> None:
     """Refuse to go on with a half finished run unless `--resume` was given.
 
     Raises:
-        SetupError: it is half finished, or finished with other settings.
+        SetupError: it is half finished, what stays was made with other settings, or a folder
+            that a stage needs is somebody else's.
     """
+    order.run.require_usable()
+    for step in order.steps:
+        order.run.require_ours(step.folder)
     states = {step.folder: order.run.state(step.folder) for step in order.steps}
     done = [folder for folder, state in states.items() if state == "done"]
     begun = [folder for folder, state in states.items() if state != "absent"]
     for step in order.steps:
-        if states[step.folder] == "done":
-            order.run.is_current(step.folder, _settings(order, step))
-        else:
+        if step.folder.startswith(order.discarded):
+            continue
+        _require_current(order, step)
+        if states[step.folder] != "done":
             break
     if begun and len(done) < len(order.steps) and not resume:
         raise SetupError(
@@ -111,11 +144,15 @@ def require_resumable(order: Order, resume: bool) -> None:
         )
 
 
-def discard(run: RunDir) -> None:
-    """Remove what earlier runs left of any stage, on in this recipe or not, later stages first."""
-    for stage in (*reversed(STAGES), "base"):
-        if run.stage(stage).exists():
-            remove_directory(run.stage(stage))
+def discard(order: Order) -> None:
+    """Remove the folders that the command line gives up, later stages first; name them before."""
+    given_up = [name for name in reversed(order.discarded) if order.run.holds(name)]
+    if given_up:
+        say(f"deleting {', '.join(str(order.run.stage(name)) for name in given_up)}")
+    for name in given_up:
+        remove_directory(order.run.stage(name))
+    with suppress(OSError):
+        order.run.stage("base").rmdir()
 
 
 def run_steps(order: Order, lock: RunLock) -> int:
@@ -211,8 +248,14 @@ def _output(order: Order, step: Step) -> Path:
 
 
 def _is_done(order: Order, step: Step) -> bool:
-    return order.run.is_current(step.folder, _settings(order, step))
+    _require_current(order, step)
+    return order.run.is_done(step.folder)
 
 
-def _settings(order: Order, step: Step) -> dict[str, str]:
-    return stage_settings(order.document, order.run, step.folder)
+def _require_current(order: Order, step: Step) -> None:
+    """Refuse what was made, or begun, with other settings; say the line that makes it again."""
+    settings = stage_settings(order.document, order.run, step.folder)
+    if changes := order.run.changes(step.folder, settings):
+        line = order.line("--from", start_of(step, changes))
+        fix = f"{line} discards it and what follows; or undo the change, or use another --run"
+        raise order.run.outdated(step.folder, changes, fix)

@@ -17,6 +17,7 @@ from pathlib import Path
 import pytest
 from fabricated import fabricate_run
 
+from ground.run import RunDir
 from packtrain.cli import main
 
 ROOT = Path(__file__).parents[1]
@@ -152,6 +153,9 @@ def test_all_errors_come_at_once(folder: Path, capsys: pytest.CaptureFixture[str
         (("validate", "gone.yaml"), 2, "gone.yaml: cannot read the recipe"),
         (("validate", "."), 2, "a recipe is a regular file"),
         (("run", "recipe.yaml", "--resum"), 2, "did you mean '--resume'?"),
+        (("run", "recipe.yaml", "--accelerate", "no.yaml"), 2, "--accelerate names no.yaml, which"),
+        (("run", "recipe.yaml", "--from", "rll"), 2, "no stage of this recipe; did you mean 'rl'?"),
+        (("run", "recipe.yaml", "--from", "dpo"), 2, "name one of base, sft, mine, rl, evaluate"),
         (("status", "runs/none"), 3, "this is not a run directory"),
         (("report", "model"), 3, "this is not a run directory"),
         (("recipes", "cp", "tiny", "x"), 2, "'tiny' is not a recipe"),
@@ -186,6 +190,45 @@ def test_a_directory_of_somebody_else_is_not_touched(
         code, message = refusal(capsys, "run", "recipe.yaml", "--run", "thesis", *flags)
         assert code == 4
         assert "not empty and is not a run of packtrain" in message
+    assert snapshot(folder) == before
+
+
+def test_folders_that_are_named_like_ours_are_not_touched(
+    folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    proj = folder / "proj"
+    for name in (
+        "log/a.txt",
+        "sft/thesis.txt",
+        "base/own.txt",
+        "evaluation/x",
+        "lock",
+        "lock.json",
+    ):
+        (proj / name).parent.mkdir(parents=True, exist_ok=True)
+        (proj / name).write_text("years of work")
+    (folder / "proj2").mkdir()
+    (folder / "proj2" / "recipe.yaml").write_text("flour, water, salt")
+    before = snapshot(folder)
+    for place in ("proj", "proj2"):
+        for flags in ((), ("--resume",), ("--overwrite",), ("--from", "sft")):
+            code, message = refusal(capsys, "run", "recipe.yaml", "--run", place, *flags)
+            assert code == 4
+            assert f"{place}: the directory is not empty and is not a run" in message
+            assert snapshot(folder) == before
+
+
+def test_a_folder_that_was_put_into_a_run_is_not_touched(
+    folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with RunDir(folder / "runs" / "mine").open():
+        (folder / "runs" / "mine" / "sft").mkdir()
+        (folder / "runs" / "mine" / "sft" / "thesis.txt").write_text("years of work")
+    before = snapshot(folder)
+    for flags in ((), ("--resume",), ("--overwrite",), ("--from", "sft")):
+        code, message = refusal(capsys, "run", "recipe.yaml", *flags)
+        assert code == 4
+        assert "runs/mine/sft: the folder holds files and was not made by packtrain" in message
     assert snapshot(folder) == before
 
 

@@ -26,7 +26,7 @@ from ground.lock import TOKEN, RunLock, is_held, read_holder
 from ground.metrics import Metrics, read_metrics
 from ground.provenance import changed, folder_fingerprint, stage_settings
 from ground.recipe import RecipeDocument, load_recipe
-from ground.run import RunDir
+from ground.run import RunDir, is_run
 from ground.storage import verify_directory
 
 HOLD = """
@@ -213,6 +213,34 @@ def test_somebody_elses_folder_is_refused(tmp_path: Path) -> None:
     assert os.listdir(tmp_path / "thesis") == ["thesis.tex"]
 
 
+@pytest.mark.parametrize("names", [("log/",), ("recipe.yaml",), ("lock", "lock.json", "sft/")])
+def test_only_our_mark_makes_a_folder_a_run(tmp_path: Path, names: tuple[str, ...]) -> None:
+    place = tmp_path / "proj"
+    place.mkdir()
+    for name in names:
+        (place / name).mkdir() if name.endswith("/") else (place / name).write_text("own")
+    before = sorted(os.listdir(place))
+    assert not is_run(place)
+    with pytest.raises(SetupError, match="is not a run of packtrain"), RunDir(place).open():
+        pass
+    assert sorted(os.listdir(place)) == before
+
+
+def test_crash_points_of_making_a_run(ram_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Killed at any moment, the folder is empty or a run: it can always be opened again."""
+
+    def opened(place: Path) -> None:
+        with RunDir(place / "run").open():
+            pass
+
+    def read(place: Path) -> bool:
+        run = place / "run"
+        return is_run(run) if run.is_dir() and os.listdir(run) else False
+
+    seen = crash_at_each_call(ram_path, lambda place: None, opened, read)
+    old_then_new(seen, False, True, synced=False)
+
+
 def test_a_run_directory_below_a_file_is_refused(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("x")
     with (
@@ -277,12 +305,50 @@ def test_an_unfinished_stage_needs_resume_or_overwrite(run: RunDir) -> None:
         run.begin("sft", {"sft": "1"}, resume=False, overwrite=False)
     assert caught.value.what == "stage sft was started and not finished"
     assert caught.value.fix == "continue it with --resume, or start it again with --overwrite"
-    with pytest.raises(SetupError, match=r"was started with other settings \(changed: sft\)"):
-        run.begin("sft", {"sft": "2"}, resume=True, overwrite=False)
     assert run.begin("sft", {"sft": "1"}, resume=True, overwrite=False)
     assert (run.stage("sft") / "half").exists()
     assert run.begin("sft", {"sft": "2"}, resume=False, overwrite=True)
     assert not (run.stage("sft") / "half").exists()
+
+
+def test_an_unfinished_stage_with_other_settings_begins_anew_unless_it_kept_something(
+    run: RunDir,
+) -> None:
+    folder = run.stage("sft")
+
+    def half(kept: str) -> None:
+        run.begin("sft", {"sft": "1"}, resume=False, overwrite=True)
+        (folder / "metrics.jsonl").write_text("{}")
+        if kept:
+            (folder / kept).parent.mkdir(parents=True)
+            (folder / kept).write_text("x")
+
+    half("")
+    assert run.changes("sft", {"sft": "2"}) == []
+    assert run.begin("sft", {"sft": "2"}, resume=True, overwrite=False)
+    assert os.listdir(folder) == ["started.json"]
+    assert json.loads((folder / "started.json").read_text())["settings"] == {"sft": "2"}
+    for kept in (
+        *("checkpoints/step_000001/manifest.json", "shards/00000000/manifest.json"),
+        "groups/step_000001.parquet",
+    ):
+        half(kept)
+        with pytest.raises(SetupError, match=r"was started with other settings \(changed: sft\)"):
+            run.begin("sft", {"sft": "2"}, resume=True, overwrite=False)
+        assert run.begin("sft", {"sft": "1"}, resume=True, overwrite=False)
+        assert (folder / kept).exists()
+
+
+@pytest.mark.parametrize("overwrite", [True, False])
+def test_a_folder_of_somebody_else_is_no_stage(run: RunDir, overwrite: bool) -> None:
+    run.stage("sft").mkdir()
+    (run.stage("sft") / "thesis.txt").write_text("years of work")
+    with pytest.raises(SetupError, match="holds files and was not made by packtrain"):
+        run.begin("sft", {"sft": "1"}, resume=True, overwrite=overwrite)
+    assert (run.stage("sft") / "thesis.txt").read_text() == "years of work"
+    run.stage("rl").mkdir()
+    (run.stage("rl") / ".started.json.staging").write_text("{")
+    assert run.begin("rl", {"rl": "1"}, resume=True, overwrite=overwrite), "killed at its start"
 
 
 def test_a_damaged_note_of_the_start_is_refused(run: RunDir) -> None:

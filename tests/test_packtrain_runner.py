@@ -17,7 +17,7 @@ from ground.lock import RunLock
 from ground.recipe import load_recipe
 from ground.run import RunDir
 from packtrain.cli import parse
-from packtrain.plan import Step, launch_line, plan
+from packtrain.plan import Step, folders_from, launch_line, plan, start_of
 from packtrain.runner import Order, command, discard, require_resumable, run_steps
 from packtrain.status import read_status
 
@@ -65,17 +65,19 @@ class Trail:
         for name in ("sft", "dpo"):
             (folder / f"stage_{name}.py").write_text(STAGE.replace("NAME", name))
 
-    def order(self, *overrides: str) -> Order:
+    def order(self, *overrides: str, start: str = "") -> Order:
         """The run as the command line would ask for it."""
         document = load_recipe(self.recipe, overrides)
         steps = tuple(Step(name, name, f"stage_{name}") for name in ("sft", "dpo"))
-        return Order(document, RunDir(self.folder / "run"), steps, None)
+        discarded = folders_from(start) if start else ()
+        return Order(document, RunDir(self.folder / "run"), steps, None, discarded)
 
-    def run(self, *overrides: str, resume: bool = False) -> int:
+    def run(self, *overrides: str, resume: bool = False, start: str = "") -> int:
         """What `packtrain run` does, from the check to the last stage."""
-        order = self.order(*overrides)
-        require_resumable(order, resume)
+        order = self.order(*overrides, start=start)
+        require_resumable(order, resume or bool(start))
         with order.run.open() as lock:
+            discard(order)
             return run_steps(order, lock)
 
     @property
@@ -162,11 +164,80 @@ def test_a_finished_stage_with_other_settings_is_refused(trail: Trail) -> None:
     assert trail.run() == 0
     with pytest.raises(SetupError, match=r"sft is finished, with other settings \(changed: sft\)"):
         trail.run("sft.wait=0.01")
-    order = trail.order("sft.wait=0.01")
-    with order.run.open() as lock:
-        discard(order.run)
-        assert run_steps(order, lock) == 0
+    assert trail.run("sft.wait=0.01", start="herd") == 0
     assert trail.finished == ["sft", "dpo", "sft", "dpo"]
+
+
+def test_one_stage_and_what_follows_is_made_again_with_the_line_that_is_printed(
+    trail: Trail, capfd: pytest.CaptureFixture[str]
+) -> None:
+    assert trail.run() == 0
+    with pytest.raises(SetupError) as caught:
+        trail.run("dpo.wait=0.01")
+    line = f"packtrain run {trail.recipe} dpo.wait=0.01 --run {trail.folder / 'run'} --from dpo"
+    assert caught.value.fix.startswith(f"{line} discards it and what follows; or undo")
+    capfd.readouterr()
+    assert trail.run("dpo.wait=0.01", start="dpo") == 0
+    assert f"deleting {trail.folder / 'run' / 'dpo'}\n" in capfd.readouterr().out
+    assert trail.finished == ["sft", "dpo", "dpo"]
+    before = sorted(os.listdir(trail.folder / "run" / "dpo"))
+    with pytest.raises(SetupError, match=r"stage sft is finished, with other settings"):
+        trail.run("sft.wait=0.02", start="dpo")
+    assert sorted(os.listdir(trail.folder / "run" / "dpo")) == before, "refused: nothing is gone"
+
+
+def test_a_mended_setting_goes_on_where_the_stage_refused_the_old_one(
+    trail: Trail, capfd: pytest.CaptureFixture[str]
+) -> None:
+    assert trail.run("dpo.fail=true") == 3
+    assert "--resume" in capfd.readouterr().err
+    assert trail.run("dpo.fail=false", resume=True) == 0
+    assert trail.finished == ["sft", "dpo"]
+
+
+def test_a_begun_stage_that_kept_something_is_given_up_by_the_line_that_is_printed(
+    trail: Trail,
+) -> None:
+    assert trail.run("dpo.fail=true") == 3
+    kept = trail.folder / "run" / "dpo" / "checkpoints" / "step_000001"
+    kept.mkdir(parents=True)
+    (kept / "manifest.json").write_text("{}")
+    with pytest.raises(SetupError, match="dpo was started with other settings") as caught:
+        trail.run(resume=True)
+    assert f"packtrain run {trail.recipe} --run {trail.folder / 'run'} --from dpo discards" in (
+        caught.value.fix
+    )
+    assert trail.run(start="dpo") == 0
+    assert trail.finished == ["sft", "dpo"]
+
+
+@pytest.mark.parametrize(
+    ("folder", "changes", "start"),
+    [
+        ("base/evaluation", ["evaluate"], "evaluate"),
+        ("base/evaluation", ["evaluate", "seed"], "base"),
+        ("sft/evaluation", ["evaluate"], "evaluate"),
+        ("rl", ["rl"], "rl"),
+    ],
+)
+def test_where_to_begin_again(folder: str, changes: list[str], start: str) -> None:
+    module = "rollout.evaluate" if folder.endswith("evaluation") else "rl.train"
+    assert start_of(Step("x", folder, module), changes) == start
+
+
+def test_what_from_discards() -> None:
+    assert folders_from("mine") == ("mine", "rl", "dpo")
+    assert folders_from("base") == (
+        "base/evaluation",
+        "prune",
+        "targets",
+        "sft",
+        *folders_from("mine"),
+    )
+    assert folders_from("herd") == ("herd", *folders_from("base"))
+    assert folders_from("evaluate") == tuple(
+        f"{p}/evaluation" for p in ("base", "sft", "rl", "dpo")
+    )
 
 
 def test_a_stage_made_again_makes_those_after_it_out_of_date(trail: Trail) -> None:
@@ -181,12 +252,25 @@ def test_a_stage_made_again_makes_those_after_it_out_of_date(trail: Trail) -> No
         trail.run()
 
 
-def test_overwriting_removes_what_any_stage_left(trail: Trail) -> None:
-    run = RunDir(trail.folder / "run")
-    for name in ("prune", "sft", "rl", "base/evaluation", "log"):
-        run.stage(name).mkdir(parents=True)
-    discard(run)
-    assert os.listdir(run.path) == ["log"]
+def test_overwriting_removes_what_any_stage_left_and_nothing_else(
+    trail: Trail, capsys: pytest.CaptureFixture[str]
+) -> None:
+    order = trail.order(start="herd")
+    with order.run.open():
+        pass
+    for name in ("prune", "sft", "rl", "base/evaluation"):
+        order.run.begin(name, {}, resume=False, overwrite=False)
+    own = order.run.path / "mine" / "thesis.txt"
+    own.parent.mkdir()
+    own.write_text("years of work")
+    discard(order)
+    shown = capsys.readouterr().out
+    assert sorted(os.listdir(order.run.path)) == [
+        *("lock", "lock.json", "log", "mine", "packtrain.run")
+    ]
+    assert own.read_text() == "years of work"
+    gone = (order.run.path / name for name in ("rl", "sft", "prune", "base/evaluation"))
+    assert shown == f"deleting {', '.join(map(str, gone))}\n"
 
 
 @pytest.mark.parametrize(
@@ -209,7 +293,8 @@ def test_what_cannot_work_is_refused_before_the_run_is_made(
 
 def test_a_second_run_is_refused_with_pid_and_age(trail: Trail) -> None:
     run = trail.folder / "run"
-    run.mkdir()
+    with RunDir(run).open():
+        pass
     held = (
         "import sys, time; from pathlib import Path; from ground.lock import RunLock\n"
         f"lock = RunLock.acquire(Path({str(run)!r})); print('held', flush=True); time.sleep(60)"
