@@ -103,3 +103,7 @@ class InfraError(PacktrainError):
 
     exit_code = 6
     kind = FailureKind.INFRA
+
+
+class ParityError(InfraError):
+    """A worker's engine does not compute with the weights that it was handed."""

@@ -33,6 +33,8 @@ from ground.strikes import Action, damage, kill9, strike
 VARIABLE = "PACKTRAIN_FAULTS"
 
 POINTS: tuple[tuple[str, str], ...] = (
+    ("learner", "publish.copy"),
+    ("keeper", "keep"),
     ("rollout", "open"),
     ("rollout", "gen.begin"),
     ("rollout", "gen.mid"),

@@ -7,7 +7,9 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Protocol, cast
 
+import numpy as np
 import ray
+from numpy.typing import NDArray
 from ray.exceptions import GetTimeoutError, RayError, RayTaskError
 from torch import Tensor
 
@@ -17,6 +19,8 @@ from rl.books import Plan
 from rl.buffer import Outcome
 from rl.cluster import NAMESPACE
 from rl.job import Job
+from rollout.handover import Outbox, Parcel
+from rollout.weights import Probes, Published, this_node
 
 _POLL_SECONDS = 0.5
 _SLACK_SECONDS = 30.0
@@ -44,7 +48,8 @@ class RemoteLoop:
         self._seconds = job.section.step_deadline_seconds + _SLACK_SECONDS
         with our_errors("find the controller"):
             self._controller = cast(_Actor, ray.get_actor(job.controller_name, NAMESPACE))
-        self._keeper = cast(_Actor, self._call("start", self._controller.keeper.remote()))
+        keeper = cast(_Actor, self._call("start", self._controller.keeper.remote()))
+        self._outbox = Outbox(_Keeper(keeper, self._call), this_node())
 
     def begin(
         self,
@@ -56,6 +61,12 @@ class RemoteLoop:
         """Publish the first weights and let the fleet start, the books being where we are."""
         self._keep(version, weights)
         self._call("start", self._controller.begin.remote(version, saved, replayed))
+
+    def pack(
+        self, version: int, weights: Mapping[str, Tensor], probes: Callable[[], Probes] = Probes
+    ) -> Parcel:
+        """The learner's own copy of its live weights, for `publish`; see `Outbox.pack`."""
+        return self._outbox.pack(version, weights, probes)
 
     def next_batch(
         self, step: int, stop: Callable[[], bool]
@@ -94,8 +105,8 @@ class RemoteLoop:
         return cast(dict[str, int], self._call("close", self._controller.close.remote(reason)))
 
     def _keep(self, version: int, weights: Mapping[str, Tensor]) -> None:
-        answer = self._keeper.publish.remote(version, dict(weights))
-        self._call(f"keep version {version}", answer)
+        parcel = weights if isinstance(weights, Parcel) else self.pack(version, weights)
+        self._outbox.send(parcel)
 
     def _call(self, purpose: str, answer: ray.ObjectRef) -> object:
         try:
@@ -107,6 +118,32 @@ class RemoteLoop:
     def _check_deadline(self, deadline: float, purpose: str) -> None:
         if time.monotonic() > deadline:
             raise _late(purpose, self._seconds)
+
+
+class _Keeper:
+    """The weight keeper's calls that the outbox makes, with our deadlines and errors."""
+
+    def __init__(self, actor: _Actor, call: Callable[[str, ray.ObjectRef], object]) -> None:
+        self._actor, self._call = actor, call
+
+    def node(self) -> str:
+        """See `WeightKeeper.node`."""
+        return str(self._call("start", self._actor.node.remote()))
+
+    def buffers(self, size: int, at_least: int = 0) -> list[str]:
+        """See `WeightKeeper.buffers`."""
+        answer = self._actor.buffers.remote(size, at_least)
+        return cast(list[str], self._call("make room for weights", answer))
+
+    def publish(self, published: Published) -> None:
+        """See `WeightKeeper.publish`."""
+        answer = self._actor.publish.remote(published)
+        self._call(f"keep version {published.version}", answer)
+
+    def deliver(self, published: Published, content: NDArray[np.uint8]) -> None:
+        """See `WeightKeeper.deliver`."""
+        answer = self._actor.deliver.remote(published, content)
+        self._call(f"keep version {published.version}", answer)
 
 
 @contextmanager

@@ -79,6 +79,14 @@ class Scores:
     """[T - 1][K]"""
 
 
+class Lent(dict[str, "Tensor"]):
+    """Tensors that nobody will write to for as long as an engine uses them: it need not copy them.
+
+    Example:
+        engine.load(3, Lent(inbox.open(published)))
+    """
+
+
 class Engine(Protocol):
     """Decodes many requests at once; every method may be called from any thread."""
 
@@ -108,9 +116,16 @@ class Engine(Protocol):
     def load(self, version: int, weights: Mapping[str, Tensor] | Path) -> None:
         """Swap the weights between two tokens; running sequences go on under the new ones.
 
+        Tensors are copied, unless they come as `Lent`.
+
         Raises:
             DataError: a tensor is missing, unknown, misshapen or not finite; nothing is changed.
         """
+        ...
+
+    def tensors(self) -> Mapping[str, Tensor] | None:
+        """The weights as they are in use, under the names of `load`; to look at, while paused.
+        None if this engine keeps them in another form."""
         ...
 
     def score(self, token_ids: Sequence[Sequence[int]], top_k: int = 0) -> list[Scores]:

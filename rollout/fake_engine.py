@@ -115,6 +115,10 @@ class FakeEngine:
             self.loads.append(version)
             self._version = version
 
+    def tensors(self) -> Mapping[str, Tensor] | None:
+        """It has none."""
+        return None
+
     def score(self, token_ids: Sequence[Sequence[int]], top_k: int = 0) -> list[Scores]:
         """The scripted log-prob for every token; the top is always the given token alone."""
         return [

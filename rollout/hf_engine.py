@@ -120,14 +120,19 @@ class HfEngine:
 
         Reading and checking happen on the caller's thread while decoding goes on.
         """
-        tensors = self._model.read(weights) if isinstance(weights, Path) else weights
-        self._model.check(tensors)
+        given = self._model.read(weights) if isinstance(weights, Path) else weights
+        self._model.check(given)
+        tensors = self._model.own(given)
 
         def load() -> None:
             self._model.load(tensors)
             self._version = version
 
         self._order(f"load of version {version}", load)
+
+    def tensors(self) -> Mapping[str, Tensor]:
+        """The model's own tensors; see `Engine.tensors`."""
+        return self._model.tensors()
 
     def score(self, token_ids: Sequence[Sequence[int]], top_k: int = 0) -> list[Scores]:
         """Log-probs of given sequences, a small batch between each two decode steps."""

@@ -8,16 +8,29 @@ import torch
 from torch import Tensor, nn
 
 from ground.errors import DataError
+from rollout.checksums import spread
+from rollout.engine import Lent
 
 _SHOWN = 3
 
 
-def copy_weights(model: nn.Module, weights: Mapping[str, Tensor]) -> None:
-    """Copy checked values into the model's tensors, in place; nothing here can fail half-way."""
-    own = model.state_dict()
-    with torch.no_grad():
-        for name, tensor in weights.items():
-            own[name].copy_(tensor)
+def own_weights(weights: Mapping[str, Tensor], device: torch.device) -> dict[str, Tensor]:
+    """The tensors on the model's device; copies, unless they are lent to us."""
+    must_copy = not isinstance(weights, Lent)
+    return {
+        name: tensor.detach().to(device, copy=must_copy).contiguous()
+        for name, tensor in weights.items()
+    }
+
+
+def swap_weights(model: nn.Module, weights: Mapping[str, Tensor]) -> None:
+    """Have the model use these checked tensors from now on, instead of the ones it has.
+
+    Nothing is copied and nothing can fail half-way; a tied weight is one parameter in two places.
+    """
+    own = model.state_dict(keep_vars=True)
+    for name, tensor in weights.items():
+        own[name].data = tensor
 
 
 def check_weights(own: Mapping[str, Tensor], weights: Mapping[str, Tensor]) -> None:
@@ -36,7 +49,7 @@ def check_weights(own: Mapping[str, Tensor], weights: Mapping[str, Tensor]) -> N
     )
     _refuse(
         "not finite",
-        [name for name, tensor in weights.items() if not bool(tensor.isfinite().all())],
+        _not_finite(weights),
     )
     _refuse(
         "tied to another but different from it",
@@ -52,6 +65,18 @@ def _tied_names(own: Mapping[str, Tensor]) -> dict[str, str]:
     """Each name → the first name that shares its memory (itself, unless tied)."""
     first: dict[int, str] = {}
     return {name: first.setdefault(tensor.data_ptr(), name) for name, tensor in own.items()}
+
+
+def _not_finite(weights: Mapping[str, Tensor]) -> list[str]:
+    """Names of tensors with a NaN or an infinity, either of which a sum cannot lose."""
+
+    def is_bad(item: tuple[str, Tensor]) -> bool:
+        tensor = item[1]
+        return not bool(tensor.sum().isfinite()) and not bool(tensor.isfinite().all())
+
+    items = list(weights.items())
+    bad = spread(is_bad, items, [tensor.nbytes for _, tensor in items])
+    return [name for (name, _), is_bad in zip(items, bad, strict=True) if is_bad]
 
 
 def _form(tensor: Tensor) -> tuple[tuple[int, ...], torch.dtype]:

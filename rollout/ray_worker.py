@@ -23,7 +23,7 @@ from ray.exceptions import RayActorError, RayError, RayTaskError
 from ground.errors import InfraError, PacktrainError
 from rollout.failures import memory_kills
 from rollout.seat import OutOfMemoryError, WorkerDiedError
-from rollout.task import GroupResult, GroupTask, WorkerConfig
+from rollout.task import GroupResult, GroupTask, Loaded, WorkerConfig
 from rollout.worker import RolloutWorker
 
 _CLOSE_SECONDS = 3.0
@@ -67,8 +67,8 @@ class RayWorker:
         """Process id on its own node, once it has answered."""
         return self._process[1] if self._process else None
 
-    async def load(self, version: int, weights: object) -> int:
-        """See `Worker.load`; `weights` is a reference to `Published` weights."""
+    async def load(self, version: int, weights: object) -> Loaded:
+        """See `Worker.load`; `weights` are `Published`."""
         return await self._sorted(self._actor.load.remote(self._incarnation, version, weights))
 
     async def rollout(self, task: GroupTask, attempt: int) -> GroupResult:

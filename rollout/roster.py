@@ -203,17 +203,20 @@ class Roster:
         async with seat.loading:
             if seat.version == version:
                 return
+            started = time.time()
             try:
-                acked = await seat.within(
+                loaded = await seat.within(
                     seconds, f"loading version {version}", seat.worker.load(version, weights)
                 )
             except InfraError as error:
                 seat.lose(error.what)
                 raise
-            if acked != version:
-                seat.lose(f"version {version} must be acknowledged, got {acked}")
+            if loaded.version != version:
+                seat.lose(f"version {version} must be acknowledged, got {loaded.version}")
                 raise InfraError(seat.lost.result(), where=seat.name)
             seat.version = version
+            phases = {f"{phase}_seconds": each for phase, each in loaded.seconds.items()}
+            self._mark("handover", seat, started, version=version, drift=loaded.drift, **phases)
 
     def _bury(self, seat: Seat) -> None:
         cause = seat.lost.result()

@@ -9,7 +9,7 @@ from enum import StrEnum
 from typing import Protocol, TypeVar
 
 from ground.errors import InfraError
-from rollout.task import GroupResult, GroupTask
+from rollout.task import GroupResult, GroupTask, Loaded
 
 Value = TypeVar("Value")
 
@@ -49,8 +49,8 @@ class Worker(Protocol):
         """Return if it lives and its event loop turns."""
         ...
 
-    async def load(self, version: int, weights: object) -> int:
-        """Swap weights; returns the version that it has now."""
+    async def load(self, version: int, weights: object) -> Loaded:
+        """Swap weights; returns what it has now."""
         ...
 
     async def rollout(self, task: GroupTask, attempt: int) -> GroupResult:

@@ -1,99 +1,205 @@
-"""Hand-over of weights: published by the learner, kept by an actor that outlives it.
+"""Hand-over of weights: packed by the learner, kept by an actor that outlives it, used in place.
 
-    publish(version, tensors) → kept (newest and the one before) → fetched by workers
+    pack (into the keeper's memory) → publish → kept (newest and the one before) → opened by workers
 
-A Ray object dies with the process that put it, so the keeper puts its own copy.
+The memory is the keeper's, so that weights survive who published them. A learner that is killed
+while it packs leaves a half-filled buffer that nobody has been told of.
 """
 
 from __future__ import annotations
 
-import hashlib
-from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from dataclasses import dataclass, field, replace
 
+import numpy as np
 import ray
-from ray.actor import ActorProxy
+from numpy.typing import NDArray
+from ray.actor import ActorHandle, ActorProxy
+from ray.exceptions import RayError
 
+from ground import faults
 from ground.errors import DataError, InfraError
-
-if TYPE_CHECKING:
-    from torch import Tensor
+from rollout.layout import Layout
+from rollout.shared_memory import SharedBuffer, first_free
 
 _KEPT = 2
+_FETCH_SECONDS = 600.0
+_MAX_BUFFERS = 6
+"""Two are kept, one is filled; more only while somebody who was given up still holds one."""
+
+
+@dataclass(frozen=True, slots=True)
+class Probe:
+    """A token sequence and what the learner makes of it.
+
+    Example:
+        Probe((17, 4, 260), logprobs=(-2.31, -0.07))
+    """
+
+    token_ids: tuple[int, ...]
+    logprobs: tuple[float, ...]
+    """Of the tokens but the first, at temperature 1. Fewer than that where a token's number hangs
+    on a rounding (two experts all but equal), which leaves nothing to say of what follows."""
+
+
+@dataclass(frozen=True, slots=True)
+class Probes:
+    """What proves that an engine computes as the learner does, and how nearly it has to.
+
+    Example:
+        Probes((Probe((17, 4, 260), (-2.31, -0.07)),), typical=2e-6, worst=1e-5)
+    """
+
+    rows: tuple[Probe, ...] = ()
+    typical: float = 0.0
+    """Nats by which a row may be off: the median over rows of their root mean square."""
+    worst: float = 0.0
+    """Nats by which a single token may be off."""
 
 
 @dataclass(frozen=True, slots=True)
 class Published:
-    """A version of the weights as it lies in Ray's object store.
+    """A version of the weights: what is said of them; the bytes lie in the keeper's memory.
 
     Example:
-        Published(version=3, digest="5e88…", tensors={"model.norm.weight": tensor([…])})
+        Published(version=3, layout=layout, checksums={"model.norm.weight": "5e88…"},
+                  node="1f…", path="/proc/4711/fd/9", keeper=handle)
     """
 
     version: int
-    digest: str
-    tensors: dict[str, Tensor]
-
-    def verified(self, version: int) -> dict[str, Tensor]:
-        """The tensors, if they are of this version and arrived as they were published."""
-        if self.version != version or digest_of(self.tensors) != self.digest:
-            raise InfraError(
-                f"weights of version {version} must arrive whole, got version {self.version}"
-                + ("" if self.version != version else " with another digest"),
-                where="hand-over",
-            )
-        return self.tensors
+    layout: Layout
+    checksums: dict[str, str]
+    node: str
+    """Ray's name of the machine that has the memory."""
+    path: str
+    """Where it is opened there."""
+    keeper: ActorHandle | None = None
+    """Whom other machines ask for the bytes."""
+    probes: Probes = Probes()
+    seconds: dict[str, float] = field(default_factory=dict)
+    """How long each phase on the learner's side took."""
 
 
 class WeightKeeper:
     """Keeps the newest published weights and the version before; a Ray actor (`start_keeper`)."""
 
     def __init__(self) -> None:
-        self._refs: dict[int, ray.ObjectRef[Published]] = {}
+        faults.enter("keeper")
+        self._buffers: dict[str, SharedBuffer] = {}
+        self._published: dict[int, Published] = {}
+        self._carried: dict[int, ray.ObjectRef[NDArray[np.uint8]]] = {}
 
-    def publish(self, version: int, tensors: Mapping[str, Tensor]) -> str:
-        """Keep a copy of these weights as `version`; returns their digest.
+    def buffers(self, size: int, at_least: int = 0) -> list[str]:
+        """Paths of the buffers of this size, after new ones were made so that there are enough.
+
+        Raises:
+            InfraError: there would be too many.
+        """
+        fitting = [path for path, buffer in self._buffers.items() if buffer.size == max(size, 1)]
+        while len(fitting) < at_least:
+            if len(fitting) >= _MAX_BUFFERS:
+                raise InfraError(
+                    f"a version of the weights must find one of {_MAX_BUFFERS} buffers free",
+                    where="weight keeper",
+                    why="processes that were given up still read them, or snapshots are kept",
+                )
+            buffer = SharedBuffer(size)
+            self._buffers[buffer.path] = buffer
+            fitting.append(buffer.path)
+        return fitting
+
+    def node(self) -> str:
+        """Ray's name of the machine that it runs on."""
+        return this_node()
+
+    def publish(self, published: Published) -> None:
+        """Take charge of a filled buffer.
 
         Raises:
             DataError: the version is not newer than the newest.
         """
-        newest = max(self._refs, default=-1)
-        if version <= newest:
+        faults.point("keep")
+        newest = max(self._published, default=-1)
+        if published.version <= newest:
             raise DataError(
-                f"versions must rise, got {version} after {newest}", where="weight keeper"
+                f"versions must rise, got {published.version} after {newest}",
+                where="weight keeper",
             )
-        copies = {name: tensor.detach().cpu().clone() for name, tensor in tensors.items()}
-        published = Published(version, digest_of(copies), copies)
-        self._refs[version] = ray.put(published)
-        for old in sorted(self._refs)[:-_KEPT]:
-            del self._refs[old]
-        return published.digest
+        self._buffers[published.path].hold()
+        self._published[published.version] = replace(published, keeper=_this_actor())
+        for old in sorted(self._published)[:-_KEPT]:
+            self._buffers[self._published.pop(old).path].release()
+            self._carried.pop(old, None)
 
-    def current(self) -> tuple[int, ray.ObjectRef[Published]]:
-        """Newest version and a reference to its weights."""
-        if not self._refs:
+    def deliver(self, published: Published, content: NDArray[np.uint8]) -> None:
+        """`publish` for a learner on another machine, which sends the bytes along."""
+        paths = self.buffers(published.layout.size)
+        free = first_free(paths) or first_free(self.buffers(published.layout.size, len(paths) + 1))
+        assert free, "a new buffer is free"
+        path, lock = free
+        memory = np.frombuffer(self._buffers[path].map(), dtype=np.uint8)
+        memory[: len(content)] = content
+        lock.share()
+        self.publish(replace(published, node=self.node(), path=path))
+        lock.release()
+
+    def current(self) -> tuple[int, Published]:
+        """Newest version and what is said of it."""
+        if not self._published:
             raise InfraError("no weights have been published yet", where="weight keeper")
-        version = max(self._refs)
-        return version, self._refs[version]
+        version = max(self._published)
+        return version, self._published[version]
+
+    def carry(self, version: int) -> list[ray.ObjectRef[NDArray[np.uint8]]]:
+        """The bytes of a version in Ray's object store, for workers on other machines.
+
+        Raises:
+            InfraError: it is not kept any more.
+        """
+        if version not in self._published:
+            raise InfraError(
+                f"weights must be fetched while they are kept, version {version} is gone",
+                where="weight keeper",
+            )
+        if version not in self._carried:
+            memory = self._buffers[self._published[version].path].map()
+            self._carried[version] = ray.put(np.frombuffer(memory, dtype=np.uint8))
+        return [self._carried[version]]
 
     def versions(self) -> list[int]:
         """Versions that can still be fetched."""
-        return sorted(self._refs)
+        return sorted(self._published)
+
+
+def fetch(published: Published) -> NDArray[np.uint8]:
+    """The bytes of a version that lies on another machine.
+
+    Raises:
+        InfraError: it is not kept any more.
+    """
+    assert published.keeper
+    try:
+        carried = ray.get(published.keeper.carry.remote(published.version), timeout=_FETCH_SECONDS)
+        return ray.get(carried[0], timeout=_FETCH_SECONDS)
+    except RayError as error:
+        raise InfraError(
+            f"weights of version {published.version} must be fetched from another machine",
+            where="hand-over",
+            why=str(error),
+        ) from error
+
+
+def this_node() -> str:
+    """Ray's name of the machine that this is."""
+    return ray.get_runtime_context().get_node_id()
+
+
+def _this_actor() -> ActorHandle | None:
+    """Our own handle; None where we are an ordinary object."""
+    context = ray.get_runtime_context()
+    return context.current_actor if context.get_actor_id() else None
 
 
 def start_keeper(name: str | None = None) -> ActorProxy[WeightKeeper]:
     """Start a keeper that belongs to the calling process and dies with it, not with a learner."""
     options = {"num_cpus": 0, "max_restarts": 0} | ({"name": name} if name else {})
     return ray.remote(WeightKeeper).options(**options).remote()
-
-
-def digest_of(tensors: Mapping[str, Tensor]) -> str:
-    """sha256 over names, shapes, dtypes and bytes, in the order of names."""
-    import torch  # here and not above: who starts a keeper needs no torch
-
-    digest = hashlib.sha256()
-    for name, tensor in sorted(tensors.items()):
-        digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}\n".encode())
-        digest.update(tensor.contiguous().flatten().view(torch.uint8).numpy().data)
-    return digest.hexdigest()

@@ -26,10 +26,11 @@ from ground.roles import enter_role
 from rollout.engine import Completion, Engine, Request
 from rollout.failures import sorted_failures
 from rollout.reward_pool import RewardPool, ScoredText
-from rollout.task import GroupResult, GroupTask, WorkerConfig
+from rollout.task import GroupResult, GroupTask, Loaded, WorkerConfig
 
 if TYPE_CHECKING:
     from ground.chat import ChatTemplate
+    from rollout.gate import Gate
     from rollout.weights import Published
 
 logger = logging.getLogger(__name__)
@@ -64,7 +65,7 @@ class RolloutWorker:
         config, fleet = self._config, self._config.fleet
         with sorted_failures("opening the engine"):
             faults.point("open")
-            self._engine, self._template = _open(config)
+            self._engine, self._template, self._gate = _open(config)
         self._pool = RewardPool(
             fleet.reward_processes, fleet.reward_deadline_seconds, config.reward_files
         )
@@ -80,17 +81,13 @@ class RolloutWorker:
         if self._lease:
             self._lease.renew()
 
-    async def load(self, incarnation: int, version: int, published: Published) -> int:
-        """Swap weights in flight; returns the version that the engine has now."""
+    async def load(self, incarnation: int, version: int, published: Published) -> Loaded:
+        """Swap weights in flight; returns what the engine has now, and proven to have."""
         self._fence.check(incarnation)
 
-        def load() -> int:
+        def load() -> Loaded:
             with sorted_failures(f"loading version {version}"):
-                faults.point("weights.fetch")
-                tensors = published.verified(version)
-                faults.point("weights.load")
-                self._engine.load(version, faults.corrupted("weights.loaded", tensors))
-                return self._engine.version
+                return self._gate.load(version, published)
 
         return await asyncio.get_running_loop().run_in_executor(self._orders, load)
 
@@ -156,11 +153,15 @@ class RolloutWorker:
         return ids[:-1] if completion.finish == "stop" else ids
 
 
-def _open(config: WorkerConfig) -> tuple[Engine, ChatTemplate]:
+def _open(config: WorkerConfig) -> tuple[Engine, ChatTemplate, Gate]:
     from rollout.engines import open_engine
+    from rollout.gate import Gate
+    from rollout.handover import Inbox
+    from rollout.weights import this_node
 
     try:
-        return open_engine(config.model_path, config.engine, version=-1)
+        engine, template = open_engine(config.model_path, config.engine, version=-1)
+        return engine, template, Gate(engine, Inbox(this_node()))
     except (OSError, RuntimeError) as error:
         raise InfraError(f"the engine must open, got {type(error).__name__}: {error}") from error
 

@@ -13,7 +13,7 @@ from ground.records import Group, Message, Prompt, Rollout, Segment, Span
 from rollout.config import FleetSection, SamplingSection
 from rollout.fleet import Event, Fleet
 from rollout.seat import WorkerDiedError
-from rollout.task import GroupResult, GroupTask
+from rollout.task import GroupResult, GroupTask, Loaded
 
 SECTION = FleetSection(
     num_workers=2,
@@ -68,11 +68,11 @@ class ScriptedWorker:
     async def ping(self) -> None:
         await self.pinging(self)
 
-    async def load(self, version: int, weights: object) -> int:
+    async def load(self, version: int, weights: object) -> Loaded:
         assert weights == f"weights {version}"
         await self.loading(self)
         self.loads.append(version)
-        return version - self.ack_lag
+        return Loaded(version - self.ack_lag, {"load": 0.5}, drift=0.0)
 
     async def rollout(self, task: GroupTask, attempt: int) -> GroupResult:
         self.tasks.append((task.id, attempt))
@@ -190,9 +190,17 @@ def test_tasks_of_a_lost_worker_are_done_elsewhere_with_the_next_attempt() -> No
 
     _run(script, scenario)
     kinds = [(event["kind"], event["role"]) for event in script.events]
-    assert kinds == [("lost", "worker 0"), ("rollout", "worker 1"), ("restart", "worker 0")]
-    assert script.events[1]["attempt"] == 1 and script.events[1]["tokens"] == 4
-    assert "killed" in str(script.events[2]["cause"])
+    assert kinds == [
+        ("handover", "worker 0"),
+        ("handover", "worker 1"),
+        ("lost", "worker 0"),
+        ("rollout", "worker 1"),
+        ("handover", "worker 0"),
+        ("restart", "worker 0"),
+    ]
+    assert script.events[0]["version"] == 0 and script.events[0]["load_seconds"] == 0.5
+    assert script.events[3]["attempt"] == 1 and script.events[3]["tokens"] == 4
+    assert "killed" in str(script.events[5]["cause"])
 
 
 @pytest.mark.parametrize("silent", ["pinging", "sampling", "loading"])

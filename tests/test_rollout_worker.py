@@ -12,16 +12,15 @@ from pathlib import Path
 
 import pytest
 import ray
+from weight_doubles import Post
 
 from ground.errors import DataError, WorkersLostError
-from ground.model import load_model, tensors_of
 from ground.records import Group, Message, Prompt
 from rollout.config import EngineSection, FleetSection, SamplingSection
 from rollout.fleet import Event, Fleet
 from rollout.ray_worker import RayWorker
 from rollout.seeds import sample_seed
 from rollout.task import GroupTask, WorkerConfig
-from rollout.weights import Published, digest_of
 
 pytestmark = pytest.mark.usefixtures("ray_local")
 
@@ -48,16 +47,11 @@ def _task(name: str, tokens: int = 16, size: int = 3, system: str = "") -> Group
     )
 
 
-def _published(path: Path, version: int, scale: float = 1.0) -> ray.ObjectRef:
-    tensors = {name: tensor * scale for name, tensor in tensors_of(load_model(path)).items()}
-    return ray.put(Published(version, digest_of(tensors), tensors))
-
-
 class Births:
     """Spawns real workers and remembers them, so that a test can find their processes."""
 
     def __init__(self, config: WorkerConfig) -> None:
-        self.config = config
+        self.config, self.post = config, Post()
         self.workers: list[RayWorker] = []
         self.events: list[Event] = []
 
@@ -103,7 +97,7 @@ def test_a_worker_samples_scores_and_swaps_weights(tiny_model: Path) -> None:
 
     async def scenario(fleet: Fleet) -> None:
         await fleet.start()
-        await fleet.publish(0, _published(tiny_model, 0))
+        await fleet.publish(0, births.post.publish_model(0, tiny_model))
         task = _task("hello", system="Be brief.")
         group = await fleet.rollout(task)
         assert (group.id, group.system, len(group.rollouts)) == (task.id, "Be brief.", 3)
@@ -116,7 +110,7 @@ def test_a_worker_samples_scores_and_swaps_weights(tiny_model: Path) -> None:
 
         running = asyncio.create_task(fleet.rollout(_task("long", tokens=200)))
         await asyncio.sleep(0.1)
-        await fleet.publish(1, _published(tiny_model, 1, scale=0.9))
+        await fleet.publish(1, births.post.publish_model(1, tiny_model, scale=0.9))
         versions = {
             span.version
             for rollout in (await running).rollouts
@@ -130,7 +124,7 @@ def test_a_worker_samples_scores_and_swaps_weights(tiny_model: Path) -> None:
         with pytest.raises(DataError, match="nonsense"):
             await fleet.rollout(replace(task, prompt=replace(task.prompt, reward="nonsense")))
         with pytest.raises(DataError, match="missing"):
-            await fleet.publish(2, ray.put(Published(2, digest_of({}), {})))
+            await fleet.publish(2, births.post.publish(2, {}))
 
     _run(births, scenario)
 
@@ -145,7 +139,7 @@ def test_kill_nine_in_mid_rollout_loses_no_group_and_no_bit(tiny_model: Path) ->
 
     async def scenario(fleet: Fleet) -> None:
         await fleet.start()
-        await fleet.publish(0, _published(tiny_model, 0))
+        await fleet.publish(0, births.post.publish_model(0, tiny_model))
         whole = await asyncio.gather(*map(fleet.rollout, tasks))
         running = asyncio.gather(*map(fleet.rollout, tasks))
         await asyncio.sleep(0.15)
@@ -168,7 +162,7 @@ def test_a_stopped_worker_is_killed_and_replaced(tiny_model: Path) -> None:
 
     async def scenario(fleet: Fleet) -> None:
         await fleet.start()
-        await fleet.publish(0, _published(tiny_model, 0))
+        await fleet.publish(0, births.post.publish_model(0, tiny_model))
         os.kill(births.pids()[0], signal.SIGSTOP)
         stopped = time.monotonic()
         groups = await asyncio.gather(*(fleet.rollout(_task(f"n{n}")) for n in range(6)))

@@ -1,0 +1,75 @@
+"""A worker's way from one version to the next.
+
+fetch → (engine stands still) load → prove → (engine goes on) → acknowledged
+                               └── ParityError: it never goes on, the worker is replaced
+"""
+
+from __future__ import annotations
+
+import time
+
+from ground import faults
+from ground.errors import DataError
+from rollout.engine import Engine
+from rollout.handover import Inbox
+from rollout.parity import prove
+from rollout.task import Loaded
+from rollout.weights import Published
+
+
+class Gate:
+    """Lets an engine sample under a new version once it has proven that it has it.
+
+    Example:
+        Gate(engine, Inbox(node)).load(3, published) → Loaded(version=3, seconds={…}, drift=4e-7)
+    """
+
+    def __init__(self, engine: Engine, inbox: Inbox) -> None:
+        self._engine, self._inbox = engine, inbox
+
+    def load(self, version: int, published: Published) -> Loaded:
+        """Swap weights in flight. Not a token is sampled between the swap and its proof.
+
+        Raises:
+            DataError: the weights are older than the engine's, or of another model.
+            ParityError: the engine does not compute with them; it stands still from now on.
+            InfraError: they cannot be fetched, or are of another version than was said.
+        """
+        _check_version(version, published, self._engine.version)
+        started = time.monotonic()
+        faults.point("weights.fetch")
+        tensors = self._inbox.open(published)
+        fetched = time.monotonic()
+        faults.point("weights.load")
+        self._engine.pause()
+        try:
+            self._engine.load(version, faults.corrupted("weights.loaded", tensors))
+        except BaseException:
+            self._engine.resume()
+            raise
+        loaded = time.monotonic()
+        proof = prove(self._engine, published, tensors)
+        self._engine.resume()
+        seconds = published.seconds | {
+            "fetch": fetched - started,
+            "load": loaded - fetched,
+            "bytes": proof.bytes_seconds,
+            "probes": proof.probe_seconds,
+        }
+        drift = proof.drift.typical if proof.drift else 0.0
+        return Loaded(self._engine.version, seconds, drift)
+
+
+def _check_version(version: int, published: Published, current: int) -> None:
+    if published.version != version:
+        raise DataError(
+            f"weights must be of the version that they are sent as, {version}, got those of "
+            f"{published.version}",
+            where="hand-over",
+        )
+    if version < current:
+        raise DataError(
+            f"versions must rise, got {version} after {current}",
+            where="hand-over",
+            fix="start the rollout workers anew to go back to earlier weights",
+        )

@@ -1,0 +1,180 @@
+"""The two ends of the hand-over: the learner packs and sends, a worker opens.
+
+    Outbox.pack (the learner's own copy, all it waits for) → send → keeper → Inbox.open (no copy)
+
+On the keeper's machine both ends map its memory; from elsewhere the bytes go through Ray's object
+store, once for each machine.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import deque
+from collections.abc import Callable, Mapping
+from contextlib import suppress
+from mmap import mmap
+from typing import Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+from torch import Tensor
+
+from ground.errors import InfraError
+from rollout.checksums import checksums, views
+from rollout.engine import Lent
+from rollout.layout import Layout
+from rollout.shared_memory import Lock, first_free, map_buffer
+from rollout.weights import Probes, Published, fetch
+
+
+class Keeper(Protocol):
+    """A `WeightKeeper` as the learner calls it, with deadlines."""
+
+    def node(self) -> str:
+        """Ray's name of its machine."""
+        ...
+
+    def buffers(self, size: int, at_least: int = 0) -> list[str]:
+        """Paths of its buffers of a size, at least so many."""
+        ...
+
+    def publish(self, published: Published) -> None:
+        """Take charge of a filled buffer."""
+        ...
+
+    def deliver(self, published: Published, content: NDArray[np.uint8]) -> None:
+        """Take bytes that come along."""
+        ...
+
+
+class Parcel(Lent):
+    """A version's own copy: the tensors, ready to be sent, saved, or both.
+
+    Their memory is not filled again before nobody refers to the parcel any more.
+    """
+
+    def __init__(
+        self,
+        tensors: Mapping[str, Tensor],
+        published: Published,
+        memory: mmap | bytearray,
+        lock: Lock | None,
+    ) -> None:
+        super().__init__(tensors)
+        self.published, self.memory, self._lock = published, memory, lock
+
+
+class Outbox:
+    """The learner's end: `pack → send`, one version after the other.
+
+    Args:
+        node: Ray's name of the machine that this is.
+    """
+
+    def __init__(self, keeper: Keeper, node: str) -> None:
+        self._keeper = keeper
+        self._node = keeper.node()
+        self._is_near = self._node == node
+        self._maps: dict[str, mmap] = {}
+        self._views: dict[str, dict[str, Tensor]] = {}
+        self._layout = Layout({}, 0)
+
+    def pack(
+        self, version: int, tensors: Mapping[str, Tensor], probes: Callable[[], Probes] = Probes
+    ) -> Parcel:
+        """Copy live tensors; when this returns they may change again.
+
+        Args:
+            probes: computes the learner's numbers under these tensors.
+        """
+        started = time.monotonic()
+        layout = self._layout_of(tensors)
+        path, memory, lock = self._room(layout)
+        target = self._views_of(path, memory) if path else views(layout, memory)
+        reserved = time.monotonic()
+        sums = checksums(tensors, into=target)
+        copied = time.monotonic()
+        if lock:
+            lock.share()
+        found = probes()
+        seconds = {
+            "reserve": reserved - started,
+            "copy": copied - reserved,
+            "probe": time.monotonic() - copied,
+        }
+        published = Published(version, layout, sums, self._node, path, None, found, seconds)
+        return Parcel(target, published, memory, lock)
+
+    def send(self, parcel: Parcel) -> None:
+        """Give it into the keeper's charge."""
+        if self._is_near:
+            self._keeper.publish(parcel.published)
+        else:
+            content = np.frombuffer(parcel.memory, dtype=np.uint8)
+            self._keeper.deliver(parcel.published, content)
+
+    def _layout_of(self, tensors: Mapping[str, Tensor]) -> Layout:
+        layout = Layout.of(tensors)
+        if layout != self._layout:
+            self._layout, self._maps, self._views = layout, {}, {}
+        return self._layout
+
+    def _room(self, layout: Layout) -> tuple[str, mmap | bytearray, Lock | None]:
+        """Memory that nobody reads: one of the keeper's buffers, or our own if it is far away."""
+        if not self._is_near:
+            return "", bytearray(max(layout.size, 1)), None
+        size, known = layout.size, list(self._maps)
+        free = first_free(known)
+        if free is None:
+            known = self._keeper.buffers(size)
+            free = first_free(known) or first_free(self._keeper.buffers(size, len(known) + 1))
+        if free is None:
+            raise InfraError("a new buffer of the weight keeper must be free", where="hand-over")
+        path, lock = free
+        if path not in self._maps:
+            self._maps[path] = map_buffer(path, size, writable=True)
+        return path, self._maps[path], lock
+
+    def _views_of(self, path: str, memory: mmap | bytearray) -> dict[str, Tensor]:
+        if path not in self._views:
+            self._views[path] = views(self._layout, memory)
+        return self._views[path]
+
+
+class Inbox:
+    """A worker's end. What it opened last and the time before stays as it is: an engine uses the
+    one until it has swapped in the other.
+
+    Args:
+        node: Ray's name of the machine that this is.
+    """
+
+    def __init__(self, node: str) -> None:
+        self._node = node
+        self._maps: dict[tuple[str, int], mmap] = {}
+        self._held: deque[Lock] = deque()
+
+    def open(self, published: Published) -> Lent:
+        """The tensors of a published version, in place where that is possible.
+
+        Raises:
+            InfraError: the memory cannot be had any more.
+        """
+        if published.node != self._node:
+            return Lent(views(published.layout, bytearray(fetch(published))))
+        path, size = published.path, published.layout.size
+        lock = None
+        with suppress(OSError):
+            lock = Lock.take(path, exclusive=False)
+        if lock is None:
+            raise InfraError(
+                f"weights of version {published.version} must be readable, they are gone or "
+                "being overwritten",
+                where="hand-over",
+            )
+        self._held.append(lock)
+        while len(self._held) > 2:
+            self._held.popleft().release()
+        if (path, size) not in self._maps:
+            self._maps[path, size] = map_buffer(path, size, writable=False)
+        return Lent(views(published.layout, self._maps[path, size]))
