@@ -51,7 +51,7 @@ def progress(directory: Path, step: int, total: int, **numbers: float) -> None:
     say(" ".join(f"{name}={value}" for name, value in line.items() if value is not None))
     finite = {name: value if math.isfinite(value) else None for name, value in values.items()}
     own = {"pid": os.getpid(), "began": began, "first_step": first_step}
-    _replace(directory / "progress.json", json.dumps({**where, **finite, **clock, **own}))
+    replace_text(directory / "progress.json", json.dumps({**where, **finite, **clock, **own}))
 
 
 def reporter(directory: Path, every_seconds: float = 2.0) -> Callable[[int, int], None]:
@@ -88,6 +88,13 @@ def plain_text(text: str) -> str:
     return _CONTROLS.sub("", _ESCAPES.sub("", text))
 
 
+def replace_text(file: Path, text: str) -> None:
+    """Replace a small file in one step; not synced: after a crash it may be old, never torn."""
+    beside = file.with_name(f".{file.name}.{os.getpid()}")
+    beside.write_text(text, encoding="utf-8")
+    beside.replace(file)
+
+
 def _beginning(file: Path, now: float, step: int) -> tuple[float, int]:
     """(when, at which step) this process made its first report here."""
     try:
@@ -97,9 +104,3 @@ def _beginning(file: Path, now: float, step: int) -> tuple[float, int]:
     except (OSError, ValueError, KeyError, TypeError):
         pass  # no report yet, or not one of ours
     return now, step
-
-
-def _replace(file: Path, text: str) -> None:
-    beside = file.with_name(f".{file.name}.{os.getpid()}")
-    beside.write_text(text, encoding="utf-8")
-    beside.replace(file)

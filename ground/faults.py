@@ -43,12 +43,18 @@ POINTS: tuple[tuple[str, str], ...] = (
     ("rollout", "weights.load"),
     ("rollout", "weights.loaded"),
     ("rollout", "ping"),
+    ("reward", "score"),
+    ("supervisor", "life.begin"),
+    ("supervisor", "report"),
+    ("supervisor", "sweep"),
     ("controller", "draw"),
     ("controller", "settle"),
     ("controller", "plan"),
     ("learner", "plan.received"),
     ("learner", "journal.staged"),
     ("learner", "journal.written"),
+    ("learner", "step.forward"),
+    ("learner", "step.backward"),
     ("learner", "step.applied"),
     ("learner", "publish.begin"),
     ("learner", "publish.kept"),
@@ -62,7 +68,6 @@ POINTS: tuple[tuple[str, str], ...] = (
     ("learner", "cut.staged"),
     ("learner", "cut.committed"),
     ("learner", "export"),
-    ("reward", "score"),
 )
 """(kind of role, name) of every point in the code, in the order of the loop."""
 

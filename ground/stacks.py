@@ -35,19 +35,12 @@ def offer(role: str) -> None:
     file = path.open("w")
     file.write(f"{role} {os.getpid()} {psutil.Process().create_time()}\n")
     file.flush()
-    # It stays open for good: the handler writes to its descriptor.
+    # The handler keeps the file open for good.
     faulthandler.register(_SIGNAL, file=file, all_threads=True, chain=False)
-    _kept.append(file)
-
-
-_kept: list[object] = []
 
 
 def collect(folder: Path) -> list[str]:
-    """Ask every living process with a file in the folder; returns their roles.
-
-    Files of processes that are gone are removed unless they hold stacks.
-    """
+    """Ask every living process with a file in the folder; returns their roles."""
     asked: list[str] = []
     for path in sorted(folder.glob("*.txt")):
         with suppress(OSError, ValueError, psutil.Error):

@@ -11,10 +11,11 @@ import ray
 from ray.actor import ActorHandle, ActorProxy
 
 from curation.curriculum import Curriculum
-from ground import faults
 from ground.errors import DataError
+from ground.lease import Fence, Lease
 from ground.logs import setup_logging
 from ground.records import Prompt
+from ground.roles import enter_role
 from rl.books import Books, Plan
 from rl.buffer import Buffer, Outcome
 from rl.controller import Controller
@@ -32,19 +33,29 @@ from rollout.weights import Published, WeightKeeper, start_keeper
 class ControllerActor:
     """One asyncio actor with source, buffer, ledger and fleet; its calls overlap.
 
-    It owns fleet and weight keeper: they end with it, the learner's end does not touch them.
+    It owns fleet and weight keeper: they end with it, the learner's end does not touch them. It
+    ends itself when its supervisor is silent, and takes no messages of another life of the run.
     """
 
     def __init__(self, job: Job, pool: Pool) -> None:
         setup_logging(job.log_directory / "rl.controller.log")
         logging.getLogger("ray").setLevel(logging.WARNING)
-        faults.enter("controller")
+        enter_role("controller")
         section = job.section
+        self._fence = Fence(job.incarnation)
+        self._lease = Lease("supervisor", section.lease_seconds)
         self._ledger = Journal(job.directory / "ledger.jsonl")
         self._events = Journal(job.directory / "events.jsonl")
         self._prompts = {prompt.id: prompt for prompt in pool.training}
         self._books = make_books(job, pool, self._ledger)
-        config = WorkerConfig(job.model, section.engine, section.fleet, job.rewards)
+        config = WorkerConfig(
+            job.model,
+            section.engine,
+            section.fleet,
+            job.rewards,
+            incarnation=job.incarnation,
+            lease_seconds=section.lease_seconds,
+        )
         self._fleet = Fleet(section.fleet, lambda: RayWorker(config), self._events.append)
         self._keeper = start_keeper()
         self._controller = Controller(
@@ -74,6 +85,7 @@ class ControllerActor:
 
     async def begin(
         self,
+        incarnation: int,
         version: int,
         saved: Mapping[str, object] | None,
         replayed: Sequence[Sequence[Outcome]],
@@ -84,28 +96,40 @@ class ControllerActor:
             saved: the books of the cut that the learner went on from, if there was one.
             replayed: what became of the draws of each step that it repeated since.
         """
+        self._fence.check(incarnation)
         restore_books(self._books, self._ledger, saved, replayed, self._prompts)
         await self._controller.begin(version, await self._weights(version))
 
-    async def next_batch(self, step: int) -> tuple[Plan, dict[str, float]]:
+    async def next_batch(self, incarnation: int, step: int) -> tuple[Plan, dict[str, float]]:
         """See `Controller.next_batch`."""
+        self._fence.check(incarnation)
         return await self._controller.next_batch(step)
 
-    async def publish(self, version: int, evaluate: bool) -> float | None:
+    async def publish(self, incarnation: int, version: int, evaluate: bool) -> float | None:
         """See `Controller.publish`; the weights lie with the keeper."""
+        self._fence.check(incarnation)
         weights = await self._weights(version)
         return await self._controller.publish(version, weights, evaluate=evaluate)
 
-    async def evaluate(self, version: int) -> float | None:
+    async def evaluate(self, incarnation: int, version: int) -> float | None:
         """See `Controller.evaluate`."""
+        self._fence.check(incarnation)
         return await self._controller.evaluate(version)
 
-    async def state(self) -> dict[str, object]:
+    async def state(self, incarnation: int) -> dict[str, object]:
         """The books, and how far the ledger's file goes with them."""
+        self._fence.check(incarnation)
         return {**self._controller.state(), "ledger_bytes": self._ledger.sync()}
 
-    async def close(self, reason: str) -> dict[str, int]:
+    async def pulse(self, incarnation: int) -> dict[str, object]:
+        """How it is, asked by the supervisor once a second; renews the lease."""
+        self._fence.check(incarnation)
+        self._lease.renew()
+        return {**self._controller.status(), "fleet": self._fleet.stats()}
+
+    async def close(self, incarnation: int, reason: str) -> dict[str, int]:
         """End sampling and fleet; returns the ledger's closing sums."""
+        self._fence.check(incarnation)
         sums = await self._controller.close(reason)
         await self._fleet.close()
         self._ledger.close()

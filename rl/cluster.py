@@ -22,17 +22,24 @@ _MODELS_KEPT = 4
 _OTHER_BYTES = 128 << 20
 
 
+class ClusterStartError(InfraError):
+    """Ray did not come up, as happens on a machine that is too busy: no fault of the run."""
+
+
 @contextmanager
-def cluster(folder: Path, num_cpus: float, model: Path) -> Iterator[str]:
+def cluster(
+    folder: Path, num_cpus: float, model: Path, *, num_spare_cpus: float = 0
+) -> Iterator[str]:
     """Start Ray and yield its address: token authentication, no dashboard, files in `folder`.
 
     Args:
         num_cpus: what the actors will ask for in all.
+        num_spare_cpus: what those in waiting ask for besides; the machine need not have them.
         model: folder of the weights that will be handed over; decides the object store's size.
 
     Raises:
         SetupError: the machine has fewer processors or less shared memory than that.
-        InfraError: Ray does not come up.
+        ClusterStartError: Ray does not come up.
     """
     have = os.cpu_count() or 1
     if num_cpus > have:
@@ -45,7 +52,7 @@ def cluster(folder: Path, num_cpus: float, model: Path) -> Iterator[str]:
     try:
         ray.init(
             address="local",
-            num_cpus=max(math.ceil(num_cpus), 1),
+            num_cpus=max(math.ceil(num_cpus + num_spare_cpus), 1),
             include_dashboard=False,
             object_store_memory=store,
             log_to_driver=False,
@@ -57,7 +64,9 @@ def cluster(folder: Path, num_cpus: float, model: Path) -> Iterator[str]:
         raise SetupError("Ray refuses these settings", where="rl", why=str(error)) from error
     except Exception as error:  # a raylet that is slow to start is a bare Exception
         ray.shutdown()
-        raise InfraError("Ray must come up on this machine", where="rl", why=str(error)) from error
+        raise ClusterStartError(
+            "Ray must come up on this machine", where="rl", why=str(error)
+        ) from error
     finally:
         install_signals()
     try:

@@ -168,11 +168,25 @@ class RlSection(Section):
     """Times that the run may go on from its last checkpoint after losing learner or controller."""
     step_deadline_seconds: float = Field(default=600.0, gt=0)
     """Longest wait for a step's groups or for a publication."""
+    silent_seconds: float = Field(default=60.0, gt=0)
+    """A learner or controller that gives no sign of life for so long hangs: it is killed and the
+    loop goes on from its last checkpoint. Signs come every second or two from threads of their own,
+    also in the middle of a long step, since kernels run without the interpreter's lock."""
+    lease_seconds: float = Field(default=30.0, gt=0)
+    """Workers and controller end themselves when their owner is silent for so long."""
+    watchdog_seconds: float = Field(default=120.0, gt=0)
+    """When nothing moves for so long, the log says what is waited for and where everybody stands
+    (log/stacks); nothing is killed for it."""
 
     @model_validator(mode="after")
     def _samples_from_the_policy(self) -> Self:
         if self.sampling.temperature <= 0:
             raise ValueError("sampling.temperature must be positive in RL, got 0 (greedy)")
+        return self
+
+    @model_validator(mode="after")
+    def _room_for_prompts(self) -> Self:
+        self.engine.require_room(self.sampling.max_new_tokens, "sampling.max_new_tokens")
         return self
 
     @model_validator(mode="after")

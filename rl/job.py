@@ -53,6 +53,7 @@ class Report(BaseModel):
 
     Example:
         {"kind": "step", "step": 3, "numbers": {"reward": 0.4}}
+        {"kind": "phase", "step": 3, "facts": {"doing": "train step 3"}}
         {"kind": "failed", "facts": {"type": "DivergedError", "what": …, "where": …, …}}
     """
 
@@ -60,13 +61,18 @@ class Report(BaseModel):
         frozen=True, use_attribute_docstrings=True, ser_json_inf_nan="strings"
     )
 
-    kind: Literal["alive", "begun", "step", "validation", "done", "failed"]
+    kind: Literal["alive", "phase", "begun", "step", "validation", "done", "failed"]
     step: int = 0
     numbers: dict[str, float] = Field(default_factory=dict)
     started: float = 0.0
     """Unix seconds between which the weights were being changed."""
     ended: float = 0.0
     facts: dict[str, object] = Field(default_factory=dict)
+
+
+def phase(doing: str, step: int = 0) -> Report:
+    """What the learner's main thread does from now on; the supervisor holds it to a deadline."""
+    return Report(kind="phase", step=step, facts={"doing": doing})
 
 
 class Voice(Protocol):

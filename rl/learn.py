@@ -25,13 +25,14 @@ from ground.checkpoints import Checkpoints, step_of
 from ground.errors import PacktrainError
 from ground.logs import setup_logging
 from ground.model import export_model, load_model, load_tokenizer
+from ground.roles import enter_role
 from ground.signals import Interrupted, held_signals
 from ground.storage import commit_directory
 from rl.batch import collate, rows_of
 from rl.books import Plan
 from rl.cluster import NAMESPACE
 from rl.consumed import Consumed
-from rl.job import Job, Report, Voice
+from rl.job import Job, Report, Voice, phase
 from rl.learner import Learner
 from rl.loop import LearnerLoop, Loop
 from rl.publisher import Publisher
@@ -48,7 +49,7 @@ def main() -> int:
     speaker = Speaker()
     job = Job.model_validate_json(sys.stdin.readline())
     setup_logging(job.log_directory / "rl.learner.log")
-    faults.enter("learner")
+    enter_role("learner")
     try:
         speaker.say(Report(kind="done", facts=learn(job, speaker, join_ray)))
     except Interrupted as interruption:
@@ -86,6 +87,7 @@ def learn(job: Job, speaker: Voice, join: Callable[[Job], Loop]) -> dict[str, ob
         learner.load(snapshot.model, snapshot.optimizer)
         logger.info("going on from %s", folder)
     logger.info("loaded %s at version %d", job.model, version)
+    speaker.say(phase("find the controller"))
     loop = join(job)
     logger.info("joined; the workers are coming up")
     speaker.say(Report(kind="begun", step=version))
@@ -110,6 +112,7 @@ def learn(job: Job, speaker: Voice, join: Callable[[Job], Loop]) -> dict[str, ob
         # Signals are held from here on, since joining Ray replaces their handlers.
         with held_signals() as pending:
             cut, (version, replayed) = version, steps.repeat(version)
+            speaker.say(phase("give the workers their first weights", version))
             loop.begin(version, learner.model_tensors(), saved, replayed)
             logger.info("the workers have version %d", version)
             steps.catch_up(cut, version)
@@ -118,6 +121,7 @@ def learn(job: Job, speaker: Voice, join: Callable[[Job], Loop]) -> dict[str, ob
         with suppress(PacktrainError):
             loop.close("interrupted" if isinstance(error, Interrupted) else "failed")
         raise
+    speaker.say(phase("close the loop and export", version))
     ledger = loop.close("run ended")
     best = publisher.best_weights()
     if best is not None:

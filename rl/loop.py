@@ -27,7 +27,7 @@ from rl.buffer import LATE, Outcome
 from rl.config import RlSection
 from rl.consumed import Consumed
 from rl.guards import NoSignalGuard
-from rl.job import Report
+from rl.job import Report, phase
 from rl.learner import Learner
 from rl.publisher import Loop as Publications
 from rl.publisher import Publisher
@@ -140,6 +140,8 @@ class LearnerLoop:
         if received is None:
             return False
         plan, gauges = received
+        if self._accelerator.is_main_process:
+            self._tell(phase(f"train step {step}", step))
         self._guard.check(plan)
         waited, started = time.monotonic() - began, time.time()
         numbers = self._step(plan)

@@ -46,6 +46,7 @@ class RemoteLoop:
 
     def __init__(self, job: Job) -> None:
         self._seconds = job.section.step_deadline_seconds + _SLACK_SECONDS
+        self._life = job.incarnation
         with our_errors("find the controller"):
             self._controller = cast(_Actor, ray.get_actor(job.controller_name, NAMESPACE))
         keeper = cast(_Actor, self._call("start", self._controller.keeper.remote()))
@@ -60,7 +61,7 @@ class RemoteLoop:
     ) -> None:
         """Publish the first weights and let the fleet start, the books being where we are."""
         self._keep(version, weights)
-        self._call("start", self._controller.begin.remote(version, saved, replayed))
+        self._call("start", self._controller.begin.remote(self._life, version, saved, replayed))
 
     def pack(
         self, version: int, weights: Mapping[str, Tensor], probes: Callable[[], Probes] = Probes
@@ -72,7 +73,7 @@ class RemoteLoop:
         self, step: int, stop: Callable[[], bool]
     ) -> tuple[Plan, dict[str, float]] | None:
         """Wait for a step's plan; None as soon as `stop` says so."""
-        answer = self._controller.next_batch.remote(step)
+        answer = self._controller.next_batch.remote(self._life, step)
         deadline = time.monotonic() + self._seconds
         while not stop():
             try:
@@ -88,21 +89,25 @@ class RemoteLoop:
         """Make a version known to all; returns once it is, with its validation if asked."""
         self._keep(version, weights)
         faults.point("publish.kept")
-        answer = self._controller.publish.remote(version, evaluate)
+        answer = self._controller.publish.remote(self._life, version, evaluate)
         return cast(float | None, self._call(f"publish version {version}", answer))
 
     def evaluate(self, version: int) -> float | None:
         """Look at the version that was published last."""
-        answer = self._controller.evaluate.remote(version)
+        answer = self._controller.evaluate.remote(self._life, version)
         return cast(float | None, self._call(f"evaluate version {version}", answer))
 
     def state(self) -> dict[str, object]:
         """The books as of the last publication."""
-        return cast(dict[str, object], self._call("save", self._controller.state.remote()))
+        return cast(
+            dict[str, object], self._call("save", self._controller.state.remote(self._life))
+        )
 
     def close(self, reason: str) -> dict[str, int]:
         """End the loop; returns the ledger's closing sums."""
-        return cast(dict[str, int], self._call("close", self._controller.close.remote(reason)))
+        return cast(
+            dict[str, int], self._call("close", self._controller.close.remote(self._life, reason))
+        )
 
     def _keep(self, version: int, weights: Mapping[str, Tensor]) -> None:
         parcel = weights if isinstance(weights, Parcel) else self.pack(version, weights)

@@ -9,7 +9,7 @@ import time
 from ground.errors import PacktrainError
 from rl.job import Report
 
-_BEAT_SECONDS = 5.0
+_BEAT_SECONDS = 2.0
 
 
 class Speaker:

@@ -12,25 +12,28 @@ divergence error, a fleet that is lost, or a defect of ours ends the stage at on
 from __future__ import annotations
 
 import logging
-import queue
-import subprocess
-import sys
+import os
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Mapping
 
-from ground.errors import FailureKind, InfraError, PacktrainError, WorkersLostError
+from ground import faults, stacks
+from ground.errors import FailureKind, InfraError, PacktrainError, SetupError, WorkersLostError
+from ground.roles import enter_role
 from rl.actors import start_controller
-from rl.cluster import cluster
+from rl.cluster import ClusterStartError, cluster
 from rl.job import Job, Report
+from rl.learner_process import LearnerProcess, learner_process
 from rl.pool import Pool
 from rl.processes import Reserved
+from rl.pulse import remote_pulse
+from rl.watchdog import dump_stacks, stacks_folder, watched
 
 _GRACE_SECONDS = 20.0
 """How long a learner may take to finish its step and save after a signal."""
-_SILENT_SECONDS = 120.0
-"""A learner that gives no sign of life for so long hangs: it is killed, a new life begins."""
+_MAX_STARTS = 5
+"""Times in a row that Ray may fail to come up: that is the machine's fault and costs no life."""
+_PAUSE_SECONDS = 2.0
 
 logger = logging.getLogger("packtrain")
 
@@ -52,22 +55,28 @@ def supervise(
 
     Raises:
         WorkersLostError: the last allowed life was lost as well.
+        SetupError: Ray does not come up on this machine.
     """
+    job = job_of_life(0)
+    os.environ[stacks.VARIABLE] = str(stacks_folder(job))
+    enter_role("supervisor")
+    budget = Budget(job.section.max_restarts)
+
+    def hear(report: Report) -> None:
+        faults.point("report")
+        budget.see(report)
+        on_report(report)
+
     life = 0
     while True:
         job = job_of_life(life)
         try:
-            return _live(job, pool, ours, on_report)
+            faults.point("life.begin")
+            return _live(job, pool, ours, hear)
         except InfraError as error:
+            faults.point("sweep")
             ours.sweep()
-            if life >= job.section.max_restarts:
-                raise WorkersLostError(
-                    f"the loop was lost {life + 1} times, rl.max_restarts allows "
-                    f"{job.section.max_restarts}",
-                    where="rl",
-                    why=str(error),
-                    fix=f"look at {job.log_directory}, then continue with --resume",
-                ) from error
+            budget.spend(error, job)
             logger.warning("the loop is started again from its last checkpoint: %s", error)
             now = time.time()
             note(
@@ -77,98 +86,72 @@ def supervise(
             life += 1
 
 
+class Budget:
+    """How many lives may be lost without getting anywhere.
+
+    Example:
+        max_restarts 2: a third life lost without a new step in between → WorkersLostError
+    """
+
+    def __init__(self, max_restarts: int, sleep: Callable[[float], None] = time.sleep) -> None:
+        self._max_restarts, self._sleep = max_restarts, sleep
+        self._lost = self._unstarted = self._newest_step = 0
+
+    def see(self, report: Report) -> None:
+        """A step that no life made before begins the count anew."""
+        if report.kind == "step" and report.step > self._newest_step:
+            self._newest_step, self._lost = report.step, 0
+        self._unstarted = 0
+
+    def spend(self, error: InfraError, job: Job) -> None:
+        """Count a lost life; a machine that could not start Ray is waited for instead.
+
+        Raises:
+            WorkersLostError, SetupError: no more may be lost.
+        """
+        if isinstance(error, ClusterStartError):
+            self._unstarted += 1
+            if self._unstarted >= _MAX_STARTS:
+                raise SetupError(
+                    f"Ray must come up on this machine, it failed {self._unstarted} times in a row",
+                    where="rl",
+                    why=str(error),
+                    fix="look at what else keeps the machine busy, then continue with --resume",
+                ) from error
+            return self._sleep(_PAUSE_SECONDS * self._unstarted)
+        self._lost += 1
+        if self._lost > self._max_restarts:
+            raise WorkersLostError(
+                f"the loop was lost {self._lost} times without a new step, rl.max_restarts allows "
+                f"{self._max_restarts}",
+                where="rl",
+                why=str(error),
+                fix=f"look at {job.log_directory}, then continue with --resume",
+            ) from error
+
+
 def _live(
     job: Job, pool: Pool, ours: Reserved, on_report: Callable[[Report], None]
 ) -> dict[str, object]:
     fleet = job.section.fleet
     with (
-        _learner(job) as learner,
-        cluster(ours.folder, fleet.num_workers * fleet.cpus_per_worker, job.model) as address,
+        learner_process(job, on_silence=lambda: dump_stacks(job)) as learner,
+        cluster(
+            ours.folder,
+            fleet.num_workers * fleet.cpus_per_worker,
+            job.model,
+            num_spare_cpus=fleet.spare * fleet.cpus_per_worker,
+        ) as address,
     ):
         controller = start_controller(job, pool)
-        learner.tell(address)
-        facts = _follow(learner, on_report)
+        with watched(job, remote_pulse(controller, job.incarnation), learner):
+            learner.tell(address)
+            facts = _follow(learner, on_report)
         del controller  # its only handle: the actor lives as long as we hold it
     return facts
 
 
-class _Learner:
-    """The learner's process: lines to it, and its reports with a deadline.
-
-    Example:
-        learner.tell(address);  report = learner.hear();  …;  learner.close()
-    """
-
-    def __init__(self, job: Job) -> None:
-        self._log = job.log_directory / "rl.learner.err"
-        with self._log.open("ab") as log:
-            self._process = subprocess.Popen(
-                [sys.executable, "-m", "rl.learn"],
-                stdin=subprocess.PIPE,
-                stdout=subprocess.PIPE,
-                stderr=log,
-                text=True,
-                start_new_session=True,
-            )
-        self._lines: queue.SimpleQueue[str] = queue.SimpleQueue()
-        threading.Thread(target=self._listen, name="reports", daemon=True).start()
-        self.tell(job.model_dump_json())
-
-    def tell(self, line: str) -> None:
-        """Give it a line; one that is dead already is noticed by `hear`."""
-        assert self._process.stdin
-        with suppress(BrokenPipeError):
-            self._process.stdin.write(line + "\n")
-            self._process.stdin.flush()
-
-    def hear(self) -> Report:
-        """Its next report; signs of life are passed over.
-
-        Raises:
-            InfraError: it ended without a word, or gave no sign of life in time.
-        """
-        while True:
-            try:
-                line = self._lines.get(timeout=_SILENT_SECONDS)
-            except queue.Empty:
-                raise self._lost(f"was silent for {_SILENT_SECONDS:g} s") from None
-            if not line:
-                code = self._process.wait()
-                raise self._lost(f"ended with exit code {code} and no word")
-            report = Report.model_validate_json(line)
-            if report.kind != "alive":
-                return report
-
-    def ask_to_stop(self) -> None:
-        """Ask it to finish its step and save; the reports go on until it has."""
-        self._process.terminate()
-
-    def close(self) -> None:
-        """It is gone when this returns."""
-        self._process.kill()
-        self._process.wait()
-
-    def _listen(self) -> None:
-        assert self._process.stdout
-        for line in self._process.stdout:
-            self._lines.put(line)
-        self._lines.put("")
-
-    def _lost(self, what: str) -> InfraError:
-        return InfraError(f"the learner must go on, it {what}", where="rl", fix=f"see {self._log}")
-
-
-@contextmanager
-def _learner(job: Job) -> Iterator[_Learner]:
-    """A learner's process; started before Ray, for its imports take long; gone at the end."""
-    learner = _Learner(job)
-    try:
-        yield learner
-    finally:
-        learner.close()
-
-
-def _follow(learner: _Learner, on_report: Callable[[Report], None]) -> dict[str, object]:
+def _follow(learner: LearnerProcess, on_report: Callable[[Report], None]) -> dict[str, object]:
     """Pass reports on until the learner is done; when we are interrupted, let it save first."""
     try:
         return _read_reports(learner, on_report)
@@ -185,7 +168,9 @@ def _follow(learner: _Learner, on_report: Callable[[Report], None]) -> dict[str,
         raise
 
 
-def _read_reports(learner: _Learner, on_report: Callable[[Report], None]) -> dict[str, object]:
+def _read_reports(
+    learner: LearnerProcess, on_report: Callable[[Report], None]
+) -> dict[str, object]:
     while True:
         report = learner.hear()
         if report.kind == "failed":

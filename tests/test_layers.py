@@ -32,6 +32,7 @@ ADDRESSES: dict[str, set[str]] = {
         "rl/actors.py",
         "rl/cluster.py",
         "rl/learn.py",
+        "rl/pulse.py",
         "rl/remote.py",
     },
     "vllm": {"rollout/vllm_engine.py"},

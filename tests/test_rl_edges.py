@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -18,7 +16,6 @@ from ground.records import Message, Prompt
 from rl import supervisor
 from rl.cluster import cluster
 from rl.config import RlSection
-from rl.job import Job
 from rl.journal import Journal, read_journal
 from rl.pool import split_pool
 from rl.snapshot import restore
@@ -103,28 +100,6 @@ def test_the_learners_error_keeps_its_words_and_its_exit_code() -> None:
     lost = supervisor._error_of({**facts, "type": "InfraError", "kind": "infra", "exit_code": 6})
     assert isinstance(lost, InfraError)
     assert isinstance(own, PacktrainError)
-
-
-def test_a_learner_that_hangs_is_noticed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(supervisor, "_SILENT_SECONDS", 1.0)
-    job = Job(
-        section=RlSection(steps=1),
-        seed=0,
-        run_name="toy",
-        incarnation=0,
-        model=tmp_path,
-        directory=tmp_path,
-        log_directory=tmp_path,
-    )
-    learner = supervisor._Learner(job)
-    try:
-        os.kill(learner._process.pid, signal.SIGSTOP)
-        with pytest.raises(InfraError, match="it was silent for 1 s"):
-            learner.hear()
-    finally:
-        learner.close()
-    with pytest.raises(InfraError, match="ended with exit code -9 and no word"):
-        learner.hear()
 
 
 def test_a_journal_forgets_what_is_behind_its_position(tmp_path: Path) -> None:
