@@ -85,7 +85,8 @@ def run_loop(
         tell=told.append,
         keep_batch=lambda plan: None,
     )
-    return learner_loop.run(start, loop.pending), told, publisher
+    version = learner_loop.run(start, loop.pending)
+    return version, [report for report in told if report.kind == "step"], publisher
 
 
 def test_every_version_is_published_and_the_last_is_saved_and_judged(
