@@ -8,7 +8,7 @@ from typing import Literal, Self
 from pydantic import Field, model_validator
 
 from ground.config import Section
-from rollout.config import EngineSection
+from rollout.config import EngineSection, MeasureSection
 
 PRESETS = {"small": 0.5, "behemoth": 0.95}
 """What Meta reports removing: over half of the SFT data for small models, 95 % for Behemoth."""
@@ -47,31 +47,15 @@ class PruneSection(Section):
         return Fraction(str(PRESETS.get(str(self.fraction), self.fraction)))
 
 
-class MineSection(Section):
+class MineSection(MeasureSection):
     """Measure how often the model solves each RL prompt."""
 
-    samples: int = Field(default=16, ge=1)
-    """Completions per prompt."""
-    k: list[int] = Field(default=[1, 4, 16], min_length=1)
-    """pass@k is estimated for these, none larger than `samples`."""
     temperature: float = Field(default=1.0, gt=0)
-    max_new_tokens: int = Field(default=128, ge=1)
-    """Tokens of a completion at most; a prompt that leaves less room is set aside."""
+    """Of the samples, as RL will draw them."""
     solved_at: float = Field(default=0.9, gt=0, le=1)
     """Pass rate from which a prompt counts as solved."""
     shard_size: int = Field(default=512, ge=1)
     """Prompts after which the work is committed; --resume goes on behind the last one."""
-    engine: EngineSection = EngineSection()
-    reward_processes: int = Field(default=1, ge=1)
-    """Killable verifier processes."""
-    reward_deadline_seconds: float = Field(default=10.0, gt=0)
-    """A verifier that takes longer is killed; the completion that did it scores 0."""
-
-    @model_validator(mode="after")
-    def _enough_samples(self) -> Self:
-        if min(self.k) < 1 or max(self.k) > self.samples:
-            raise ValueError(f"k must lie within 1 and samples ({self.samples}), got {self.k}")
-        return self
 
 
 class CurriculumSection(Section):

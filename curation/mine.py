@@ -24,7 +24,6 @@ from ground.errors import DataError
 from ground.records import Prompt
 from ground.storage import commit_directory, verify_directory, write_file
 from ground.tables import read_prompts, write_rows
-from rollout.config import SamplingSection
 from rollout.engine import Engine
 from rollout.engines import open_engine
 from rollout.evaluation import measure
@@ -103,7 +102,7 @@ def _measure_shard(
         chat,
         prompts,
         pool,
-        SamplingSection(temperature=section.temperature, max_new_tokens=section.max_new_tokens),
+        section.sampling,
         samples=section.samples,
         seed=stage.head.seed,
         occasion="mine",

@@ -14,14 +14,13 @@ from collections.abc import Sequence as Rows
 
 from accelerate import PartialState
 from datasets import Dataset, Features, Sequence, Value
-from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 from trl.trainer.dpo_config import DPOConfig
 from trl.trainer.dpo_trainer import DPOTrainer
 
 from dpo.config import DpoTrainerSection
 from dpo.data import EncodedPair, PairLogprobs
-from ground.training import Fit, check_loss, config_kept, fit, trainer_arguments
+from ground.training import FiniteLoss, Fit, config_kept, fit, trainer_arguments
 
 _FEATURES = Features(
     {
@@ -74,7 +73,7 @@ def run_dpo(
         return fit(trainer, where, resume=resume)
 
 
-class _Dpo(DPOTrainer):
+class _Dpo(FiniteLoss, DPOTrainer):
     """DPOTrainer over rows that are complete, stopping at the first loss that is not finite."""
 
     def _prepare_dataset(self, dataset: Dataset, *args: object, **kwargs: object) -> Dataset:
@@ -82,18 +81,6 @@ class _Dpo(DPOTrainer):
 
     def _precompute_ref_logps(self, dataset: Dataset, *args: object, **kwargs: object) -> Dataset:
         return dataset
-
-    def compute_loss(
-        self,
-        model: nn.Module,
-        inputs: dict[str, Tensor],
-        return_outputs: bool = False,
-        num_items_in_batch: Tensor | None = None,
-    ) -> object:
-        """TRL's loss, checked."""
-        result = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
-        check_loss(result[0] if isinstance(result, tuple) else result, self.state.global_step)
-        return result
 
 
 def _dataset(pairs: Rows[EncodedPair], reference: Rows[PairLogprobs]) -> Dataset:

@@ -129,14 +129,10 @@ class FiniteLoss(Trainer):
     ) -> object:
         """The loss of the trainer next in line, checked before its backward pass."""
         result = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
-        check_loss(result[0] if isinstance(result, tuple) else result, self.state.global_step)
+        loss = result[0] if isinstance(result, tuple) else result
+        if not torch.isfinite(loss).all():
+            raise _diverged(f"the loss must be finite, got {loss.item()}", self.state.global_step)
         return result
-
-
-def check_loss(loss: Tensor, step: int) -> None:
-    """Raise DivergedError when a loss is NaN or infinite, before its backward pass."""
-    if not torch.isfinite(loss).all():
-        raise _diverged(f"the loss must be finite, got {loss.item()}", step)
 
 
 def stage_card(stage: Stage[S], base: Path) -> dict[str, object]:

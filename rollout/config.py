@@ -21,6 +21,18 @@ class EngineSection(Section):
     threads: int = Field(default=1, ge=1)
     """CPU threads of the engine's process."""
 
+    def require_room(self, max_new_tokens: int, key: str = "max_new_tokens") -> None:
+        """Refuse completions that leave no room for a prompt.
+
+        Raises:
+            ValueError: naming the key of the section that asks for them.
+        """
+        if max_new_tokens >= self.max_length:
+            raise ValueError(
+                f"{key} must be below engine.max_length ({self.max_length}), which holds the "
+                f"prompt too, got {max_new_tokens}"
+            )
+
 
 class SamplingSection(Section):
     """How completions are sampled; top-p and top-k are left out because they bias RL."""
@@ -67,8 +79,8 @@ class FleetSection(Section):
     """Workers that may be lost under one group before the group itself is blamed."""
 
 
-class EvaluateSection(Section):
-    """How the models of a run are measured on the held-out prompts."""
+class MeasureSection(Section):
+    """How a model is measured on prompts: sampled so and so often, scored, counted."""
 
     samples: int = Field(default=16, ge=1)
     """Completions per prompt."""
@@ -78,12 +90,6 @@ class EvaluateSection(Section):
     """Of the samples; entropy is that of the model only at 1."""
     max_new_tokens: int = Field(default=128, ge=1)
     """Tokens of a completion at most; a prompt that leaves less room is skipped and counted."""
-    greedy: bool = False
-    """Also decode each prompt once at temperature 0."""
-    max_prompts: int | None = Field(default=None, ge=1)
-    """Measure on that many prompts, chosen by the run's seed; all of them when left out."""
-    examples: int = Field(default=4, ge=0)
-    """Completions per prompt that are kept as text."""
     engine: EngineSection = EngineSection()
     reward_processes: int = Field(default=1, ge=1)
     """Killable verifier processes."""
@@ -95,3 +101,24 @@ class EvaluateSection(Section):
         if min(self.k) < 1 or max(self.k) > self.samples:
             raise ValueError(f"k must lie within 1 and samples ({self.samples}), got {self.k}")
         return self
+
+    @model_validator(mode="after")
+    def _room_for_prompts(self) -> Self:
+        self.engine.require_room(self.max_new_tokens)
+        return self
+
+    @property
+    def sampling(self) -> SamplingSection:
+        """What is asked of the engine for each completion."""
+        return SamplingSection(temperature=self.temperature, max_new_tokens=self.max_new_tokens)
+
+
+class EvaluateSection(MeasureSection):
+    """How the models of a run are measured on the held-out prompts."""
+
+    greedy: bool = False
+    """Also decode each prompt once at temperature 0."""
+    max_prompts: int | None = Field(default=None, ge=1)
+    """Measure on that many prompts, chosen by the run's seed; all of them when left out."""
+    examples: int = Field(default=4, ge=0)
+    """Completions per prompt that are kept as text."""

@@ -11,7 +11,7 @@ from ground.console import reporter
 from ground.entry import Stage, stage_entry
 from ground.storage import write_file
 from ground.tables import write_rows
-from rollout.config import EvaluateSection, SamplingSection
+from rollout.config import EvaluateSection
 from rollout.engines import open_engine
 from rollout.evaluation import (
     PROMPT_SCHEMA,
@@ -33,9 +33,6 @@ def evaluate(stage: Stage[EvaluateSection]) -> dict[str, object]:
     model = stage.trail.model_of(stage.of)
     prompts = read_heldout(stage.trail, stage.head.data, quarantine=stage.directory)
     prompts = choose_prompts(prompts, section.max_prompts, seed)
-    sampling = SamplingSection(
-        temperature=section.temperature, max_new_tokens=section.max_new_tokens
-    )
     start = time.monotonic()
     engine, chat = open_engine(model, section.engine)
     try:
@@ -47,14 +44,14 @@ def evaluate(stage: Stage[EvaluateSection]) -> dict[str, object]:
                 chat,
                 prompts,
                 pool,
-                sampling,
+                section.sampling,
                 samples=section.samples,
                 seed=seed,
                 progress=reporter(stage.directory),
             )
             result = {"model": str(model), **summarise(measured, section.k, seed)}
             if section.greedy:
-                once = sampling.model_copy(update={"temperature": 0.0})
+                once = section.sampling.model_copy(update={"temperature": 0.0})
                 decoded = measure(engine, chat, prompts, pool, once, samples=1, seed=seed)
                 result["greedy"] = greedy_accuracy(decoded)
     finally:

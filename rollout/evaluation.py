@@ -25,6 +25,7 @@ from rollout.config import SamplingSection
 from rollout.engine import Completion, Engine, Request
 from rollout.passk import mean_pass_at_k, wilson
 from rollout.reward_pool import RewardPool
+from rollout.scoring import rollouts_of, texts_of
 from rollout.seeds import sample_seed
 
 if TYPE_CHECKING:
@@ -246,24 +247,9 @@ def _collect(asked: _Asked, chat: ChatTemplate, reward_pool: RewardPool) -> Meas
             where="evaluation",
             fix="on a slow machine use fewer slots or shorter completions",
         ) from None
-    texts = [chat.decode(completion.segment.token_ids) for completion in completions]
+    texts = texts_of(completions, chat)
     verdicts = reward_pool.score(asked.prompt, texts)
-    rollouts = tuple(
-        Rollout(
-            index=index,
-            segments=(completion.segment,),
-            text=text,
-            finish=completion.finish,
-            reward=verdict.reward,
-            reward_parts=verdict.parts,
-            passed=verdict.passed,
-            error=verdict.error,
-        )
-        for index, (completion, text, verdict) in enumerate(
-            zip(completions, texts, verdicts, strict=True)
-        )
-    )
-    return Measured(asked.prompt, rollouts)
+    return Measured(asked.prompt, rollouts_of(completions, texts, verdicts))
 
 
 def _passes(measured: Sequence[Measured], ks: Sequence[int], seed: int) -> dict[str, object]:

@@ -9,13 +9,12 @@ from __future__ import annotations
 
 from accelerate import PartialState
 from datasets import Dataset, Features, Sequence, Value
-from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 from trl.trainer.sft_config import SFTConfig
 from trl.trainer.sft_trainer import SFTTrainer
 
 from ground.trainer_config import TrainerSection
-from ground.training import Fit, check_loss, config_kept, fit, trainer_arguments
+from ground.training import FiniteLoss, Fit, config_kept, fit, trainer_arguments
 from sft.data import TrainingRows
 
 _FEATURES = Features({"input_ids": Sequence(Value("int64")), "labels": Sequence(Value("int64"))})
@@ -53,20 +52,8 @@ def run_sft(
         return fit(trainer, where, resume=resume)
 
 
-class _Sft(SFTTrainer):
+class _Sft(FiniteLoss, SFTTrainer):
     """SFTTrainer that stops at the first loss that is not finite."""
-
-    def compute_loss(
-        self,
-        model: nn.Module,
-        inputs: dict[str, Tensor],
-        return_outputs: bool = False,
-        num_items_in_batch: Tensor | None = None,
-    ) -> object:
-        """TRL's loss over trained tokens, experts' balancing included."""
-        result = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
-        check_loss(result[0] if isinstance(result, tuple) else result, self.state.global_step)
-        return result
 
 
 def _dataset(rows: TrainingRows) -> Dataset:
