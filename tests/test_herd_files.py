@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from ground.answers import final_answer
 from ground.config import Data
 from ground.herd.config import HerdSection
 from ground.herd.files import data_files
@@ -53,11 +54,23 @@ def test_families_and_levels_have_equal_shares(files: dict[str, str]) -> None:
     assert len(cells) == 21 and set(cells.values()) == {3}
 
 
+def test_every_demonstration_is_right_and_both_ways_of_answering_are_shown(
+    files: dict[str, str],
+) -> None:
+    thought = 0
+    rows = _rows(files["sft.jsonl"])
+    for row in rows:
+        completion, answer = row["messages"][-1]["content"], json.loads(row["answer"])["answer"]
+        assert final_answer(completion) == answer
+        thought += not completion.startswith("=>")
+    assert thought / len(rows) == pytest.approx(0.45, abs=0.13)
+
+
 def test_the_house_reads_them(files: dict[str, str], tmp_path: Path) -> None:
     for name, content in files.items():
         (tmp_path / name).write_text(content, encoding="utf-8")
     demonstrations = read_demonstrations(tmp_path / "sft.jsonl", Data())
     prompts = read_prompts(tmp_path / "prompts.jsonl", Data())
-    assert len(demonstrations) == 126 and len(prompts) == 84
+    assert len(demonstrations) == 126 and len(prompts) == SECTION.num_prompts == 84
     assert demonstrations[0].messages[-1].role == "assistant"
     assert prompts[0].reward == "reasoning_gym"

@@ -53,6 +53,10 @@ TEACHER_LESSONS = Lessons.model_validate(
 """A careful author's lessons, and those of a judge."""
 
 
+NUM_FAMILIES, NUM_LEVELS = 7, 3
+"""Of the tasks whose rows are written (ground/herd/families.py), told here without loading them."""
+
+
 class HerdSection(Section):
     """The tiny herd of the demo: tokenizer, student, teacher, and data for all stages."""
 
@@ -65,14 +69,16 @@ class HerdSection(Section):
     student_lessons: Lessons = STUDENT_LESSONS
     teacher_lessons: Lessons = TEACHER_LESSONS
     demonstrations_per_level: int = Field(150, ge=1)
-    """Rows of sft.jsonl for each family and level (7 families, 3 levels)."""
+    """Rows of sft.jsonl for each family and level."""
     prompts_per_level: int = Field(72, ge=1)
     """Rows of prompts.jsonl for each family and level."""
     heldout_per_level: int = Field(28, ge=1)
     """Rows of heldout.jsonl for each family and level."""
-    think: float = Field(0.35, ge=0, le=1)
-    """Share of demonstrations in sft.jsonl with a scratchpad."""
-    guess: tuple[float, float, float] = (0.0, 0.5, 0.9)
-    """Share of its direct answers that are guessed, on easy, medium and hard questions."""
-    slip: tuple[float, float, float] = (0.0, 0.1, 0.2)
-    """Share of its thought answers that are wrong all the same."""
+    think: float = Field(0.45, ge=0, le=1)
+    """Share of demonstrations in sft.jsonl with a scratchpad, as in the student's own lessons. All of
+    them are right: what SFT costs or gains is not the doing of wrong labels."""
+
+    @property
+    def num_prompts(self) -> int:
+        """Rows of prompts.jsonl."""
+        return NUM_FAMILIES * NUM_LEVELS * self.prompts_per_level

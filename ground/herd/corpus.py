@@ -38,9 +38,9 @@ class Habits:
 
     think: float
     """Share of answers with a scratchpad."""
-    slip: ByLevel
+    slip: ByLevel = (0.0, 0.0, 0.0)
     """Share of those that are wrong all the same."""
-    guess: ByLevel
+    guess: ByLevel = (0.0, 0.0, 0.0)
     """Share of direct answers that are guessed."""
 
 

@@ -29,7 +29,7 @@ def data_files(section: HerdSection, seed: int) -> dict[str, str]:
     seen.update(task.question for task in heldout)
     prompts = _unseen(section.prompts_per_level, seen, seed, "prompts")
     demonstrated = _unseen(section.demonstrations_per_level, seen, seed, "sft")
-    authors = Authors(Habits(section.think, section.slip, section.guess), seed, "sft")
+    authors = Authors(Habits(section.think), seed, "sft")
     return {
         "sft.jsonl": _lines(demonstration_row(task, authors.answer(task)) for task in demonstrated),
         "prompts.jsonl": _lines(prompt_row(task) for task in prompts),
