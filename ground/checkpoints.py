@@ -78,7 +78,7 @@ class Checkpoints:
             raise DataError(
                 f"every checkpoint is damaged ({len(damaged)} of them)",
                 where=str(self.root),
-                fix="restore one from a backup, or start the stage again (packtrain run … --from STAGE)",
+                fix="restore one from a backup, or start the stage again (--from STAGE)",
             )
         return None
 

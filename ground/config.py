@@ -103,7 +103,7 @@ class Head(Section):
 
     name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", max_length=100)
     """Name of the run: its directory is `runs/<name>`."""
-    seed: int = 0
+    seed: int = Field(default=0, ge=0)
     """Every random choice of the run follows from it."""
     model: ModelSource | None = None
     """The base model; absent when a `herd` section makes one."""

@@ -19,6 +19,7 @@ _REASONS = {
     errno.EPERM: "this user may not write there",
     errno.ENOTDIR: "a part of the path is a file, not a folder",
     errno.EEXIST: "a part of the path is a file, not a folder",
+    errno.ENOENT: "its folder does not exist",
     errno.EIO: "the disk reports an input/output error",
 }
 
@@ -37,7 +38,7 @@ def disk_errors(path: Path) -> Iterator[None]:
                 "cannot be written",
                 where=str(path),
                 why=_REASONS[number],
-                fix="choose another run directory with --run",
+                fix="choose another place (--run, or --output for a report)",
             ) from error
         raise
     except Exception as error:
@@ -99,6 +100,8 @@ def _is_ours(error: OSError, path: Path) -> bool:
     place, named = path.absolute(), Path(os.fsdecode(error.filename)).absolute()
     if error.errno == errno.EEXIST and not named.is_file():
         return False
+    if error.errno == errno.ENOENT and named.parent.is_dir():
+        return False  # a file that should have been there: a defect, not a place to write to
     return named.is_relative_to(place.parent) or place.is_relative_to(named)
 
 

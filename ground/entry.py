@@ -20,7 +20,7 @@ from typing import Generic, TypeVar
 
 from ground.config import STAGES, Head, Section
 from ground.disk import disk_errors
-from ground.errors import PacktrainError
+from ground.errors import PacktrainError, RecipeError
 from ground.lock import TOKEN, read_holder
 from ground.logs import install_redaction, redact, setup_logging
 from ground.metrics import Metrics
@@ -29,7 +29,7 @@ from ground.recipe import RecipeDocument, load_recipe
 from ground.run import RunDir
 from ground.signals import Interrupted, end_with_parent, install_signals
 from ground.sinks import open_sinks
-from ground.trail import PLACES, Trail
+from ground.trail import PLACES, Trail, made_twice
 
 S = TypeVar("S", bound=Section)
 
@@ -144,6 +144,8 @@ def _carry_out(
     install_signals()
     document = load_recipe(order.recipe, order.overrides)
     head, section = document.stage(order.name, model)
+    if doubled := made_twice(head, document.stages):
+        raise RecipeError("\n  ".join(doubled), where=document.shown)
     run = RunDir(order.run or Path("runs") / head.name)
 
     def work(metrics: Metrics, incarnation: int) -> Mapping[str, object]:

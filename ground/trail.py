@@ -9,6 +9,7 @@ What a stage of ours made is verified against its manifest before its path is gi
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -124,6 +125,28 @@ class Trail:
             verify_directory(folder / name)
             return folder / name
         return verify_file(folder, name)
+
+
+def made_twice(head: Head, stages: Sequence[str]) -> list[str]:
+    """Complaints about inputs that the recipe names although its `herd` makes them.
+
+    Example:
+        herd and data.sft → ["data.sft stands beside herd, which makes its own: …"]
+    """
+    if "herd" not in stages:
+        return []
+    named = {
+        "model": head.model,
+        "teacher": head.teacher,
+        "data.sft": head.data.sft,
+        "data.prompts": head.data.prompts,
+        "data.heldout": head.data.heldout,
+    }
+    return [
+        f"{key} stands beside herd, which makes its own: leave one of the two out"
+        for key, value in named.items()
+        if value is not None
+    ]
 
 
 def _given(noun: str, key: str, path: Path | None) -> Path:

@@ -10,6 +10,7 @@ import argparse
 import importlib
 import re
 import sys
+import traceback
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from difflib import get_close_matches
@@ -17,6 +18,7 @@ from pathlib import Path
 from typing import NoReturn
 
 from ground.errors import PacktrainError, RecipeError
+from ground.logs import redact
 
 EXIT_CODES = """\
 exit codes: 0 done, 2 recipe or command line, 3 data, 4 environment, 5 diverged or no signal,
@@ -53,6 +55,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     except BrokenPipeError:
         sys.stderr.close()
         return 0
+    except Exception:
+        return _report_defect()
 
 
 def parse(words: Sequence[str]) -> argparse.Namespace:
@@ -79,6 +83,12 @@ def parse(words: Sequence[str]) -> argparse.Namespace:
         )
     arguments.overrides = overrides
     return arguments
+
+
+def _report_defect() -> int:
+    """The last resort: what no error of ours describes, told once and without secrets."""
+    sys.stderr.write(f"packtrain: a defect of packtrain:\n{redact(traceback.format_exc())}")
+    return 1
 
 
 class _Parser(argparse.ArgumentParser):

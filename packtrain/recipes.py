@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import re
-import shutil
 import sys
 from pathlib import Path
 
@@ -13,6 +12,7 @@ from ground.validation import suggest
 
 FOLDER = Path(__file__).resolve().parents[1] / "recipes"
 """Beside the packages, in a checkout as well as in an installed wheel."""
+_NAME = re.compile(r"^(name:[ ]*)[^ #\n]+", re.MULTILINE)
 
 
 def command(arguments: argparse.Namespace) -> int:
@@ -39,18 +39,31 @@ def summary(path: Path) -> str:
 
 
 def copy(name: str, target: Path) -> Path:
-    """Copy a recipe; a folder as target keeps the file's name. Nothing is overwritten."""
+    """Copy a recipe under a name of its own; a folder as target keeps the file's name.
+
+    The run's name follows the target, so that the copy's run is not the original's: `mine.yaml`
+    and `mine/recipe.yaml` are both called mine. Nothing is overwritten.
+    """
     known = recipes()
     if name not in known:
-        raise RecipeError(
-            f"'{name}' is not a recipe{suggest(name, known)}", fix="packtrain recipes ls"
-        )
+        within = [path for path in known if path.startswith(f"{name}/")]
+        hint = f"; did you mean '{within[0]}'?" if within else suggest(name, known)
+        raise RecipeError(f"'{name}' is not a recipe{hint}", fix="packtrain recipes ls")
     if target.is_dir():
         target = target / Path(name).name
     if target.exists():
         raise RecipeError("the target exists already", where=str(target), fix="name another file")
     target.parent.mkdir(parents=True, exist_ok=True)
-    return Path(shutil.copyfile(known[name], target))
+    text = known[name].read_text(encoding="utf-8")
+    target.write_text(_NAME.sub(rf"\g<1>{_run_name(target)}", text, count=1), encoding="utf-8")
+    return target
+
+
+def _run_name(target: Path) -> str:
+    """A name of a run, from the file's or, for a recipe.yaml, from its folder's."""
+    path = target.resolve()
+    stem = path.parent.name if path.stem == "recipe" else path.stem
+    return re.sub(r"[^A-Za-z0-9._-]", "-", stem).lstrip("._-")[:100] or "mine"
 
 
 def _comment_length(lines: list[str]) -> int:

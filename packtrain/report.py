@@ -19,12 +19,11 @@ import jinja2
 from markupsafe import Markup
 
 from ground.console import plain_text, say
-from ground.errors import DataError
 from ground.logs import redact
+from ground.run import require_run
 from ground.storage import write_file
 from packtrain import figures
 from packtrain.observe import estimate, mapping, number, read_json, read_rows, text
-from packtrain.plan import ENTRIES
 from packtrain.samples import comparisons, conversation, shorten
 from packtrain.status import read_status
 from packtrain.verdict import exploration, gains, headline
@@ -46,10 +45,7 @@ def write_report(run: Path, output: Path | None = None) -> Path:
     Raises:
         DataError: `run` is not a run directory.
     """
-    if not any((run / name).exists() for name in ("recipe.yaml", "base", *ENTRIES)):
-        raise DataError(
-            "this is not a run directory", where=str(run), fix="name one, e.g. runs/tiny"
-        )
+    require_run(run)
     target = output or run / "report.html"
     write_file(target, page(run))
     return target

@@ -15,11 +15,11 @@ from rich.table import Table
 from rich.text import Text
 
 from ground.console import plain_text
-from ground.errors import DataError, PacktrainError
+from ground.errors import PacktrainError
 from ground.lock import Holder, is_held, read_holder
 from ground.manifest import read_manifest
 from ground.recipe import load_recipe
-from ground.run import STARTED
+from ground.run import STARTED, require_run
 from ground.trail import PLACES
 from packtrain.observe import (
     Progress,
@@ -98,12 +98,9 @@ def read_status(run: Path) -> RunStatus:
     Raises:
         DataError: there is no such directory, or it is not a run.
     """
+    require_run(run)
     recipe = _recipe(run)
     stages = present_stages(run, recipe)
-    if not run.is_dir() or not (stages or (run / "recipe.yaml").exists()):
-        raise DataError(
-            "this is not a run directory", where=str(run), fix="name one, e.g. runs/tiny"
-        )
     note = read_json(run / "runner.json")
     holder = read_holder(run) if is_held(run) else None
     if holder and note.get("pid") == holder.pid and note.get("state") in ("failed", "stopped"):

@@ -9,8 +9,9 @@ from ground.config import Head
 from ground.console import say
 from ground.errors import RecipeError
 from ground.recipe import RecipeDocument, load_recipe
+from ground.trail import made_twice
 from packtrain.plan import plan
-from packtrain.recipe import read_recipe
+from packtrain.recipe import Recipe, read_recipe
 
 NEEDS = {
     "prune": ("teacher.path", "data.sft"),
@@ -21,6 +22,7 @@ NEEDS = {
     "evaluate": ("model.path", "data.heldout"),
 }
 """Section → what must be given when no `herd` makes it."""
+MODELS = ("model.path", "teacher.path")
 
 
 def command(arguments: argparse.Namespace) -> int:
@@ -34,31 +36,59 @@ def command(arguments: argparse.Namespace) -> int:
     return 0
 
 
-def check_inputs(document: RecipeDocument, head: Head) -> None:
-    """Every path that a stage will read is named and exists.
+def check_inputs(document: RecipeDocument, recipe: Recipe) -> None:
+    """Every path that a stage will read is named and exists, and no stage lacks what it needs.
 
     Raises:
-        RecipeError: naming all that is missing at once.
+        RecipeError: naming all that is wrong at once.
     """
-    given = {
-        "model.path": head.model.path if head.model else None,
-        "teacher.path": head.teacher.path if head.teacher else None,
-        "data.sft": head.data.sft,
-        "data.prompts": head.data.prompts,
-        "data.heldout": head.data.heldout,
-    }
+    given = _given(recipe)
     problems = [
         f"{key} names {path}, which does not exist"
         for key, path in given.items()
         if path is not None and not path.exists()
     ]
     problems += [
-        f"rewards names {path}, which is not a file" for path in head.rewards if not path.is_file()
+        f"{key} names {path}, which must be a folder with config.json in it"
+        for key, path in given.items()
+        if key in MODELS and path is not None and path.exists()
+        if not (path / "config.json").is_file()
     ]
+    problems += [
+        f"rewards names {path}, which is not a file"
+        for path in recipe.rewards
+        if not path.is_file()
+    ]
+    problems += made_twice(recipe, document.stages)
     if not document.has("herd"):
         problems += _absent(document, given)
+    problems += _useless(recipe)
     if problems:
         raise RecipeError("\n  ".join(problems), where=document.shown)
+
+
+def _given(head: Head) -> dict[str, Path | None]:
+    """The recipe's own paths by their keys."""
+    return {
+        "model.path": head.model.path if head.model else None,
+        "teacher.path": head.teacher.path if head.teacher else None,
+        "data.sft": head.data.sft,
+        "data.prompts": head.data.prompts,
+        "data.heldout": head.data.heldout,
+    }
+
+
+def _useless(recipe: Recipe) -> list[str]:
+    """Stages that could only fail, or do nothing, once those before them are through."""
+    problems = []
+    if recipe.dpo and not recipe.rl:
+        problems.append("dpo needs rl: its pairs are mined from the groups that rl sampled")
+    if recipe.herd and recipe.rl and recipe.rl.validation.prompts >= recipe.herd.num_prompts:
+        problems.append(
+            f"rl.validation.prompts must be below the {recipe.herd.num_prompts} prompts that "
+            f"herd makes, got {recipe.rl.validation.prompts}"
+        )
+    return problems
 
 
 def _absent(document: RecipeDocument, given: dict[str, Path | None]) -> list[str]:

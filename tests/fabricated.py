@@ -10,6 +10,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from ground.provenance import stage_settings
 from ground.recipe import load_recipe
 from ground.run import RunDir
 from rl.groups import SCHEMA as GROUPS
@@ -41,15 +42,17 @@ def fabricate_run(
     with run.open():
         run.describe(document)
         for index, stage in enumerate(("herd", "prune", "sft", "mine", "rl", "dpo")):
-            assert run.begin(stage, {}, resume=False, overwrite=False)
+            settings = stage_settings(document, run, stage)
+            assert run.begin(stage, settings, resume=False, overwrite=False)
             _WRITERS.get(stage, _nothing)(directory / stage, text)
-            run.finish(stage, {}, {"seconds": 10.0 * index})
+            run.finish(stage, settings, {"seconds": 10.0 * index})
         for index, place in enumerate(("base", "sft", "rl", "dpo")):
             where = f"{place}/evaluation"
-            run.begin(where, {}, resume=False, overwrite=False)
+            settings = stage_settings(document, run, where)
+            run.begin(where, settings, resume=False, overwrite=False)
             solved = _solved(num_prompts, (0.15, 0.35, 0.8, 0.79)[index])
             _evaluation(directory / where, solved, text, 1.2 - 0.2 * index)
-            run.finish(where, {}, {})
+            run.finish(where, settings, {})
     (directory / "lock.json").unlink()  # its note names this very process, which lives on
     return directory
 

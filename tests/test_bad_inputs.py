@@ -39,6 +39,7 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A user's folder: a recipe that is right, and the files that it names."""
     monkeypatch.chdir(tmp_path)
     (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "config.json").write_text("{}")
     for name in ("sft", "prompts", "heldout"):
         row = {"prompt": "2+2=", "completion": "4", "reward": "exact", "answer": "4"}
         (tmp_path / f"{name}.jsonl").write_text(json.dumps(row) + "\n")
@@ -103,6 +104,9 @@ WRONG_OVERRIDES = {
     "sft.trainer.rows_per_step=50": "rows_per_step must be a multiple of rows_per_pass, got 50",
     "sft.max_length=true": "sft.max_length must be a whole number, got 'true'",
     "mine.samples=4": "k must lie within 1 and samples (4)",
+    "mine.max_new_tokens=512": "mine max_new_tokens must be below engine.max_length (512)",
+    "evaluate.engine.max_length=128": "max_new_tokens must be below engine.max_length (128)",
+    "rl.sampling.max_new_tokens=600": "sampling.max_new_tokens must be below engine",
     "mine.samples=many": "mine.samples must be a whole number, got 'many'",
     "mine.k=[]": "mine.k is wrong: list should have at least 1 item",
     "rl.group_szie=8": "rl.group_szie is not a key; did you mean 'group_size'?",
@@ -121,6 +125,11 @@ WRONG_OVERRIDES = {
     "prune.fraction=half": "prune.fraction must be",
     "targets={}": "the stage 'targets' is not built yet",
     "model.path=gone": "model.path names",
+    "model.path=sft.jsonl": "sft.jsonl, which must be a folder with config.json in it",
+    "model.path=/": "model.path names /, which must be a folder with config.json in it",
+    "rl=null & dpo={}": "dpo needs rl: its pairs are mined from the groups that rl sampled",
+    "seed=-1": "seed must be at least 0, got -1",
+    "herd={}": "data.sft stands beside herd, which makes its own: leave one of the two out",
     "data.heldout=null": "evaluate needs data.heldout",
     "data.sft=gone.jsonl": "gone.jsonl, which does not exist",
     "seed": "unexpected argument 'seed'",
@@ -131,9 +140,19 @@ WRONG_OVERRIDES = {
 
 @pytest.mark.parametrize("override", WRONG_OVERRIDES)
 def test_a_wrong_override(folder: Path, capsys: pytest.CaptureFixture[str], override: str) -> None:
-    code, message = refusal(capsys, "validate", "recipe.yaml", override)
+    code, message = refusal(capsys, "validate", "recipe.yaml", *override.split(" & "))
     assert code == 2
     assert WRONG_OVERRIDES[override] in message
+
+
+def test_a_validation_slice_as_large_as_the_pool_of_the_herd(
+    folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """7 families x 3 levels x 4 rows are 84 prompts."""
+    (folder / "made.yaml").write_text("name: made\nherd: {prompts_per_level: 4}\nrl: {steps: 1}\n")
+    _, message = refusal(capsys, "validate", "made.yaml")
+    assert "rl.validation.prompts must be below the 84 prompts that herd makes, got 96" in message
+    assert main(["validate", "made.yaml", "rl.validation.prompts=83"]) == 0
 
 
 def test_all_errors_come_at_once(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -158,6 +177,8 @@ def test_all_errors_come_at_once(folder: Path, capsys: pytest.CaptureFixture[str
         (("run", "recipe.yaml", "--from", "dpo"), 2, "name one of base, sft, mine, rl, evaluate"),
         (("status", "runs/none"), 3, "this is not a run directory"),
         (("report", "model"), 3, "this is not a run directory"),
+        (("status", "other"), 3, "other: this is not a run directory"),
+        (("report", "other"), 3, "other: this is not a run directory"),
         (("recipes", "cp", "tiny", "x"), 2, "'tiny' is not a recipe"),
     ],
 )
@@ -168,6 +189,7 @@ def test_a_wrong_word(
     code: int,
     fragment: str,
 ) -> None:
+    (folder / "other" / "herd").mkdir(parents=True)
     found, message = refusal(capsys, *words)
     assert found == code
     assert fragment in message
@@ -241,7 +263,7 @@ def test_a_half_finished_run_needs_a_word_and_stays_as_it_is(
     before = snapshot(folder)
     code, message = refusal(capsys, "run", "made.yaml", "--run", str(run))
     assert code == 4
-    assert "other settings" in message or "half finished" in message
+    assert "the run is half finished: 9 of 10 steps are done" in message
     assert snapshot(folder) == before
 
 
@@ -286,6 +308,16 @@ def test_a_run_on_a_full_disk_is_refused(
     code, message = refusal(capsys, "run", "recipe.yaml", "--run", str(small_disk / "run"))
     assert code == 4
     assert "full" in message
+
+
+def test_a_report_into_a_folder_that_is_not_there(
+    folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = fabricate_run(folder / "runs" / "made", num_prompts=4)
+    code, message = refusal(capsys, "report", str(run), "--output", "no/such/r.html")
+    assert code == 4
+    assert message.startswith("no/such/r.html: cannot be written\n  why: its folder does not exist")
+    assert not (folder / "no").exists()
 
 
 def test_a_file_size_limit_is_named(folder: Path) -> None:
