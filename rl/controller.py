@@ -58,6 +58,7 @@ class Controller:
         books: opened, or restored and replayed.
         in_flight: groups that the fleet is given at a time.
         note: receives an event for the timeline.
+        now: the clock by which the fleet's idle share is measured.
     """
 
     def __init__(
@@ -71,6 +72,7 @@ class Controller:
         system_of: Callable[[Prompt, int], str],
         in_flight: int,
         note: Callable[[Mapping[str, object]], None],
+        now: Callable[[], float] = time.monotonic,
     ) -> None:
         self._books, self._fleet, self._section, self._seed = books, fleet, section, seed
         self._validation, self._system_of = validation, system_of
@@ -80,7 +82,7 @@ class Controller:
         self._tasks: list[asyncio.Task[None]] = []
         self._running: dict[str, asyncio.Task[Group | Broken]] = {}
         self._failure: BaseException | None = None
-        self._busy = BusyClock(lambda: asyncio.get_running_loop().time())
+        self._busy = BusyClock(now)
         self._asked: int | None = None
         self._since, self._moves = 0.0, 0
 

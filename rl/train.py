@@ -7,6 +7,7 @@ import sys
 from ground.console import progress
 from ground.entry import Stage, stage_entry
 from ground.tables import read_prompts
+from rl.audit import audit_run
 from rl.config import RlSection
 from rl.job import Job, Report
 from rl.journal import Journal, read_journal
@@ -16,7 +17,7 @@ from rl.processes import reserved
 
 
 def train(stage: Stage[RlSection]) -> dict[str, object]:
-    """Run the loop to its end and audit its ledger; returns the summary for the manifest."""
+    """Run the loop to its end and audit ledger and journal; returns the summary."""
     prompts = read_prompts(stage.trail.prompts_before("rl"), stage.head.data, stage.directory)
     pool = split_pool(prompts, stage.section.validation.prompts, stage.head.seed)
     with reserved() as ours:
@@ -33,7 +34,8 @@ def train(stage: Stage[RlSection]) -> dict[str, object]:
         )
         timeline.close()
     audited = audit_ledger(read_journal(stage.directory / "ledger.jsonl"))
-    return {**facts, "audited": audited}
+    consumed = audit_run(stage.directory, stage.section)
+    return {**facts, "audited": audited, "consumed": consumed}
 
 
 def _job(stage: Stage[RlSection], life: int) -> Job:

@@ -1,0 +1,117 @@
+"""A run that is killed, wherever, ends exactly as one that is not."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from rl_local import Killer, LocalRun
+from torch import Tensor
+
+from ground import faults
+from ground.faults import POINTS
+from rl.audit import audit_run
+from rl.books import Plan
+from rl.learner import Learner
+
+ELSEWHERE = {"publish.kept", "publish.copy"}
+"""Points of the hand-over through Ray, which the real processes' test covers."""
+POINTS_HERE = {n for kind, n in POINTS if kind in ("learner", "controller")} - ELSEWHERE
+
+ONCE = {"best.kept", "export"}
+"""A life may pass these only once, late."""
+
+
+@pytest.fixture
+def killer(monkeypatch: pytest.MonkeyPatch) -> Killer:
+    killer = Killer()
+    monkeypatch.setattr(faults, "point", killer.point)
+    return killer
+
+
+def lives_with_kills(run: LocalRun, killer: Killer, aims: Iterator[tuple[str, int]]) -> set[str]:
+    """Live until the end, each life killed at the next aim; returns the points that killed."""
+    hit: set[str] = set()
+    for name, nth in aims:
+        killer.aim(name, nth)
+        if run.live():
+            return hit
+        hit.add(name)
+    killer.rest()
+    assert run.live()
+    return hit
+
+
+def aims_at(names: set[str]) -> Iterator[tuple[str, int]]:
+    """Each point at its first or second passage of a life; the end of the run comes last."""
+    order = sorted(names, key=lambda name: (name in ONCE, name))
+    return ((n, 1 if n in ONCE else 1 + place % 2) for place, n in enumerate(order))
+
+
+@pytest.mark.slow
+def test_synchronous_training_resumes_bit_for_bit_whatever_it_was_killed_at(
+    tiny_model: Path, ram_path: Path, killer: Killer
+) -> None:
+    settings = {"max_staleness": 0, "steps": 6}
+    unbroken = LocalRun(ram_path / "unbroken", tiny_model, killer, **settings)
+    assert unbroken.live()
+    assert set(killer.passed) >= POINTS_HERE
+    wanted, missing = unbroken.facts(), set(POINTS_HERE)
+    for number in range(6):
+        run = LocalRun(ram_path / f"run{number}", tiny_model, killer, jitter=0.01, **settings)
+        missing -= lives_with_kills(run, killer, aims_at(missing))
+        assert run.lives > 1
+        assert run.facts() == wanted, f"{run.lives} lives"
+        assert audit_run(run.directory, run.section)["lost"] == 0
+        if not missing:
+            return
+    pytest.fail(f"never killed at {missing}")
+
+
+@pytest.mark.parametrize("late", ["wait", "drop"])
+def test_asynchronous_training_is_reproduced_from_cut_and_journal(
+    tiny_model: Path,
+    ram_path: Path,
+    killer: Killer,
+    monkeypatch: pytest.MonkeyPatch,
+    late: str,
+) -> None:
+    settings = {"max_staleness": 2, "steps": 7, "checkpoint_every": 4, "late": late}
+    settings |= {"validation": {"prompts": 2, "samples": 2, "evaluate_every": 3}, "late_floor": 0.5}
+    run = LocalRun(ram_path, tiny_model, killer, jitter=0.02, **settings)
+    lives = [digests_of_steps(monkeypatch, run, killer, aim) for aim in (("step.applied", 6), None)]
+    assert [sorted(life) for life in lives] == [[1, 2, 3, 4, 5, 6], [5, 6, 7]]
+    assert [lives[1][version] for version in (5, 6)] == [lives[0][version] for version in (5, 6)]
+    facts = audit_run(ram_path, run.section)
+    assert (facts["steps"], facts["lost"], facts["trained_twice"]) == (7, 0, 0)
+
+
+def digests_of_steps(
+    monkeypatch: pytest.MonkeyPatch, run: LocalRun, killer: Killer, aim: tuple[str, int] | None
+) -> dict[int, str]:
+    """One life; the weights, moments and RNG that each step of it led to."""
+    seen: dict[int, str] = {}
+    step = Learner.step
+
+    def noted(learner: Learner, plan: Plan) -> dict[str, float]:
+        numbers = step(learner, plan)
+        seen[plan.step + 1] = digest_of(learner.model_tensors() | learner.optimizer_tensors())
+        return numbers
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Learner, "step", noted)
+        if aim is not None:
+            killer.aim(*aim)
+        else:
+            killer.rest()
+        assert run.live() == (aim is None)
+    return seen
+
+
+def digest_of(tensors: dict[str, Tensor]) -> str:
+    digest = hashlib.sha256()
+    for name, tensor in sorted(tensors.items()):
+        digest.update(name.encode() + tensor.contiguous().numpy().tobytes())
+    return digest.hexdigest()
