@@ -31,6 +31,7 @@ from typing import TypeVar
 from ground.strikes import Action, damage, kill9, strike
 
 VARIABLE = "PACKTRAIN_FAULTS"
+"""The plan as JSON, or `@` and the path of a file with it, which may come later or never."""
 
 POINTS: tuple[tuple[str, str], ...] = (
     ("learner", "publish.copy"),
@@ -246,7 +247,7 @@ _here = _Here()
 
 def enter(role: str) -> None:
     """Say who this process is: supervisor, controller, learner, keeper, rollout/<n> or reward."""
-    plan = json.loads(os.environ.get(VARIABLE) or "{}")
+    plan = json.loads(_plan() or "{}")
     faults = {
         number: Fault(**{**fault, "action": Action(**fault["action"])})
         for number, fault in enumerate(plan.get("faults", ()))
@@ -270,6 +271,14 @@ def corrupted(name: str, value: Value) -> Value:
         for fault in _here.armed.due(name):
             value = damage(fault.action, value)
     return value
+
+
+def _plan() -> str:
+    text = os.environ.get(VARIABLE, "")
+    if not text.startswith("@"):
+        return text
+    path = Path(text[1:])
+    return path.read_text() if path.exists() else ""
 
 
 def _first(kind: str) -> str:

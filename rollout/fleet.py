@@ -10,8 +10,9 @@ caller waits until a worker is there.
 from __future__ import annotations
 
 import time
+from collections import Counter
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from ground.errors import InfraError
 from ground.records import Group
@@ -62,6 +63,8 @@ class FleetStats:
     restarts: int
     retries: int
     """Attempts that were lost with their worker, or failed on it, and made again."""
+    verdicts: dict[str, int] = field(default_factory=dict)
+    """What the living workers' reward pools have counted; failures by kind, which score 0."""
 
     @property
     def states(self) -> tuple[str, ...]:
@@ -122,8 +125,10 @@ class Fleet:
             PacktrainError: what the worker says is wrong with the task.
         """
         causes: list[str] = []
+        tried: set[int] = set()
         for attempt in range(self._section.max_attempts):
-            seat = await self._least_loaded()
+            seat = await self._least_loaded(tried)
+            tried.add(seat.index)
             try:
                 return await self._attempt(seat, task, attempt)
             except InfraError as error:
@@ -144,6 +149,7 @@ class Fleet:
             tokens=self._tokens,
             restarts=self._roster.restarts,
             retries=self._retries,
+            verdicts=dict(sum((Counter(s.pong.verdicts) for s in self._roster.seats), Counter())),
         )
 
     async def close(self) -> None:
@@ -159,6 +165,7 @@ class Fleet:
                 self._section.rollout_deadline_seconds,
                 f"group {task.id}",
                 seat.worker.rollout(task, attempt),
+                more=lambda: self._scoring_seconds(seat, task, attempt),
             )
             _check_is_ours(result, task, attempt)
         except InfraError as error:
@@ -174,18 +181,28 @@ class Fleet:
         self._mark(seat, started, task, attempt, result)
         return result.group
 
+    def _scoring_seconds(self, seat: Seat, task: GroupTask, attempt: int) -> float:
+        """What verifiers may take, its turn included, of a group that is sampled: hanging answers
+        are killed one by one, and a sound worker must not be blamed for them."""
+        if f"{task.id}#{attempt}" not in seat.pong.scoring:
+            return 0.0
+        turns = 1 + seat.in_flight // self._section.reward_processes
+        return turns * (len(task.seeds) + 1) * self._section.reward_deadline_seconds
+
     def _count_failure(self, seat: Seat, error: InfraError) -> None:
         """A worker may answer pings and still do no work: too many in a row end its life."""
         seat.failed_tasks += 1
         if seat.failed_tasks >= _MAX_FAILED_TASKS:
             seat.lose(f"{seat.failed_tasks} groups in a row failed, the last with: {error.what}")
 
-    async def _least_loaded(self) -> Seat:
+    async def _least_loaded(self, tried: set[int]) -> Seat:
+        """Of those that serve, one that has not failed at this task if there is any."""
+
         def serving() -> list[Seat]:
             return [seat for seat in self._roster.seats if seat.is_serving]
 
         await self._roster.until(lambda: bool(serving()))
-        return min(serving(), key=lambda seat: (seat.in_flight, seat.index))
+        return min(serving(), key=lambda seat: (seat.index in tried, seat.in_flight, seat.index))
 
     def _mark(
         self, seat: Seat, started: float, task: GroupTask, attempt: int, result: GroupResult

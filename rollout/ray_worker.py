@@ -23,7 +23,7 @@ from ray.exceptions import RayActorError, RayError, RayTaskError
 from ground.errors import InfraError, PacktrainError
 from rollout.failures import memory_kills
 from rollout.seat import OutOfMemoryError, WorkerDiedError
-from rollout.task import GroupResult, GroupTask, Loaded, WorkerConfig
+from rollout.task import GroupResult, GroupTask, Loaded, Pong, WorkerConfig
 from rollout.worker import RolloutWorker
 
 _CLOSE_SECONDS = 3.0
@@ -58,9 +58,9 @@ class RayWorker:
             await self.prepare()
         await self._sorted(self._actor.open.remote(index))
 
-    async def ping(self) -> None:
+    async def ping(self) -> Pong:
         """See `Worker.ping`."""
-        await self._sorted(self._actor.ping.remote(self._incarnation))
+        return await self._sorted(self._actor.ping.remote(self._incarnation))
 
     @property
     def pid(self) -> int | None:

@@ -172,7 +172,8 @@ class Roster:
         loop = asyncio.get_running_loop()
         suspicion = loop.call_later(section.suspect_after_seconds, self._suspect, seat)
         try:
-            await seat.within(section.ping_deadline_seconds, "a ping", seat.worker.ping())
+            answer = seat.worker.ping()
+            seat.pong = await seat.within(section.ping_deadline_seconds, "a ping", answer)
         finally:
             suspicion.cancel()
 

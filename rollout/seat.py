@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable
+from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import Protocol, TypeVar
 
 from ground.errors import InfraError
-from rollout.task import GroupResult, GroupTask, Loaded
+from rollout.task import GroupResult, GroupTask, Loaded, Pong
 
 Value = TypeVar("Value")
 
@@ -45,7 +45,7 @@ class Worker(Protocol):
         """Return when it can take weights and tasks, as the worker of that seat."""
         ...
 
-    async def ping(self) -> None:
+    async def ping(self) -> Pong:
         """Return if it lives and its event loop turns."""
         ...
 
@@ -86,6 +86,8 @@ class Seat:
     failed_tasks: int = 0
     """Tasks in a row that failed in this life, while it answered pings."""
     causes: list[str] = field(default_factory=list)
+    pong: Pong = field(default_factory=Pong)
+    """Its newest answer to a ping."""
 
     @property
     def name(self) -> str:
@@ -101,8 +103,17 @@ class Seat:
         """Declare the present life over; the first cause counts."""
         _complete(self.lost, cause)
 
-    async def within(self, seconds: float, doing: str, call: Awaitable[Value]) -> Value:
+    async def within(
+        self,
+        seconds: float,
+        doing: str,
+        call: Awaitable[Value],
+        more: Callable[[], float] = lambda: 0.0,
+    ) -> Value:
         """Wait for a call to this life, but no longer than its deadline, nor than it lives.
+
+        Args:
+            more: asked when the deadline passes; seconds by which it is put off, once.
 
         Raises:
             InfraError: the deadline passed (which ends this life) or the life was lost.
@@ -111,7 +122,11 @@ class Seat:
         task = asyncio.ensure_future(call)
         try:
             if not life.done():
-                await asyncio.wait({task, life}, timeout=seconds, return_when="FIRST_COMPLETED")
+                both = {task, life}
+                done, _ = await asyncio.wait(both, timeout=seconds, return_when="FIRST_COMPLETED")
+                if not done and (put_off := more()):
+                    seconds += put_off
+                    await asyncio.wait(both, timeout=put_off, return_when="FIRST_COMPLETED")
             if task.done():
                 return task.result()
             _complete(life, f"{doing} must be done within {seconds:g} s")

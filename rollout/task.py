@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from ground.records import Group, Message, Prompt
@@ -69,6 +69,20 @@ class Loaded:
     """Phases of the hand-over, the learner's among them."""
     drift: float
     """Nats between engine and learner on a typical probe."""
+
+
+@dataclass(frozen=True, slots=True)
+class Pong:
+    """A worker's answer to a ping.
+
+    Example:
+        Pong(scoring=("9c1f.0#0",), verdicts={"texts": 800, "reward_timeout": 3})
+    """
+
+    scoring: tuple[str, ...] = ()
+    """Attempts (`task id#attempt`) that are sampled and wait for their verdicts."""
+    verdicts: dict[str, int] = field(default_factory=dict)
+    """Counters of the reward pool since the worker's birth, failures by kind."""
 
 
 @dataclass(frozen=True, slots=True)

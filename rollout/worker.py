@@ -21,12 +21,13 @@ from typing import TYPE_CHECKING
 from ground import faults
 from ground.errors import InfraError
 from ground.lease import Fence, Lease
-from ground.records import Group, Rollout
+from ground.records import Group
 from ground.roles import enter_role
 from rollout.engine import Completion, Engine, Request
 from rollout.failures import sorted_failures
-from rollout.reward_pool import RewardPool, ScoredText
-from rollout.task import GroupResult, GroupTask, Loaded, WorkerConfig
+from rollout.reward_pool import RewardPool
+from rollout.scoring import rollouts_of, texts_of
+from rollout.task import GroupResult, GroupTask, Loaded, Pong, WorkerConfig
 
 if TYPE_CHECKING:
     from ground.chat import ChatTemplate
@@ -47,6 +48,7 @@ class RolloutWorker:
     def __init__(self, config: WorkerConfig) -> None:
         self._config, self._fence = config, Fence(config.incarnation)
         self._lease: Lease | None = None
+        self._awaiting_verdicts: set[str] = set()
 
     async def prepare(self) -> tuple[str, int]:
         """Import the libraries; returns this machine's name and the process id."""
@@ -74,12 +76,14 @@ class RolloutWorker:
         self._lease = Lease("fleet", config.lease_seconds)
         return platform.node(), os.getpid()
 
-    async def ping(self, incarnation: int) -> None:
+    async def ping(self, incarnation: int) -> Pong:
         """Renew the lease; answers while tokens are sampled."""
         self._fence.check(incarnation)
         faults.point("ping")
-        if self._lease:
-            self._lease.renew()
+        if not self._lease:  # a spare: nothing is open yet
+            return Pong()
+        self._lease.renew()
+        return Pong(tuple(self._awaiting_verdicts), self._pool.stats())
 
     async def load(self, incarnation: int, version: int, published: Published) -> Loaded:
         """Swap weights in flight; returns what the engine has now, and proven to have."""
@@ -112,13 +116,19 @@ class RolloutWorker:
         prompt_ids = tuple(self._template.encode_prompt(task.messages))
         completions = await self._sample(self._requests(task, prompt_ids, attempt))
         sampled = time.time()
-        texts = [self._template.decode(self._spoken(completion)) for completion in completions]
-        scored = await asyncio.get_running_loop().run_in_executor(
-            self._scoring, self._pool.score, task.prompt, texts
-        )
+        texts = texts_of(completions, self._template)
+        attempt_id = f"{task.id}#{attempt}"
+        self._awaiting_verdicts.add(attempt_id)
+        try:
+            scored = await asyncio.get_running_loop().run_in_executor(
+                self._scoring, self._pool.score, task.prompt, texts
+            )
+        finally:
+            self._awaiting_verdicts.discard(attempt_id)
         faults.point("gen.scored")
-        group = _group(task, prompt_ids, completions, texts, scored)
-        num_tokens = sum(rollout.num_tokens for rollout in group.rollouts)
+        rollouts = rollouts_of(completions, texts, scored)
+        group = Group(task.id, task.prompt, prompt_ids, rollouts, task.applied_system)
+        num_tokens = sum(rollout.num_tokens for rollout in rollouts)
         return GroupResult(group, started, sampled, time.time(), num_tokens, attempt)
 
     def _requests(
@@ -147,11 +157,6 @@ class RolloutWorker:
             self._orders.submit(self._engine.abort, ids)
             raise
 
-    def _spoken(self, completion: Completion) -> tuple[int, ...]:
-        """Tokens without the stop id that ended them."""
-        ids = completion.segment.token_ids
-        return ids[:-1] if completion.finish == "stop" else ids
-
 
 def _open(config: WorkerConfig) -> tuple[Engine, ChatTemplate, Gate]:
     from rollout.engines import open_engine
@@ -164,28 +169,3 @@ def _open(config: WorkerConfig) -> tuple[Engine, ChatTemplate, Gate]:
         return engine, template, Gate(engine, Inbox(this_node()))
     except (OSError, RuntimeError) as error:
         raise InfraError(f"the engine must open, got {type(error).__name__}: {error}") from error
-
-
-def _group(
-    task: GroupTask,
-    prompt_ids: tuple[int, ...],
-    completions: Sequence[Completion],
-    texts: Sequence[str],
-    scored: Sequence[ScoredText],
-) -> Group:
-    rollouts = tuple(
-        Rollout(
-            index=index,
-            segments=(completion.segment,),
-            text=text,
-            finish=completion.finish,
-            reward=verdict.reward,
-            reward_parts=verdict.parts,
-            passed=verdict.passed,
-            error=verdict.error,
-        )
-        for index, (completion, text, verdict) in enumerate(
-            zip(completions, texts, scored, strict=True)
-        )
-    )
-    return Group(task.id, task.prompt, prompt_ids, rollouts, task.applied_system)

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import os
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
+
+from ground.faults import VARIABLE, Faults
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -110,7 +112,7 @@ def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def ray_local() -> Iterator[None]:
+def ray_local(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     """A Ray cluster of this session's own, with four processors however many there are.
 
     Its workers inherit a path to this folder, so that actors may be defined in test modules.
@@ -119,9 +121,23 @@ def ray_local() -> Iterator[None]:
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("PYTHONPATH", str(Path(__file__).parent), prepend=os.pathsep)
+        patch.setenv(VARIABLE, f"@{tmp_path_factory.mktemp('faults') / 'plan.json'}")
         _start_ray()
-    yield
-    ray.shutdown()
+        yield
+        ray.shutdown()
+
+
+@pytest.fixture
+def armed(ray_local: None, tmp_path: Path) -> Iterator[Callable[[Faults], Faults]]:
+    """Arms a plan of faults in the workers that are born under `ray_local` from now on."""
+    path = Path(os.environ[VARIABLE][1:])
+
+    def arm(plan: Faults) -> Faults:
+        path.write_text(plan.environment()[VARIABLE])
+        return plan
+
+    yield arm
+    path.unlink(missing_ok=True)
 
 
 def _start_ray() -> None:

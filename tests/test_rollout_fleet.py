@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Awaitable, Callable, Coroutine
 from dataclasses import dataclass, field
+from itertools import pairwise
 
 import pytest
 
@@ -13,7 +14,7 @@ from ground.records import Group, Message, Prompt, Rollout, Segment, Span
 from rollout.config import FleetSection, SamplingSection
 from rollout.fleet import Event, Fleet
 from rollout.seat import WorkerDiedError
-from rollout.task import GroupResult, GroupTask, Loaded
+from rollout.task import GroupResult, GroupTask, Loaded, Pong
 
 SECTION = FleetSection(
     num_workers=2,
@@ -58,6 +59,8 @@ class ScriptedWorker:
     loads: list[int] = field(default_factory=list)
     tasks: list[tuple[str, int]] = field(default_factory=list)
     ack_lag: int = 0
+    scoring: tuple[str, ...] = ()
+    other_answer: bool = False
 
     async def prepare(self) -> None:
         return
@@ -65,8 +68,9 @@ class ScriptedWorker:
     async def open(self, index: int) -> None:
         await self.opening(self)
 
-    async def ping(self) -> None:
+    async def ping(self) -> Pong:
         await self.pinging(self)
+        return Pong(self.scoring, {"texts": 2, "reward_timeout": 1})
 
     async def load(self, version: int, weights: object) -> Loaded:
         assert weights == f"weights {version}"
@@ -80,7 +84,14 @@ class ScriptedWorker:
         version = self.loads[-1]
         segment = Segment("policy", (5, 2), (-0.1, -0.2), (Span(version, 2),))
         rollouts = tuple(Rollout(n, (segment,), f"{self.number}") for n in range(len(task.seeds)))
-        return GroupResult(Group(task.id, task.prompt, (1,), rollouts), 0.0, 1.0, 2.0, 4, attempt)
+        return GroupResult(
+            Group(task.id, task.prompt, (1,), rollouts),
+            0.0,
+            1.0,
+            2.0,
+            4,
+            attempt - self.other_answer,
+        )
 
     def kill(self) -> None:
         self.killed = True
@@ -457,3 +468,157 @@ def test_a_closed_fleet_refuses_work() -> None:
             await fleet.rollout(_task("h"))
 
     _run(script, scenario)
+
+
+def test_a_suspect_gets_no_new_work_and_comes_back_under_the_current_weights() -> None:
+    script, gate = Script(), asyncio.Event()
+    section = SECTION.model_copy(
+        update={"suspect_after_seconds": 0.03, "ping_deadline_seconds": 5.0}
+    )
+
+    async def slowly(worker: ScriptedWorker) -> None:
+        await gate.wait()
+
+    async def scenario(fleet: Fleet) -> None:
+        await _begin(fleet)
+        script.born[0].pinging = slowly
+        await fleet._roster.until(lambda: fleet.stats().states == ("suspect", "healthy"))
+        groups = await asyncio.gather(*(fleet.rollout(_task(f"g{n}")) for n in range(3)))
+        assert len(groups) == 3 and not script.born[0].tasks
+        await fleet.publish(1, "weights 1")
+        assert script.born[0].loads == [0]
+        gate.set()
+        await fleet._roster.until(lambda: fleet.stats().states == ("healthy", "healthy"))
+        assert script.born[0].loads == [0, 1] and len(script.born) == 2
+        await fleet.rollout(_task("h"))
+        assert script.born[0].tasks == [("h", 0)]
+
+    _run(script, scenario, section)
+    assert not [event for event in script.events if event["kind"] == "lost"]
+
+
+def test_failures_of_a_life_that_is_over_are_not_counted_against_the_next() -> None:
+    """Four groups fail with their worker; its successor must not be blamed for them."""
+    script = Script(worker0=_set(sampling=_forever))
+    section = SECTION.model_copy(update={"num_workers": 1, "rollout_deadline_seconds": 5})
+
+    async def scenario(fleet: Fleet) -> None:
+        await _begin(fleet)
+        running = [asyncio.create_task(fleet.rollout(_task(f"g{n}"))) for n in range(4)]
+        await asyncio.sleep(0.05)
+        script.born[0].pinging = _failing(WorkerDiedError("ActorDiedError: killed"))
+        groups = await asyncio.gather(*running)
+        assert {group.rollouts[0].text for group in groups} == {"1"}
+        assert len(script.born) == 2 and fleet.stats().retries == 4
+
+    _run(script, scenario, section)
+
+
+def test_the_first_restart_is_made_at_once_and_the_next_ones_after_longer_pauses() -> None:
+    """#7: a constructor that always fails; back-off 0, 0.1, 0.2 seconds."""
+    script = Script(others=_set(opening=_failing(InfraError("RuntimeError: no such kernel"))))
+    section = SECTION.model_copy(
+        update={"num_workers": 1, "backoff_seconds": 0.1, "max_restarts": 3}
+    )
+
+    async def scenario(fleet: Fleet) -> None:
+        with pytest.raises(WorkersLostError):
+            await fleet.start()
+
+    _run(script, scenario, section)
+    lost = [float(str(event["end"])) for event in script.events if event["kind"] == "lost"]
+    pauses = [after - before for before, after in pairwise(lost)]
+    assert len(pauses) == 3
+    assert pauses[0] < 0.1 <= pauses[1] < 0.2 <= pauses[2]
+
+
+def test_the_fleet_stops_when_fewer_are_left_than_it_needs() -> None:
+    """#7: the floor."""
+    script = Script(others=_set(opening=_failing(InfraError("no such kernel"))), worker1=_set())
+    section = SECTION.model_copy(update={"min_workers": 2})
+
+    async def scenario(fleet: Fleet) -> None:
+        with pytest.raises(WorkersLostError, match=r"at least 2 of 2 .* 1 are left"):
+            await fleet.start()
+
+    _run(script, scenario, section)
+
+
+def test_an_answer_to_another_attempt_is_refused() -> None:
+    """#4: a zombie's answer."""
+    script = Script(worker0=_set(other_answer=True))
+
+    async def scenario(fleet: Fleet) -> None:
+        await _begin(fleet)
+        assert (await fleet.rollout(_task("g"))).rollouts[0].text == "1"
+        assert [len(worker.tasks) for worker in script.born] == [1, 1]
+
+    _run(script, scenario)
+
+
+def test_a_group_that_waits_for_its_verdicts_is_given_the_time_that_they_may_take() -> None:
+    """Two answers, 1 + 1 turns, 0.2 s each: 0.1 + 2 * 3 * 0.2 = 1.3 s in all."""
+    section = SECTION.model_copy(
+        update={
+            "num_workers": 1, "rollout_deadline_seconds": 0.1, "reward_deadline_seconds": 0.2,
+            "max_attempts": 1,
+        }
+    )  # fmt: skip
+
+    async def half_a_second(worker: ScriptedWorker) -> None:
+        await asyncio.sleep(0.5)
+
+    script = Script(others=_set(sampling=half_a_second))
+
+    async def scenario(fleet: Fleet) -> None:
+        await _begin(fleet)
+        script.born[0].scoring = ("scored#0",)
+        await asyncio.sleep(0.1)
+        assert (await fleet.rollout(_task("scored"))).id == "scored"
+        script.born[0].sampling = _forever
+        with pytest.raises(InfraError) as caught:
+            await fleet.rollout(_task("scored"))
+        assert "group scored must be done within 1.3 s" in caught.value.why
+        assert fleet.stats().verdicts == {"texts": 2, "reward_timeout": 1}
+        await fleet._roster.until(lambda: fleet.stats().restarts == 1)
+        assert script.born[0].killed
+        with pytest.raises(InfraError) as caught:
+            await fleet.rollout(_task("unscored"))
+        assert "group unscored must be done within 0.1 s" in caught.value.why
+
+    _run(script, scenario, section)
+
+
+def test_a_spare_takes_the_place_of_a_lost_worker_and_is_replaced_itself() -> None:
+    script = Script()
+    section = SECTION.model_copy(update={"spare": True, "num_workers": 1})
+
+    async def scenario(fleet: Fleet) -> None:
+        await _begin(fleet)
+        while len(script.born) < 2:
+            await asyncio.sleep(0.01)
+        await asyncio.sleep(0.05)
+        script.born[0].pinging = _failing(WorkerDiedError("ActorDiedError: killed"))
+        await fleet._roster.until(lambda: fleet.stats().restarts == 1)
+        assert (await fleet.rollout(_task("g"))).rollouts[0].text == "1"
+        while len(script.born) < 3:
+            await asyncio.sleep(0.01)
+        assert script.born[1].loads == [0] and not script.born[2].loads
+
+    _run(script, scenario, section)
+
+
+def test_a_spare_that_dies_is_made_again_and_given_up_after_three() -> None:
+    die = _set(pinging=_failing(WorkerDiedError("ActorDiedError: killed")))
+    script = Script(worker0=_set(), others=die)
+    section = SECTION.model_copy(update={"spare": True, "num_workers": 1})
+
+    async def scenario(fleet: Fleet) -> None:
+        await _begin(fleet)
+        while len(script.born) < 4 or not script.born[3].killed:
+            await asyncio.sleep(0.01)
+        await asyncio.sleep(0.1)
+        assert len(script.born) == 4
+        assert (await fleet.rollout(_task("g"))).rollouts[0].text == "0"
+
+    _run(script, scenario, section)
