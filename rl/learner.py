@@ -79,7 +79,6 @@ class Learner:
             brake = self._brake.factor(measured["ess_applied"], plan.step)
             self._set_learning_rate(plan.step, brake)
             self._optimizer.step()
-            faults.point("step.applied")
         finally:
             self._optimizer.zero_grad()
         return {
@@ -146,7 +145,7 @@ class Learner:
         mask_BT, temperature = batch.loss_mask_BT, self._section.sampling.temperature
         inputs = (batch.tokens_BT, batch.segments_BT, mask_BT, temperature)
         faults.point("step.forward")
-        with self._routers.counting(batch.segments_BT != 0):
+        with self._routers.counting((batch.segments_BT != 0) & mask_BT.any()):
             logprobs_BT, entropy_BT = self._module(*inputs)
         reference_N = None
         if self._reference is not None:

@@ -43,7 +43,7 @@ def make_plan(*groups: Group, step: int = 1) -> Plan:
     return Plan(step, groups, {}, rollouts=4 * len(groups), reward=0.5, pass_rate=0.5)
 
 
-def make_learner(path: Path, **settings: object) -> Learner:
+def make_learner(path: Path, accelerator: Accelerator | None = None, **settings: object) -> Learner:
     section = RlSection.model_validate(
         {
             "steps": 4,
@@ -53,5 +53,8 @@ def make_learner(path: Path, **settings: object) -> Learner:
         }
     )
     return Learner(
-        load_model(path, dtype=torch.float64), Accelerator(cpu=True), section, pad_id=261
+        load_model(path, dtype=torch.float64),
+        accelerator or Accelerator(cpu=True),
+        section,
+        pad_id=261,
     )

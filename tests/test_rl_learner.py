@@ -3,18 +3,24 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
+from conftest import make_tiny_model
 from rl_doubles import ANSWERS, PROMPT, make_group, make_learner, make_plan
-from torch import Tensor
+from torch import Tensor, nn
+from transformers.models.llama4.modeling_llama4 import Llama4Router
 
 from ground.chat import ChatTemplate
 from ground.errors import DivergedError
 from ground.model import load_model, load_tokenizer
-from ground.records import Group, Rollout
+from ground.records import Group, Rollout, Segment, Span
+from rl.books import Plan
 from rl.config import OptimizerSection
+from rl.learner import Learner
 from rl.snapshot import Snapshot, read_books, read_snapshot, write_cut
 from rollout.config import SamplingSection
 from rollout.engine import Request, generate
@@ -46,15 +52,62 @@ def test_the_gradient_is_that_of_the_formula_written_out_naively(tiny_model: Pat
     assert numbers["grad_norm"] == pytest.approx(norm, rel=1e-5)
 
 
-def test_the_micro_batch_split_changes_nothing(tiny_model: Path) -> None:
-    plan = make_plan(make_group(0), make_group(1, prompt_length=9))
-    whole, cut = (make_learner(tiny_model, micro_batch_tokens=tokens) for tokens in (10_000, 12))
-    numbers, numbers_cut = whole.step(plan), cut.step(plan)
-    assert numbers == pytest.approx(numbers_cut, rel=1e-6)
-    assert difference(whole.model_tensors(), cut.model_tensors()) < 1e-6
+@pytest.fixture(scope="module")
+def chunky_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Chunks of 8 and a temperature that changes every 4 positions: shorter than the rows."""
+    folder = tmp_path_factory.mktemp("chunky") / "model"
+    return make_tiny_model(folder, attention_chunk_size=8, floor_scale=4)
 
 
-def test_a_poisoned_batch_is_refused_and_the_weights_stay(tiny_model: Path) -> None:
+LOSSES: list[dict[str, object]] = [
+    {"kind": "aipo", "rho_max": 2},
+    {"kind": "cispo", "rho_min": 0.1, "icepop": {"low": 0.01}},
+    {"kind": "clip", "sequence_mask": 3.7},
+    {"kind": "decoupled", "proximal": "interpolate", "reference_kl": 0.2},
+]
+
+
+def traced(learner: Learner, plan: Plan) -> tuple[dict[str, float], dict[str, Tensor]]:
+    """A step's numbers and the whole gradient before clipping, which the last pass leaves."""
+    grads: dict[str, Tensor] = {}
+
+    def keep(name: str, parameter: Tensor) -> None:
+        assert parameter.grad is not None
+        grads[name] = parameter.grad.clone()
+
+    hooks = [
+        parameter.register_post_accumulate_grad_hook(partial(keep, name))
+        for name, parameter in learner.model.named_parameters()
+    ]
+    numbers = learner.step(plan)
+    for hook in hooks:
+        hook.remove()
+    return numbers, grads
+
+
+@pytest.mark.parametrize("loss", LOSSES, ids=lambda loss: str(loss["kind"]))
+def test_neither_split_nor_packing_changes_loss_or_gradient(
+    loss: dict[str, object], chunky_model: Path
+) -> None:
+    plan, made = make_plan(make_group(0), make_group(1, -4.0, prompt_length=9), step=2), []
+    for micro_batch_tokens, pack_tokens in ((10_000, 0), (12, 0), (10_000, 64), (40, 30)):
+        learner = make_learner(
+            chunky_model,
+            loss=loss,
+            advantages={"kind": "batch_std"},
+            micro_batch_tokens=micro_batch_tokens,
+            pack_tokens=pack_tokens,
+        )
+        made.append(traced(learner, plan))
+    (numbers, grads), *others = made
+    assert numbers["grad_norm"] > 0.1 and 0 < numbers["rho_p05"] < numbers["rho_p95"]
+    for other_numbers, other_grads in others:
+        assert other_numbers == pytest.approx(numbers, rel=1e-6, abs=1e-9)
+        for name, grad in grads.items():
+            assert (other_grads[name] - grad).abs().max() < 1e-6 * grad.abs().max(), name
+
+
+def test_75_a_poisoned_batch_is_refused_and_the_weights_stay(tiny_model: Path) -> None:
     learner = make_learner(tiny_model)
     learner.step(make_plan(make_group(0)))
     before, moments = learner.model_tensors(), learner.optimizer_tensors()
@@ -66,7 +119,7 @@ def test_a_poisoned_batch_is_refused_and_the_weights_stay(tiny_model: Path) -> N
     assert math.isfinite(learner.step(make_plan(make_group(0)))["loss"])
 
 
-def test_a_poisoned_weight_is_refused(tiny_model: Path) -> None:
+def test_75_a_poisoned_weight_is_refused(tiny_model: Path) -> None:
     learner = make_learner(tiny_model)
     with torch.no_grad():
         next(learner.model.parameters())[70, 0] = math.inf
@@ -74,11 +127,147 @@ def test_a_poisoned_weight_is_refused(tiny_model: Path) -> None:
         learner.step(make_plan(make_group(0)))
 
 
-def test_a_step_without_groups_moves_nothing(tiny_model: Path) -> None:
+def test_75_a_gradient_that_overflows_is_refused_although_the_loss_is_finite(
+    tiny_model: Path,
+) -> None:
+    learner = make_learner(tiny_model)
+    head = learner.model.get_output_embeddings()
+    assert isinstance(head, nn.Linear)
+    head.weight.register_hook(lambda grad: grad * math.inf)
+    before = learner.model_tensors()
+    with pytest.raises(DivergedError, match=r"got -?[\d.]+ and a gradient norm (nan|inf)"):
+        learner.step(make_plan(make_group(0)))
+    assert difference(before, learner.model_tensors()) == 0
+
+
+def test_75_an_infinite_reward_is_refused(tiny_model: Path) -> None:
+    learner, group = make_learner(tiny_model), make_group(0)
+    rollouts = [replace(rollout, reward=math.inf) for rollout in group.rollouts]
+    before = learner.model_tensors()
+    with pytest.raises(DivergedError, match="must be finite"):
+        learner.step(make_plan(replace(group, rollouts=tuple(rollouts))))
+    assert difference(before, learner.model_tensors()) == 0
+
+
+def test_76_a_step_without_groups_moves_nothing(tiny_model: Path) -> None:
     learner = make_learner(tiny_model)
     before = learner.model_tensors()
     assert learner.step(make_plan()) == {}
     assert difference(before, learner.model_tensors()) == 0
+
+
+def answered(*answers: tuple[int, ...]) -> Group:
+    """A group of these answers, right and wrong by turns."""
+    group = make_group(0)
+    rollouts = tuple(
+        Rollout(
+            index,
+            (Segment("policy", tokens, (-5.0,) * len(tokens), (Span(0, len(tokens)),)),),
+            text="",
+            finish="length" if len(tokens) > 5 else "stop",
+            reward=float(index % 2),
+        )
+        for index, tokens in enumerate(answers)
+    )
+    return replace(group, rollouts=rollouts)
+
+
+def test_83_odd_completions_train_what_they_have(tiny_model: Path) -> None:
+    """Empty, instant end of turn, cut at the length, special tokens alone."""
+    group = answered((), (260,), (70,) * 30, (256, 257, 258, 259, 260, 261))
+    numbers = make_learner(tiny_model).step(make_plan(group))
+    assert numbers["trained_tokens"] == 0 + 1 + 30 + 6
+    assert math.isfinite(numbers["loss"]) and numbers["grad_norm"] > 0
+    assert make_learner(tiny_model).step(make_plan(answered((), ()))) == {}
+
+
+def test_84_a_step_of_one_token(tiny_model: Path) -> None:
+    numbers = make_learner(tiny_model).step(make_plan(answered((), (70,))))
+    assert numbers["trained_tokens"] == numbers["ess"] == numbers["ess_applied"] == 1
+    assert numbers["rho_p05"] == numbers["rho_p95"] == numbers["rho_max"]
+    assert math.isfinite(numbers["loss"]) and numbers["grad_norm"] > 0
+
+
+def test_84_when_a_mask_drops_every_token_nothing_moves_not_even_by_momentum(
+    tiny_model: Path,
+) -> None:
+    learner = make_learner(tiny_model, loss={"icepop": {"low": 0.3}})
+    learner.step(make_plan(make_group(0, logprob=-5.5)))
+    before = learner.model_tensors()
+    numbers = learner.step(make_plan(make_group(1, logprob=-0.01)))
+    assert numbers["masked_share"] == 1
+    assert numbers["loss"] == numbers["grad_norm"] == numbers["ess_applied"] == 0
+    assert difference(before, learner.model_tensors()) == 0
+
+
+def test_85_a_collapsed_router_leaves_the_numbers_finite_and_shows_in_the_gauge(
+    tiny_model: Path,
+) -> None:
+    healthy = make_learner(tiny_model).step(make_plan(make_group(0)))
+    assert healthy["experts_idle"] < 6 and healthy["expert_share_max"] < 1
+    learner = make_learner(tiny_model)
+    layers = [m for m in learner.model.modules() if isinstance(m, Llama4Router)]
+    for router in layers:
+        # Expert 2 wins by a bias that no hidden state can make up for.
+        router.register_forward_pre_hook(lambda module, args: (torch.ones_like(args[0]),))
+        with torch.no_grad():
+            router.weight.fill_(-1.0)
+            router.weight[2] = 1.0
+    before = learner.model_tensors()
+    numbers = learner.step(make_plan(make_group(0)))
+    assert (len(layers), numbers["experts_idle"], numbers["expert_share_max"]) == (2, 6, 1.0)
+    assert math.isfinite(numbers["loss"]) and numbers["grad_norm"] > 0
+    after = learner.model_tensors()
+    experts = [name for name in after if name.endswith("experts.down_proj")]
+    for name in experts:
+        moved_E = (after[name] - before[name]).abs().amax(dim=(1, 2))
+        assert moved_E[2] > 0 and moved_E[[0, 1, 3]].tolist() == [0, 0, 0]
+
+
+def test_the_brake_scales_the_step_by_the_share_that_is_missing(tiny_model: Path) -> None:
+    """Adam's first step has the size of the learning rate, whatever the gradient's."""
+    plan = make_plan(make_group(0, logprob=-5.5), step=0)
+    free, braked = (make_learner(tiny_model, ess_floor=floor) for floor in (0.0, 1.0))
+    start = free.model_tensors()
+    numbers, held = free.step(plan), braked.step(plan)
+    assert numbers["brake"] == 1
+    assert 0 < held["brake"] == held["ess_applied"] < 0.95
+    full, part = difference(start, free.model_tensors()), difference(start, braked.model_tensors())
+    assert part / full == pytest.approx(held["brake"], rel=1e-4)
+
+
+def test_the_brakes_share_is_that_of_the_weights_applied(tiny_model: Path) -> None:
+    """One token with a huge ratio ruins the raw share, not the truncated one."""
+    group = answered(*[(70 + n, 71, 72) for n in range(8)])
+    odd = replace(group.rollouts[0].segments[0], logprobs=(-30.0, -5.0, -5.0))
+    rollouts = (replace(group.rollouts[0], segments=(odd,)), *group.rollouts[1:])
+    numbers = make_learner(tiny_model).step(make_plan(replace(group, rollouts=rollouts)))
+    assert numbers["ess"] < 0.06 and numbers["ess_applied"] > 0.3
+
+
+def test_too_many_braked_steps_end_the_run_before_the_last_one_is_made(tiny_model: Path) -> None:
+    learner = make_learner(tiny_model, ess_floor=1.0, max_braked_steps=2)
+    learner.step(make_plan(make_group(0)))
+    before = learner.model_tensors()
+    with pytest.raises(DivergedError, match="2 times in a row") as caught:
+        learner.step(make_plan(make_group(1), step=2))
+    assert caught.value.exit_code == 5
+    assert difference(before, learner.model_tensors()) == 0
+
+
+def test_the_reference_is_the_first_model_also_after_a_restart(tiny_model: Path) -> None:
+    """At the start its KL is 0 and has no gradient; it does not move with the learner."""
+    plain, tied = (make_learner(tiny_model, loss={"reference_kl": w}) for w in (0.0, 0.5))
+    first, first_tied = (learner.step(make_plan(make_group(0))) for learner in (plain, tied))
+    assert first_tied["loss"] == pytest.approx(first["loss"], rel=1e-6)
+    assert first_tied["grad_norm"] == pytest.approx(first["grad_norm"], rel=1e-6)
+    again = make_learner(tiny_model, loss={"reference_kl": 0.5})
+    again.load(tied.model_tensors(), tied.optimizer_tensors())
+    second, second_tied, resumed = (
+        learner.step(make_plan(make_group(1), step=2)) for learner in (plain, tied, again)
+    )
+    assert second_tied["loss"] > second["loss"] + 1e-3
+    assert resumed["loss"] == second_tied["loss"]
 
 
 def test_a_restored_learner_goes_on_bit_for_bit(tiny_model: Path, tmp_path: Path) -> None:
