@@ -143,12 +143,20 @@ def tensors_of(model: PreTrainedModel) -> dict[str, Tensor]:
 
     Loading them into a model of the same config restores both places of a tied weight.
     """
+    return {
+        name: tensor.to("cpu", copy=True).contiguous()
+        for name, tensor in live_tensors(model).items()
+    }
+
+
+def live_tensors(model: PreTrainedModel) -> dict[str, Tensor]:
+    """All weights and buffers themselves, which change as the model does; a tied one once."""
     seen: set[int] = set()
     tensors: dict[str, Tensor] = {}
     for name, tensor in model.state_dict(keep_vars=True).items():
         if id(tensor) not in seen:
             seen.add(id(tensor))
-            tensors[name] = tensor.detach().to("cpu", copy=True).contiguous()
+            tensors[name] = tensor.detach()
     return tensors
 
 

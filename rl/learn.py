@@ -10,7 +10,7 @@ import logging
 import os
 import sys
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from typing import TextIO
 
@@ -18,13 +18,15 @@ import ray
 import torch
 from accelerate import Accelerator
 from safetensors.torch import save_file
+from torch import Tensor
 
 from ground import faults
 from ground.chat import ChatTemplate
 from ground.checkpoints import Checkpoints, step_of
 from ground.errors import PacktrainError
 from ground.logs import setup_logging
-from ground.model import export_model, load_model, load_tokenizer
+from ground.model import export_model, live_tensors, load_model, load_tokenizer
+from ground.records import Group
 from ground.roles import enter_role
 from ground.signals import Interrupted, held_signals
 from ground.storage import commit_directory
@@ -35,6 +37,7 @@ from rl.consumed import Consumed
 from rl.job import Job, Report, Voice, phase
 from rl.learner import Learner
 from rl.loop import LearnerLoop, Loop
+from rl.prober import Prober
 from rl.publisher import Publisher
 from rl.remote import RemoteLoop
 from rl.scores import Scores
@@ -98,6 +101,11 @@ def learn(job: Job, speaker: Voice, join: Callable[[Job], Loop]) -> dict[str, ob
         Scores(job.directory / "validation.jsonl"),
         speaker.score,
     )
+    prober = Prober(model, max_length=job.section.engine.max_length, seed=job.seed)
+
+    def pack(version: int, trained: Sequence[Group] = ()) -> dict[str, Tensor]:
+        return loop.pack(version, live_tensors(model), lambda: prober.measure(trained))
+
     steps = LearnerLoop(
         learner,
         loop,
@@ -107,13 +115,14 @@ def learn(job: Job, speaker: Voice, join: Callable[[Job], Loop]) -> dict[str, ob
         job.section,
         tell=speaker.say,
         keep_batch=lambda plan: _keep_batch(job, plan),
+        pack=pack,
     )
     try:
         # Signals are held from here on, since joining Ray replaces their handlers.
         with held_signals() as pending:
             cut, (version, replayed) = version, steps.repeat(version)
             speaker.say(phase("give the workers their first weights", version))
-            loop.begin(version, learner.model_tensors(), saved, replayed)
+            loop.begin(version, pack(version), saved, replayed)
             logger.info("the workers have version %d", version)
             steps.catch_up(cut, version)
             version = steps.run(version, pending)

@@ -21,6 +21,7 @@ from torch import Tensor
 
 from ground import faults
 from ground.errors import DataError, DivergedError
+from ground.records import Group
 from ground.signals import Pending
 from rl.books import Plan
 from rl.buffer import LATE, Outcome
@@ -32,6 +33,7 @@ from rl.learner import Learner
 from rl.publisher import Loop as Publications
 from rl.publisher import Publisher
 from rl.snapshot import Snapshot
+from rollout.weights import Probes
 
 Value = TypeVar("Value")
 
@@ -61,13 +63,23 @@ class Loop(Plans, Publications, Protocol):
         """Publish the first weights and let the fleet start, the books being where we are."""
         ...
 
+    def pack(
+        self, version: int, weights: Mapping[str, Tensor], probes: Callable[[], Probes]
+    ) -> dict[str, Tensor]:
+        """Copy live weights for `begin` or `publish`, with what the learner makes of probes."""
+        ...
+
     def close(self, reason: str) -> dict[str, int]:
         """End the loop; returns the ledger's closing sums."""
         ...
 
 
 class LearnerLoop:
-    """Runs steps `start` to `section.steps` on every rank; rank 0 talks to the controller."""
+    """Runs steps `start` to `section.steps` on every rank; rank 0 talks to the controller.
+
+    Args:
+        pack: makes a copy of the live weights as a version, trained on these groups last.
+    """
 
     def __init__(
         self,
@@ -80,10 +92,11 @@ class LearnerLoop:
         *,
         tell: Callable[[Report], None],
         keep_batch: Callable[[Plan], None],
+        pack: Callable[[int, Sequence[Group]], dict[str, Tensor]],
     ) -> None:
         self._learner, self._plans, self._publisher = learner, plans, publisher
         self._consumed, self._accelerator, self._section = consumed, accelerator, section
-        self._tell, self._keep_batch = tell, keep_batch
+        self._tell, self._keep_batch, self._pack = tell, keep_batch, pack
         self._guard = NoSignalGuard(section.max_empty_steps)
 
     def repeat(self, cut: int) -> tuple[int, list[list[Outcome]]]:
@@ -147,7 +160,7 @@ class LearnerLoop:
         numbers = self._step(plan)
         stepped, ended = time.monotonic(), time.time()
         if self._accelerator.is_main_process:
-            self._publish(step + 1)
+            numbers |= self._publish(step + 1, plan.groups)
         now = time.monotonic()
         clock = {
             "seconds": now - began,
@@ -163,10 +176,16 @@ class LearnerLoop:
             self._tell(report)
         return True
 
-    def _publish(self, version: int) -> None:
+    def _publish(self, version: int, trained: Sequence[Group]) -> dict[str, float]:
+        """Begin to publish a copy of the weights; returns how long we waited for the copy."""
         evaluate, save = self._is_look_due(version), self._is_cut_due(version)
-        snapshot = self._snapshot(version, with_optimizer=save)
+        began = time.monotonic()
+        weights = self._pack(version, trained)
+        packed = time.monotonic()
+        optimizer = self._learner.optimizer_tensors() if save else {}
+        snapshot = Snapshot(version, weights, optimizer)
         self._publisher.publish(snapshot, evaluate=evaluate, save=save)
+        return {"pack_seconds": packed - began}
 
     def _next_plan(self, step: int, pending: Pending) -> tuple[Plan, dict[str, float]] | None:
         """Rank 0 asks and keeps; all ranks get the same plan, or the same order to stop."""

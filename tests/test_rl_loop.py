@@ -75,8 +75,9 @@ def run_loop(
     )
     told: list[Report] = []
     publisher = make_publisher(loop, directory, [])
+    learner = make_learner(model)
     learner_loop = LearnerLoop(
-        make_learner(model),
+        learner,
         loop,
         publisher,
         Consumed(directory / "groups"),
@@ -84,6 +85,7 @@ def run_loop(
         section,
         tell=told.append,
         keep_batch=lambda plan: None,
+        pack=lambda version, trained: learner.model_tensors(),
     )
     version = learner_loop.run(start, loop.pending)
     return version, [report for report in told if report.kind == "step"], publisher
