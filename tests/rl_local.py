@@ -93,24 +93,21 @@ def make_prompts(count: int = 12) -> tuple[Prompt, ...]:
     )
 
 
-def scored(task: GroupTask, prompt_ids: tuple[int, ...], found: Sequence[Completion]) -> Group:
-    """A rollout earns a point when its first token is even and another for its last."""
-    rollouts = []
-    for index, completion in enumerate(found):
-        ids = completion.segment.token_ids
-        reward = float(ids[0] % 2 == 0) + float(ids[-1] % 2 == 0)
-        rollouts.append(
-            Rollout(
-                index,
-                (completion.segment,),
-                text=f"{len(ids)} tokens",
-                finish=completion.finish,
-                reward=reward,
-                reward_parts={"first": float(ids[0] % 2 == 0)},
-                passed=reward > 1,
-            )
+def rollouts_of(found: Sequence[Completion]) -> tuple[Rollout, ...]:
+    """A rollout is right when its first token is a multiple of four."""
+    rights = [completion.segment.token_ids[0] % 4 == 0 for completion in found]
+    return tuple(
+        Rollout(
+            index,
+            (completion.segment,),
+            text=f"{len(completion.segment.token_ids)} tokens",
+            finish=completion.finish,
+            reward=float(is_right),
+            reward_parts={"first": float(is_right)},
+            passed=is_right,
         )
-    return Group(task.id, task.prompt, prompt_ids, tuple(rollouts), task.applied_system)
+        for index, (completion, is_right) in enumerate(zip(found, rights, strict=True))
+    )
 
 
 class LocalFleet:
@@ -148,7 +145,8 @@ class LocalFleet:
             await asyncio.to_thread(engine.abort, [request.id for request in requests])
             raise
         await asyncio.sleep(self._random.random() * self._jitter)
-        return scored(task, prompt_ids, found)
+        rollouts = rollouts_of(found)
+        return Group(task.id, task.prompt, prompt_ids, rollouts, task.applied_system)
 
     def close(self) -> None:
         for engine in self._engines:
