@@ -22,6 +22,7 @@ from types import TracebackType
 from ground.errors import DataError, SetupError
 from ground.logs import redact_tree
 from ground.sinks import Sink
+from ground.storage import write_file
 
 Record = dict[str, object]
 
@@ -35,7 +36,7 @@ class Metrics:
         self.path = path
         self._sinks = list(sinks)
         path.parent.mkdir(parents=True, exist_ok=True)
-        self._file = os.open(path, os.O_RDWR | os.O_APPEND | os.O_CREAT, 0o644)
+        self._file = _opened(path)
         _cut_torn_line(self._file)
 
     def log(self, step: int, numbers: Mapping[str, float], **tags: str) -> None:
@@ -61,8 +62,9 @@ class Metrics:
         steps = [_parsed(self.path, n, line)["step"] for n, line in enumerate(lines, start=1)]
         kept = [line for line, own in zip(lines, steps, strict=True) if int(str(own)) <= step]
         if len(kept) < len(lines):
-            os.ftruncate(self._file, 0)
-            self._append(b"".join(kept).decode())
+            write_file(self.path, b"".join(kept))  # in one step: a kill must not cost the curves
+            os.close(self._file)
+            self._file = _opened(self.path)
 
     def close(self) -> None:
         """Close the file and give the trackers a few seconds to finish."""
@@ -116,6 +118,10 @@ def read_metrics(path: Path) -> list[Record]:
         latest[kind] = step
         records.append(record)
     return records
+
+
+def _opened(path: Path) -> int:
+    return os.open(path, os.O_RDWR | os.O_APPEND | os.O_CREAT, 0o644)
 
 
 def _kind(record: Record) -> tuple[str, ...]:

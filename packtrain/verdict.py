@@ -84,9 +84,12 @@ def headline(run: Path) -> str:
         return "No evaluation is finished yet."
     if len(scores) == 1:
         return f"pass@1 of the {NAMES[places[0]]} model: {scores[0].mean:.1%}."
-    verb = "rose" if scores[-1].mean > scores[0].mean else "fell"
-    ends = f"from {scores[0].mean:.1%} ({NAMES[places[0]]}) to {scores[-1].mean:.1%}"
-    return f"pass@1 {verb} {ends} ({NAMES[places[-1]]})."
+    first = f"{scores[0].mean:.1%} ({NAMES[places[0]]})"
+    last = f"{scores[-1].mean:.1%} ({NAMES[places[-1]]})"
+    gain = gain_between(run, places[0], places[-1])
+    if gain is None or not gain.is_clear:
+        return f"pass@1 did not change clearly: {first}, then {last}."
+    return f"pass@1 {'rose' if gain.change.mean > 0 else 'fell'} from {first} to {last}."
 
 
 def pass_rates(run: Path, where: str) -> dict[str, float]:

@@ -102,6 +102,18 @@ def test_other_settings_are_refused_and_overwrite_makes_the_stage_again(
     assert RunDir(place / "elsewhere").is_done("sft")
 
 
+def test_what_a_herd_makes_is_not_named_beside_it(
+    place: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert enter("herd={}", "data.sft=rows.jsonl", "model.path=base") == 2
+    assert capsys.readouterr().err == (
+        "packtrain: recipe.yaml: model stands beside herd, which makes its own: "
+        "leave one of the two out\n"
+        "  data.sft stands beside herd, which makes its own: leave one of the two out\n"
+    )
+    assert not (place / "runs").exists()
+
+
 ERRORS: list[tuple[PacktrainError, int]] = [
     (RecipeError("x"), 2),
     (DataError("x"), 3),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import signal
@@ -9,7 +10,7 @@ import stat
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, replace
 from pathlib import Path
 
@@ -443,6 +444,24 @@ def test_crash_points_of_appending_metrics(ram_path: Path) -> None:
     old_then_new(seen, (1,), (1, 2), synced=False)
 
 
+def test_crash_points_of_rewinding_metrics(ram_path: Path) -> None:
+    """Forgetting later steps never costs an earlier one."""
+
+    def prepare(place: Path) -> None:
+        with Metrics(place / "metrics.jsonl") as metrics:
+            for step in (1, 2, 3):
+                metrics.log(step, {"loss": 0.5})
+
+    def rewind(place: Path) -> None:
+        with Metrics(place / "metrics.jsonl") as metrics:
+            metrics.rewind(2)
+
+    def read(place: Path) -> tuple[object, ...]:
+        return tuple(record["step"] for record in read_metrics(place / "metrics.jsonl"))
+
+    old_then_new(crash_at_each_call(ram_path, prepare, rewind, read), (1, 2, 3), (1, 2))
+
+
 # --- what a stage was made from ---------------------------------------------------------------
 
 
@@ -492,6 +511,44 @@ def test_settings_follow_the_weights_of_the_users_models(tmp_path: Path, run: Ru
     (tmp_path / "base" / "model.safetensors").write_bytes(b"aaba")
     after = stage_settings(document(tmp_path, text), run, "sft")
     assert changed(before, after) == ["folder of model"]
+
+
+def test_a_file_is_read_once_as_long_as_it_stays(
+    tmp_path: Path, run: RunDir, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rows, weights = tmp_path / "rows.jsonl", tmp_path / "base" / "model.safetensors"
+    weights.parent.mkdir()
+    rows.write_text("{}")
+    weights.write_bytes(b"aaaa")
+    read: list[str] = []
+    for name in ("_whole", "_sampled"):
+        monkeypatch.setattr(provenance, name, _counting(getattr(provenance, name), read))
+    text = "name: t\nmodel: {path: base}\ndata: {sft: rows.jsonl}\nsft: {}\n"
+
+    def settings(age_seconds: float) -> dict[str, str]:
+        for path in (rows, weights):
+            changed_at = time.time() - age_seconds
+            os.utime(path, (changed_at, changed_at))
+        read.clear()
+        return [stage_settings(document(tmp_path, text), run, "sft") for _ in range(3)][-1]
+
+    young = settings(0)
+    assert sorted(read) == ["model.safetensors"] * 3 + ["rows.jsonl"] * 3, "may still change"
+    old = settings(100)
+    assert sorted(read) == ["model.safetensors", "rows.jsonl"] and old == young
+    rows.write_text("[]")
+    weights.write_bytes(b"aaba")
+    assert changed(old, settings(50)) == ["file of data.sft", "folder of model"]
+    assert sorted(read) == ["model.safetensors", "rows.jsonl"]
+
+
+def _counting(function: Callable[[Path], str], read: list[str]) -> Callable[[Path], str]:
+    @functools.wraps(function)
+    def counted(path: Path) -> str:
+        read.append(path.name)
+        return function(path)
+
+    return counted
 
 
 def test_a_large_file_is_known_by_its_head_and_by_blocks_all_over_it(

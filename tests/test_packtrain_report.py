@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import hashlib
+import json
 import re
 import shutil
 from collections.abc import Iterator
@@ -11,6 +12,8 @@ from pathlib import Path
 from xml.etree.ElementTree import Element
 
 import html5lib
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from fabricated import fabricate_run
 
@@ -146,6 +149,42 @@ def test_a_gain_that_may_be_nothing_is_called_so() -> None:
     )
     clear = Gain("sft", "rl", Estimate(0.314, 0.28, 0.349), 512)
     assert clear.sentence.startswith("RL added 31.4 points of pass@1 over SFT (95% interval +28.0")
+
+
+def test_the_steps_of_an_abandoned_attempt_are_not_drawn(tmp_path: Path) -> None:
+    run = fabricate_run(tmp_path / "made", num_prompts=4)
+    steps = [
+        {"step": step, "loss": loss} for step, loss in ((1, 4.0), (2, 9.0), (3, 9.0), (2, 3.0))
+    ]
+    text = "".join(json.dumps(step) + "\n" for step in steps)
+    (run / "sft" / "metrics.jsonl").write_text(text + '{"step": 3, "lo')
+    rows = figures.steps(run, "sft")
+    assert [(row["step"], row["loss"]) for row in rows] == [(1, 4.0), (2, 3.0)]
+
+
+@pytest.mark.parametrize(
+    ("after", "expected"),
+    [
+        ([0, 0, 0, 0], "pass@1 did not change clearly: 50.0% (base), then 50.0% (SFT)."),
+        ([1, -1, 0, 0], "pass@1 did not change clearly: 50.0% (base), then 50.0% (SFT)."),
+        ([4, 4, 4, 4], "pass@1 rose from 50.0% (base) to 75.0% (SFT)."),
+        ([-4, -4, -4, -4], "pass@1 fell from 50.0% (base) to 25.0% (SFT)."),
+        ([8, 0, 0, -1], "pass@1 did not change clearly: 50.0% (base), then 60.9% (SFT)."),
+    ],
+)
+def test_the_headline_says_what_the_pairing_can_tell(
+    tmp_path: Path, after: list[int], expected: str
+) -> None:
+    """Four prompts of 16 answers, 8 of them right before."""
+    for place, counts in (("base", [8] * 4), ("sft", [8 + change for change in after])):
+        folder = tmp_path / place / "evaluation"
+        folder.mkdir(parents=True)
+        mean = sum(counts) / 64
+        scores = {"pass@1": {"mean": mean, "low": mean, "high": mean}}
+        (folder / "evaluation.json").write_text(json.dumps(scores))
+        rows = [{"id": str(i), "successes": n, "trials": 16} for i, n in enumerate(counts)]
+        pq.write_table(pa.Table.from_pylist(rows), folder / "prompts.parquet")
+    assert headline(tmp_path) == expected
 
 
 def test_the_funnel_sums_to_what_was_drawn(run: Path) -> None:

@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -124,6 +125,14 @@ def test_the_launch_line_can_be_typed_again() -> None:
     ]
     sft = launch_line(Step("sft", "sft", "sft.train"), Path("r"), Path("d"), [], Path("zero3.yaml"))
     assert sft[1:5] == ["-m", "accelerate.commands.launch", "--config_file", "zero3.yaml"]
+
+
+def test_the_line_to_go_on_with_keeps_every_word(trail: Trail) -> None:
+    order = replace(trail.order("sft.wait=1"), accelerate=Path("zero3.yaml"))
+    assert order.again == (
+        f"packtrain run {trail.recipe} sft.wait=1 --run {trail.folder / 'run'} "
+        "--accelerate zero3.yaml --resume"
+    )
 
 
 def test_stages_run_in_order_once(trail: Trail, capfd: pytest.CaptureFixture[str]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 from pathlib import Path
@@ -118,6 +119,20 @@ def test_a_resumed_run_gives_the_same_bits(tmp_path: Path):
     assert again.train(resume=True) == 6
     assert same(tensors_of(whole.model), tensors_of(again.model))
     assert [p.name for p in again.checkpoints.steps()] == ["step_000003", "step_000006"]
+
+
+def test_steps_that_a_kill_made_vain_are_not_told_twice(bench: Bench):
+    """Killed at step 5 with a checkpoint of step 3: steps 4 and 5 are done again."""
+    bench.train(SECTION.model_copy(update={"max_steps": 3}))
+    with Metrics(bench.metrics_file) as metrics:
+        for step in (4, 5):
+            metrics.log(step, {"loss": 99.0})
+    again = Bench(bench.folder / "again", seed=9)
+    again.checkpoints, again.metrics_file = bench.checkpoints, bench.metrics_file
+    assert again.train(resume=True) == 6
+    lines = [json.loads(line) for line in bench.metrics_file.read_text().splitlines()]
+    assert [line["step"] for line in lines] == [1, 2, 3, 4, 5, 6]
+    assert max(line["loss"] for line in lines) < 99
 
 
 def test_a_damaged_checkpoint_is_not_used(tmp_path: Path):
