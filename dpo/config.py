@@ -2,33 +2,45 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Literal, get_args
 
 from pydantic import Field
 
 from ground.config import Section
 from ground.trainer_config import TrainerSection
+from rollout.quality import OUTLIER_RATIO, OUTLIER_TOKENS
 
-Reason = Literal["truncated", "repetition", "format_break", "length_outlier", "wrong"]
+Reason = Literal[
+    "truncated",
+    "repetition",
+    "language_mix",
+    "needless_refusal",
+    "format_break",
+    "length_outlier",
+    "regression",
+    "wrong",
+]
 
 
 class PairsSection(Section):
     """Which preferences are mined from the groups of the RL stage."""
 
-    reasons: list[Reason] = Field(
-        default=["truncated", "repetition", "format_break", "length_outlier", "wrong"]
-    )
-    """What may be bad about a rejected answer."""
+    reasons: list[Reason] = Field(default_factory=lambda: list(get_args(Reason)))
+    """What may be bad about a rejected answer; all but the last two are rules of its form, a
+    `regression` is a failure where an earlier model had solved the prompt every time."""
+    max_wrong_share: float = Field(default=0.25, ge=0, le=1)
+    """Pairs that are only `wrong` are at most this share of all: being right is RL's business."""
     max_age: int = Field(default=20, ge=0)
     """Groups sampled up to this many versions before or after the base count as on-policy."""
     max_pairs: int = Field(default=512, ge=1)
     """At most so many, one per prompt, nearest first, capabilities in turn."""
     min_pairs: int = Field(default=8, ge=1)
     """With fewer there is nothing to learn, and the RL model goes on unchanged."""
-    outlier_ratio: float = Field(default=2.0, gt=1)
-    """A length outlier has more than so many times the tokens of the chosen answer."""
-    outlier_tokens: int = Field(default=16, ge=1)
-    """… and at least so many tokens more."""
+    outlier_ratio: float = Field(default=OUTLIER_RATIO, gt=1)
+    """A length outlier has more than so many times the tokens of the chosen answer, or, if it
+    failed, the chosen one has so many times its tokens: it skipped the work."""
+    outlier_tokens: int = Field(default=OUTLIER_TOKENS, ge=1)
+    """… and differs from it by at least so many tokens."""
 
 
 class DpoTrainerSection(TrainerSection):

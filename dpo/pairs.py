@@ -1,31 +1,27 @@
 """Preference pairs from the groups that RL sampled: best against worst, and what was bad.
 
-    group → chosen: passed, ended by itself, highest reward, then shortest
-          → rejected: a failed answer, lowest reward first; if all passed, one with a fault of form
-          → reason: truncated > repetition > format_break > length_outlier > wrong
+    group → chosen: passed, ended by itself, highest reward, of middle length
+          → rejected: an answer with a fault of form, the plainest first; else a failed one
+          → reason: a fault (rollout/quality.py) > regression > wrong
 
-Pure functions; the same groups give the same pairs.
+Light DPO is for corner cases of quality, while being right is RL's business: pairs that are only
+`wrong` come last and are a bounded share. Pure functions; the same groups give the same pairs.
 """
 
 from __future__ import annotations
 
-import re
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
+from fractions import Fraction
 from typing import get_args
 
 from dpo.config import PairsSection, Reason
-from ground.records import Pair, Prompt
+from ground.records import Finish, Pair, Prompt
+from rollout.quality import fault_of, typical
 
 SEVERITY: tuple[Reason, ...] = get_args(Reason)
 """Reasons from the plainest fault to the vaguest; an answer with several gets the first."""
-
-_FAULTS_OF_FORM = frozenset({"truncated", "repetition", "length_outlier"})
-"""What makes an answer worse even though its result is right."""
-
-_FORMAT_MARKS = re.compile(r"\\boxed\{|<answer>|####|=>|```|(?i:\banswer\s*:)")
-_LEAST_UNIT, _MOST_UNIT, _LEAST_REPEATS = 4, 200, 3
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,16 +29,17 @@ class Answer:
     """One rollout of a group, as far as preferences go.
 
     Example:
-        Answer(0, "2+2 => 4", reward=1.0, passed=True, ended=True, num_tokens=8)
+        Answer(0, "2+2 => 4", reward=1.0, passed=True, finish="stop", num_tokens=8)
     """
 
     index: int
     text: str
     reward: float
     passed: bool
-    ended: bool
-    """The model stopped by itself, rather than at the length limit."""
+    finish: Finish
     num_tokens: int
+    error: str = ""
+    """Why there is no verdict; such an answer is neither chosen nor rejected."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,94 +74,107 @@ class Mined:
 
 
 def mine_pairs(groups: Sequence[GroupRow], version: int, section: PairsSection) -> Mined:
-    """At most one pair per prompt, from the group nearest to the model that has one.
+    """At most one pair per prompt: a fault of form before a wrong result, then the nearest group.
 
     Args:
         version: of the model that DPO starts from. RL exports its best version, which need not be
             its last, so that a group may be as far ahead of it as another is behind.
     """
     counts: Counter[str] = Counter()
-    found: dict[str, MinedPair] = {}
-    for group in sorted(groups, key=lambda group: (abs(group.version - version), group.id)):
+    candidates: list[MinedPair] = []
+    solved = _solved_since(groups)
+    for group in groups:
         if abs(group.version - version) > section.max_age:
             counts["group_too_far"] += 1
-        elif group.prompt.id in found:
-            counts["prompt_has_a_pair"] += 1
-        elif isinstance(pair := pair_of(group, section), MinedPair):
-            found[group.prompt.id] = pair
+            continue
+        was_solved = solved.get(group.prompt.id, group.version) < group.version
+        pair = pair_of(group, section, was_solved=was_solved)
+        if isinstance(pair, MinedPair):
+            candidates.append(pair)
         else:
             counts[pair] += 1
-    kept = _in_turn(found.values(), section.max_pairs)
-    counts["over_max_pairs"] = len(found) - len(kept)
+
+    def rank(mined: MinedPair) -> tuple[bool, int, str]:
+        return mined.pair.reason == "wrong", abs(mined.version - version), mined.group
+
+    found: dict[str, MinedPair] = {}
+    for mined in sorted(candidates, key=rank):
+        found.setdefault(mined.pair.prompt.id, mined)
+    counts["prompt_has_a_pair"] = len(candidates) - len(found)
+    kept = _bounded(list(found.values()), section, counts)
     counts.update(f"pair_{pair.pair.reason}" for pair in kept)
     return Mined(tuple(kept), {name: count for name, count in sorted(counts.items()) if count})
 
 
-def pair_of(group: GroupRow, section: PairsSection) -> MinedPair | str:
+def pair_of(group: GroupRow, section: PairsSection, *, was_solved: bool = False) -> MinedPair | str:
     """The group's best against its worst answer, or why there is no such pair.
 
+    Args:
+        was_solved: an earlier model solved this prompt every time, so a failure is a regression.
+
     Example:
-        rewards [1, 0, 0, 1] → the shorter of answers 0 and 3 against answer 1
+        rewards [1, 0, 0, 1], answer 2 without a final answer → answer 3 against answer 2
     """
-    good = [a for a in group.answers if a.passed and a.ended and a.text and not is_looping(a.text)]
-    if not good:
+    judged = [answer for answer in group.answers if not answer.error]
+    chosen = typical(judged)
+    if chosen is None:
         return "nothing_to_choose"
-    chosen = min(good, key=lambda answer: (-answer.reward, answer.num_tokens, answer.index))
-    worse = [
-        (reason, answer)
-        for answer in group.answers
-        if answer.text != chosen.text
-        and (reason := fault(answer, chosen, section)) in section.reasons
-    ]
+    worse: list[tuple[Reason, Answer]] = []
+    for answer in judged:
+        reason = _reason(answer, chosen, group.prompt, section, was_solved)
+        if reason in section.reasons and answer.text != chosen.text:
+            worse.append((reason, answer))
     if not worse:
         return "nothing_to_reject"
     reason, rejected = min(
         worse,
-        key=lambda fault: (
-            fault[1].passed,
-            fault[1].reward,
-            SEVERITY.index(fault[0]),
-            fault[1].index,
-        ),
+        key=lambda fault: (SEVERITY.index(fault[0]), fault[1].reward, fault[1].index),
     )
     pair = Pair(group.prompt, chosen.text, rejected.text, reason, group.system)
     return MinedPair(pair, group.id, group.version, chosen.reward, rejected.reward)
 
 
-def fault(answer: Answer, chosen: Answer, section: PairsSection) -> Reason | None:
+def _reason(
+    answer: Answer, chosen: Answer, prompt: Prompt, section: PairsSection, was_solved: bool
+) -> Reason | None:
     """What is worse about an answer than about the chosen one; None when nothing is."""
-    excess = answer.num_tokens - chosen.num_tokens
-    ratio = answer.num_tokens / max(1, chosen.num_tokens)
-    faults: dict[Reason, bool] = {
-        "truncated": not answer.ended,
-        "repetition": is_looping(answer.text),
-        "format_break": not format_marks(chosen.text) <= format_marks(answer.text),
-        "length_outlier": ratio > section.outlier_ratio and excess >= section.outlier_tokens,
-        "wrong": True,
-    }
-    for reason in SEVERITY:
-        if faults[reason] and (not answer.passed or reason in _FAULTS_OF_FORM):
-            return reason
-    return None
+    if answer.finish == "aborted":
+        return None
+    fault = fault_of(
+        answer,
+        chosen,
+        " ".join(message.content for message in prompt.messages),
+        ratio=section.outlier_ratio,
+        tokens=section.outlier_tokens,
+    )
+    if fault or answer.passed:
+        return fault
+    return "regression" if was_solved else "wrong"
 
 
-def is_looping(text: str) -> bool:
-    """Whether a text ends in the same 4 to 200 characters three times over, white space aside.
-
-    Example:
-        "2+2 => 4 => 4 => 4" → True;  "1000000" → False
-    """
-    text = " " + " ".join(text.split())
-    for length in range(_LEAST_UNIT, min(_MOST_UNIT, len(text) // _LEAST_REPEATS) + 1):
-        unit = text[-length:]
-        if len(set(unit)) > 1 and text.endswith(unit * _LEAST_REPEATS):
-            return True
-    return False
+def _solved_since(groups: Iterable[GroupRow]) -> dict[str, int]:
+    """The earliest version that solved a prompt in every answer of a group, by prompt."""
+    versions: dict[str, int] = {}
+    for group in groups:
+        if group.answers and all(answer.passed for answer in group.answers):
+            first = versions.get(group.prompt.id, group.version)
+            versions[group.prompt.id] = min(first, group.version)
+    return versions
 
 
-def format_marks(text: str) -> set[str]:
-    """Signs by which answers are found: boxes, answer tags, arrows, code fences."""
-    return {re.sub(r"\s", "", mark).lower() for mark in _FORMAT_MARKS.findall(text)}
+def _bounded(
+    pairs: Sequence[MinedPair], section: PairsSection, counts: Counter[str]
+) -> list[MinedPair]:
+    """Faults of form first, then as many merely wrong pairs as their share and the total allow."""
+    faulty = [pair for pair in pairs if pair.pair.reason != "wrong"]
+    wrong = [pair for pair in pairs if pair.pair.reason == "wrong"]
+    kept = _in_turn(faulty, section.max_pairs)
+    share = Fraction(str(section.max_wrong_share))
+    allowed = int(len(kept) * share / (1 - share)) if share < 1 else len(wrong)
+    added = _in_turn(wrong, min(allowed, section.max_pairs - len(kept)))
+    counts["over_max_pairs"] = len(faulty) - len(kept)
+    counts["over_max_wrong"] = len(wrong) - len(added)
+    return kept + added
 
 
 def _in_turn(pairs: Iterable[MinedPair], most: int) -> list[MinedPair]:

@@ -10,7 +10,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 
 from dpo.pairs import Answer, GroupRow, MinedPair
 from ground.errors import DataError
-from ground.records import Message, Prompt, Role
+from ground.records import Finish, Message, Prompt, Role
 from ground.tables import read_rows
 
 PAIR_SCHEMA = pa.schema(
@@ -74,12 +74,10 @@ def group_row(row: Mapping[str, object], where: str) -> GroupRow:
             fields.passed,
             fields.finish,
             fields.num_tokens,
+            fields.errors,
             strict=True,
         )
-        answers = tuple(
-            Answer(index, text, reward, passed, finish == "stop", num_tokens)
-            for index, (text, reward, passed, finish, num_tokens) in enumerate(rollouts)
-        )
+        answers = tuple(Answer(index, *rollout) for index, rollout in enumerate(rollouts))
     except (ValidationError, ValueError) as error:
         raise DataError(
             "a row of RL's groups cannot be read",
@@ -113,5 +111,6 @@ class _Fields(BaseModel):
     texts: list[str]
     rewards: list[float]
     passed: list[bool]
-    finish: list[str]
+    finish: list[Finish]
     num_tokens: list[int]
+    errors: list[str]

@@ -24,6 +24,7 @@ from ground.records import Prompt, Rollout
 from rollout.config import SamplingSection
 from rollout.engine import Completion, Engine, Request
 from rollout.passk import mean_pass_at_k, wilson
+from rollout.quality import Fault, fault_of, typical
 from rollout.reward_pool import RewardPool
 from rollout.scoring import rollouts_of, texts_of
 from rollout.seeds import sample_seed
@@ -50,10 +51,15 @@ PROMPT_SCHEMA = pa.schema(
         pa.field("texts", pa.list_(pa.string()), nullable=False),
         pa.field("passed", pa.list_(pa.bool_()), nullable=False),
         pa.field("errors", pa.list_(pa.string()), nullable=False),
+        pa.field("finish", pa.list_(pa.string()), nullable=False),
+        pa.field("num_tokens", pa.list_(pa.int64()), nullable=False),
+        pa.field("faults", pa.list_(pa.string()), nullable=False),
+        pa.field("num_faulty", pa.int64(), nullable=False),
         pa.field("skipped", pa.string(), nullable=False),
     ]
 )
-"""`prompts.parquet`: one row per prompt; lists run over the completions kept as examples."""
+"""`prompts.parquet`: one row per prompt; lists run over the completions kept as examples, whose
+`faults` are empty texts where there is none; `num_faulty` counts over all trials."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,6 +84,16 @@ class Measured:
     def trials(self) -> int:
         """Rollouts that were scored."""
         return len(self.rollouts)
+
+    @property
+    def faults(self) -> tuple[Fault | None, ...]:
+        """The plainest fault of form of each rollout; the prompt's right answers are the measure.
+
+        A model that answers at length every time has no outliers: mean tokens tell that.
+        """
+        model = typical(self.rollouts)
+        question = " ".join(message.content for message in self.prompt.messages)
+        return tuple(fault_of(rollout, model, question) for rollout in self.rollouts)
 
     @property
     def label(self) -> str:
@@ -132,6 +148,7 @@ def summarise(measured: Sequence[Measured], ks: Sequence[int], seed: int) -> dic
 
     Skipped prompts are counted and stay out of every mean. `entropy` is the mean of -log p over
     sampled tokens: at temperature 1 an unbiased estimate of the model's entropy per token.
+    `corner_case_share` is the share of answers with a fault of form, `faults` the shares by fault.
 
     Raises:
         DataError: every prompt was skipped.
@@ -154,6 +171,8 @@ def summarise(measured: Sequence[Measured], ks: Sequence[int], seed: int) -> dic
         "entropy": -fmean(logprobs) if logprobs else 0.0,
         "mean_tokens": fmean(rollout.num_tokens for rollout in rollouts),
         "cut_share": fmean(rollout.finish == "length" for rollout in rollouts),
+        "finish": _shares(rollout.finish for rollout in rollouts),
+        **_corner_cases(answered),
         "errors": dict(errors),
         "by_capability": _parts(answered, lambda each: each.prompt.capability, ks, seed),
         "by_difficulty": _parts(answered, lambda each: each.label, ks, seed),
@@ -180,6 +199,10 @@ def prompt_rows(measured: Iterable[Measured], examples: int) -> list[Mapping[str
             "texts": [rollout.text for rollout in each.rollouts[:examples]],
             "passed": [rollout.passed for rollout in each.rollouts[:examples]],
             "errors": [rollout.error for rollout in each.rollouts[:examples]],
+            "finish": [rollout.finish for rollout in each.rollouts[:examples]],
+            "num_tokens": [rollout.num_tokens for rollout in each.rollouts[:examples]],
+            "faults": [fault or "" for fault in each.faults[:examples]],
+            "num_faulty": sum(fault is not None for fault in each.faults),
             "skipped": each.skipped,
         }
         for each in measured
@@ -258,6 +281,20 @@ def _passes(measured: Sequence[Measured], ks: Sequence[int], seed: int) -> dict[
     return {f"pass@{k}": asdict(mean_pass_at_k(outcomes, k, seed)) for k in fit}
 
 
+def _corner_cases(measured: Sequence[Measured]) -> dict[str, object]:
+    faults = [fault for each in measured for fault in each.faults]
+    shares = _shares(fault or "" for fault in faults)
+    return {
+        "corner_case_share": 1.0 - shares.pop("", 0.0),
+        "faults": shares,
+    }
+
+
+def _shares(values: Iterable[str]) -> dict[str, float]:
+    counts = Counter(values)
+    return {value: count / counts.total() for value, count in counts.most_common()}
+
+
 def _parts(
     measured: Sequence[Measured], key: Callable[[Measured], str], ks: Sequence[int], seed: int
 ) -> dict[str, dict[str, object]]:
@@ -269,6 +306,7 @@ def _parts(
             "n": len(part),
             **_passes(part, ks, seed),
             "mean_reward": fmean(r.reward for each in part for r in each.rollouts),
+            "corner_case_share": _corner_cases(part)["corner_case_share"],
         }
         for name, part in sorted(parts.items())
     }

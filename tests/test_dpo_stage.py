@@ -23,7 +23,7 @@ seed: 3
 model: {{path: {model}}}
 dpo:
   max_length: 100
-  pairs: {{min_pairs: 4}}
+  pairs: {{min_pairs: 4, max_wrong_share: 1}}
   gate: {{max_kl: 0.5, max_chosen_fall: 0.5}}
   trainer:
     {{learning_rate: 1e-4, rows_per_step: 4, rows_per_pass: 4, max_steps: 3, log_every: 1}}
@@ -37,8 +37,12 @@ def recipe(tmp_path: Path, tiny_model: Path) -> Path:
     return path
 
 
-def finish_rl(recipe: Path, model: Path, num_prompts: int) -> None:
-    """What an RL stage leaves: `model`; one group a prompt, one right and one wrong answer."""
+def finish_rl(recipe: Path, model: Path, num_prompts: int, *, version: int = 1) -> None:
+    """What an RL stage leaves: `model`; one group a prompt, one right and one wrong answer.
+
+    Args:
+        version: of the model that RL exported; its groups are all of version 1.
+    """
     groups = pytest.importorskip("rl.groups")
     rows = [
         {
@@ -64,14 +68,14 @@ def finish_rl(recipe: Path, model: Path, num_prompts: int) -> None:
     ]
     recipe.write_text(recipe.read_text() + "rl: {}\n")
     done = RunDir(recipe.parent / "run")
-    (done.path / "log").mkdir(parents=True)
-    done.begin("rl", {}, resume=False, overwrite=False)
     journal = dict.fromkeys(groups.SCHEMA.names)
     journaled = [{**journal, **row} for row in rows]
-    write_rows(groups.groups_path(done.stage("rl") / "groups", 1), journaled, groups.SCHEMA)
-    with commit_directory(done.stage("rl") / "model", {"version": 1}) as folder:
-        shutil.copytree(model, folder, dirs_exist_ok=True)
-    done.finish("rl", {}, {})
+    with done.open():
+        done.begin("rl", {}, resume=False, overwrite=False)
+        write_rows(groups.groups_path(done.stage("rl") / "groups", 1), journaled, groups.SCHEMA)
+        with commit_directory(done.stage("rl") / "model", {"version": version}) as folder:
+            shutil.copytree(model, folder, dirs_exist_ok=True)
+        done.finish("rl", {}, {})
 
 
 def run(recipe: Path, *arguments: str) -> tuple[int, RunDir]:
@@ -125,6 +129,25 @@ def test_the_rl_model_goes_on_with_the_reason_why(
     ours, base = tensors_of(load_model(model)), tensors_of(load_model(tiny_model))
     assert all(torch.equal(ours[name], base[name]) for name in base)
     assert why in (model / "README.md").read_text()
+
+
+def test_groups_far_from_the_exported_version_are_left_out(recipe: Path, tiny_model: Path):
+    """RL exported version 22, the groups are 21 versions behind: one too many, then just enough."""
+    finish_rl(recipe, tiny_model, 6, version=22)
+    code, directory = run(recipe)
+    assert code == 0 and summary_of(directory)["trained"] is False
+    assert summary_of(directory)["mining"] == {"group_too_far": 6}
+    assert run(recipe, "--overwrite", "dpo.pairs.max_age=21")[0] == 0
+    assert summary_of(directory)["mining"] == {"pair_wrong": 6}
+
+
+def test_merely_wrong_answers_are_no_corner_cases(recipe: Path, tiny_model: Path):
+    """Without a fault of form among them no share of wrong pairs is allowed, save all."""
+    finish_rl(recipe, tiny_model, 6)
+    code, directory = run(recipe, "dpo.pairs.max_wrong_share=0.5")
+    assert code == 0
+    why = summary_of(directory)["kept_because"]
+    assert why == "0 pairs were found, dpo.pairs.min_pairs asks for 4 (over_max_wrong 6)"
 
 
 def test_groups_that_were_changed_on_disk_are_refused_by_name(

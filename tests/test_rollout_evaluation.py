@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pyarrow.parquet as pq
@@ -125,6 +126,33 @@ def test_summary_by_hand():
     assert capabilities["sums"]["pass@1"]["mean"] == 0.5 and capabilities["sums"]["n"] == 1
     assert capabilities["words"]["pass@2"]["mean"] == 0.0
     assert list(summary["by_difficulty"]) == ["easy", "hard"]  # pyright: ignore[reportArgumentType]
+
+
+def test_corner_cases_by_hand():
+    """Eight answers: one cut off, one looping, one that skipped the work, five sound ones."""
+    long = (-0.1,) * 20
+    first = Measured(
+        prompt(1, "sums"),
+        (
+            rollout(True, *long),
+            rollout(True, *long),
+            rollout(False, -0.1),
+            rollout(False, *long),
+        ),
+    )
+    cut = replace(rollout(False, *long), finish="length")
+    looping = replace(rollout(False, *long), text="so so so so so so so")
+    second = Measured(prompt(2, "words"), (cut, looping, *[rollout(False, *long)] * 2))
+    summary = summarise([first, second], [1], seed=0)
+    assert summary["corner_case_share"] == 3 / 8
+    assert summary["faults"] == {"length_outlier": 1 / 8, "truncated": 1 / 8, "repetition": 1 / 8}
+    assert summary["finish"] == {"stop": 7 / 8, "length": 1 / 8} and summary["cut_share"] == 1 / 8
+    parts = summary["by_capability"]
+    assert isinstance(parts, dict)
+    assert [parts[name]["corner_case_share"] for name in ("sums", "words")] == [1 / 4, 1 / 2]
+    (row,) = prompt_rows([first], examples=3)
+    assert (row["faults"], row["num_faulty"]) == (["", "", "length_outlier"], 1)
+    assert (row["finish"], row["num_tokens"]) == (["stop"] * 3, [20, 20, 1])
 
 
 def test_greedy_accuracy_counts_prompts():
