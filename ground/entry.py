@@ -22,7 +22,7 @@ from ground.config import STAGES, Head, Section
 from ground.disk import disk_errors
 from ground.errors import PacktrainError, RecipeError
 from ground.lock import TOKEN, read_holder
-from ground.logs import install_redaction, redact, setup_logging
+from ground.logs import install_redaction, raw_output_redacted, redact, setup_logging
 from ground.metrics import Metrics
 from ground.provenance import stage_settings
 from ground.recipe import RecipeDocument, load_recipe
@@ -187,6 +187,7 @@ def _lead(order: _Order, run: RunDir, document: RecipeDocument, head: Head, work
         directory = run.stage(order.place)
         sinks = open_sinks(head.sinks, directory, head.name)
         with (
+            raw_output_redacted(run.path / "log", "*.err"),
             disk_errors(directory),
             Metrics(directory / "metrics.jsonl", sinks) as metrics,
         ):

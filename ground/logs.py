@@ -10,12 +10,19 @@ from __future__ import annotations
 import logging
 import os
 import re
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from functools import cache
 from logging.handlers import RotatingFileHandler
 from pathlib import Path
 
+from ground.errors import SetupError
+from ground.storage import replace_file
+
 REDACTED = "[redacted]"
 MAX_LOG_BYTES = 20_000_000
+
+_LOG = logging.getLogger("packtrain")
 
 _KNOWN_SHAPES = re.compile(
     r"""
@@ -82,6 +89,51 @@ def redact(text: str) -> str:
     text = _URL_PASSWORD.sub(rf"\1{REDACTED}@", text)
     text = _KNOWN_SHAPES.sub(REDACTED, text)
     return _NAMED_VALUE.sub(rf"\1{REDACTED}", text)
+
+
+@contextmanager
+def raw_output_redacted(folder: Path, *patterns: str) -> Iterator[None]:
+    """Remove the secrets from what processes wrote to their bare stdout and stderr.
+
+    Such a file is open in the process itself, so that not even SIGKILL costs its last lines; it is
+    gone over once the process is gone, at the end of the block. What a killed run of before could
+    not go over is gone over at its beginning.
+
+    Example:
+        with raw_output_redacted(run.path / "log", "*.err"): learn()
+    """
+    _redact_files(folder, patterns)
+    try:
+        yield
+    finally:
+        _redact_files(folder, patterns)
+
+
+def _redact_files(folder: Path, patterns: Sequence[str]) -> None:
+    for path in sorted(file for pattern in patterns for file in folder.glob(pattern)):
+        with path.open(encoding="utf-8", errors="surrogateescape", newline="") as lines:
+            is_clean = all(redact(line) == line for line in lines)
+        if not is_clean:
+            _redact_file(path)
+
+
+def _redact_file(path: Path) -> None:
+    with (
+        _failures_told(path),
+        replace_file(path) as staging,
+        path.open(encoding="utf-8", errors="surrogateescape", newline="") as lines,
+        staging.open("w", encoding="utf-8", errors="surrogateescape", newline="") as out,
+    ):
+        out.writelines(redact(line) for line in lines)
+
+
+@contextmanager
+def _failures_told(path: Path) -> Iterator[None]:
+    """A full disk here must not hide how the process ended."""
+    try:
+        yield
+    except SetupError as error:
+        _LOG.warning("secrets may be left in %s: %s", path, error)
 
 
 def redact_tree(value: object) -> object:

@@ -1,8 +1,8 @@
 """`packtrain report`: one self-contained page about a run, to be opened offline and passed on.
 
 Everything that a model, a dataset or a recipe wrote is hostile text: Jinja escapes it, charts are
-built by ElementTree, control characters are removed, and the page's own policy forbids scripts,
-requests and any style but ours.
+built by ElementTree, control characters and secrets are removed, and the page's own policy forbids
+scripts, requests and any style but ours.
 """
 
 from __future__ import annotations
@@ -58,7 +58,7 @@ def page(run: Path) -> str:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters.update(plain=plain_text, percent=_percent, clock=_clock, svg=Markup)
+    environment.filters.update(plain=_plain, percent=_percent, clock=_clock, svg=Markup)
     style = (FOLDER / "report.css").read_text(encoding="utf-8")
     return environment.get_template("report.html.jinja").render(
         style=Markup(style),
@@ -161,6 +161,11 @@ def _hash(style: str) -> str:
     """The style's hash as the page's policy names it."""
     digest = hashlib.sha256(style.encode()).digest()
     return f"sha256-{base64.b64encode(digest).decode()}"
+
+
+def _plain(words: str) -> str:
+    """What a model, a dataset or a recipe wrote: no control characters, no secrets."""
+    return plain_text(redact(words))
 
 
 def _percent(value: float) -> str:

@@ -22,7 +22,7 @@ from pathlib import Path
 from ground.console import plain_text, say
 from ground.errors import RecipeError, SetupError
 from ground.lock import RunLock
-from ground.logs import redact
+from ground.logs import raw_output_redacted, redact
 from ground.provenance import stage_settings
 from ground.recipe import RecipeDocument, load_recipe
 from ground.run import RunDir
@@ -186,12 +186,15 @@ def _run_step(order: Order, lock: RunLock, panel: Panel, index: int, step: Step)
     line = launch_line(step, order.document.path, order.run.path, flags, order.accelerate)
     _note(order, step, "running")
     panel.begin(index, line)
-    with Child(
-        line,
-        lock.environment,
-        keep_open=() if lock.is_guest else (lock.fileno(),),
-        output=_output(order, step) if isinstance(panel, LivePanel) else None,
-    ) as child:
+    with (
+        raw_output_redacted(order.run.path / "log", "*.out", "*.err"),
+        Child(
+            line,
+            lock.environment,
+            keep_open=() if lock.is_guest else (lock.fileno(),),
+            output=_output(order, step) if isinstance(panel, LivePanel) else None,
+        ) as child,
+    ):
         code = child.wait(panel.refresh)
     if code == 0 and not order.run.is_done(step.folder):
         code = 1

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
+from ground.logs import redact
 from packtrain.observe import number, read_rows, text
 from packtrain.verdict import NAMES, evaluated
 
@@ -65,7 +66,8 @@ def comparisons(run: Path, limit: int = 8) -> list[Comparison]:
         return []
     chosen = _spread(ranked, limit - 1)
     worst = ranked[-1]
-    return [*chosen, worst] if worst.change < 0 and worst not in chosen else chosen
+    chosen += [worst] if worst.change < 0 and worst not in chosen else []
+    return [_printable(each) for each in chosen]
 
 
 def newest_sample(stage: Path) -> str:
@@ -73,11 +75,12 @@ def newest_sample(stage: Path) -> str:
     files = sorted((stage / "groups").glob("step_*.parquet"))
     rows = read_rows(files[-1], ["texts"]) if files else []
     texts = rows[0].get("texts") if rows else None
-    return text(texts[0]) if isinstance(texts, list) and texts else ""
+    return shorten(text(texts[0])) if isinstance(texts, list) and texts else ""
 
 
 def shorten(content: str) -> str:
-    """The text, cut at MAX_CHARACTERS with a note of how much is missing."""
+    """The text without secrets, cut at MAX_CHARACTERS with a note of how much is missing."""
+    content = redact(content)
     if len(content) <= MAX_CHARACTERS:
         return content
     return f"{content[:MAX_CHARACTERS]} … ({len(content) - MAX_CHARACTERS} characters more)"
@@ -96,9 +99,7 @@ def _comparison(rows: Sequence[tuple[str, Mapping[str, object]]]) -> Comparison:
     _, first = rows[0]
     prompt = conversation(first.get("messages"))
     answers = tuple(_answer(name, row) for name, row in rows)
-    return Comparison(
-        shorten(prompt), text(first.get("capability")), text(first.get("label")), answers
-    )
+    return Comparison(prompt, text(first.get("capability")), text(first.get("label")), answers)
 
 
 def _answer(model: str, row: Mapping[str, object]) -> Answer:
@@ -106,7 +107,14 @@ def _answer(model: str, row: Mapping[str, object]) -> Answer:
     completion = text(texts[0]) if isinstance(texts, list) and texts else ""
     is_right = isinstance(passed, list) and bool(passed) and passed[0] is True
     successes, trials = number(row.get("successes")) or 0, number(row.get("trials")) or 0
-    return Answer(model, shorten(completion), is_right, int(successes), int(trials))
+    return Answer(model, completion, is_right, int(successes), int(trials))
+
+
+def _printable(comparison: Comparison) -> Comparison:
+    answers = tuple(
+        replace(answer, completion=shorten(answer.completion)) for answer in comparison.answers
+    )
+    return replace(comparison, prompt=shorten(comparison.prompt), answers=answers)
 
 
 def _spread(ranked: Sequence[Comparison], limit: int) -> list[Comparison]:

@@ -4,11 +4,19 @@ from __future__ import annotations
 
 import io
 import logging
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
-from ground.logs import install_redaction, redact, redact_tree, setup_logging
+from ground.logs import (
+    install_redaction,
+    raw_output_redacted,
+    redact,
+    redact_tree,
+    setup_logging,
+)
 
 CANARIES = {
     "hugging face": "hf_QwErTyUiOpAsDfGhJkLzXcVb",
@@ -98,6 +106,42 @@ def test_no_canary_reaches_the_log_file_or_a_library_s_own_handler(
     written = file.read_text() + stream.getvalue() + capsys.readouterr().err
     assert "cannot log in" in file.read_text() and "ConnectionError" in stream.getvalue()
     assert not [secret for secret in CANARIES.values() if secret in written]
+
+
+def test_bare_output_of_a_killed_process_keeps_its_last_lines_and_no_secret(tmp_path: Path):
+    """Raw bytes, carriage returns and a last line without end stay as they are."""
+    secret = CANARIES["openai"]
+    code = (
+        "import os, signal, sys\n"
+        f"os.write(2, b'10%\\r20%\\r\\xff token {secret} used\\nthe last words')\n"
+        "os.kill(os.getpid(), signal.SIGKILL)"
+    )
+    (tmp_path / "before.err").write_text(f"left by a killed run: {secret}\n")
+    clean = tmp_path / "clean.err"
+    clean.write_text("nothing to hide\n")
+    untouched = clean.stat().st_ino
+    with raw_output_redacted(tmp_path, "*.err"):
+        assert (tmp_path / "before.err").read_text() == "left by a killed run: [redacted]\n"
+        with (tmp_path / "learner.err").open("ab") as log:
+            killed = subprocess.run([sys.executable, "-c", code], stderr=log, timeout=60)
+    assert killed.returncode == -9
+    assert (tmp_path / "learner.err").read_bytes() == (
+        b"10%\r20%\r\xff token [redacted] used\nthe last words"
+    )
+    assert clean.stat().st_ino == untouched
+
+
+def test_a_full_disk_at_redaction_does_not_hide_how_the_process_ended(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+):
+    def full(source: Path, target: Path) -> None:
+        raise OSError(28, "No space left on device")
+
+    (tmp_path / "x.err").write_text(CANARIES["aws"])
+    monkeypatch.setattr("ground.storage.os.replace", full)
+    with pytest.raises(ZeroDivisionError), raw_output_redacted(tmp_path, "*.err"):
+        raise ZeroDivisionError
+    assert "secrets may be left in" in caplog.text
 
 
 def test_redaction_can_be_installed_twice(clean_logging):

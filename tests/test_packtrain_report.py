@@ -21,7 +21,7 @@ from ground.errors import DataError
 from packtrain import figures
 from packtrain.charts import Span
 from packtrain.report import page, write_report
-from packtrain.samples import comparisons
+from packtrain.samples import comparisons, newest_sample
 from packtrain.verdict import Gain, gain_between, gains, headline, paired_change
 from rollout.passk import Estimate
 
@@ -93,6 +93,17 @@ def test_hostile_text_anywhere_stays_text(tmp_path: Path) -> None:
 def test_the_check_for_active_nodes_sees_them() -> None:
     seen = active_nodes("<p onclick=x>a</p><script>1</script><a href=x>b</a><p style=x>c</p>")
     assert seen == ["p.onclick", "script", "a", "a.href", "p.style"]
+
+
+def test_secrets_in_prompts_answers_and_rows_are_not_passed_on(tmp_path: Path) -> None:
+    secret = "hf_abcdefghijklmnopqrst"
+    run = fabricate_run(tmp_path / "made", text=f"{'x' * 1490}{secret} said", num_prompts=12)
+    html = page(run)
+    assert "hf_" not in html and "[redacted]"[:5] in html
+    assert newest_sample(run / "rl").count("hf_") == 0
+    rows = [{"id": "a", "messages": [], "capability": f"password: {secret}"}]
+    pq.write_table(pa.Table.from_pylist(rows), run / "prune" / "kept.parquet")
+    assert "password: [redacted]" in page(run) and "hf_" not in page(run)
 
 
 def test_the_policy_names_exactly_the_style_of_the_page(run: Path) -> None:

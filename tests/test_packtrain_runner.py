@@ -12,12 +12,15 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from rich.console import Console
 
 from ground.errors import RecipeError, SetupError
 from ground.lock import RunLock
 from ground.recipe import load_recipe
 from ground.run import RunDir
+from packtrain import runner
 from packtrain.cli import parse
+from packtrain.panel import LivePanel
 from packtrain.plan import Step, folders_from, launch_line, plan, start_of
 from packtrain.runner import Order, command, discard, require_resumable, run_steps
 from packtrain.status import read_status
@@ -161,6 +164,20 @@ def test_a_failure_ends_the_run_with_its_code_and_says_how_to_go_on(
         trail.run("dpo.fail=true")
     with pytest.raises(SetupError, match="half finished"):
         trail.run()
+
+
+def test_bare_output_of_a_stage_is_kept_without_secrets(
+    trail: Trail, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As on a terminal, where the panel has the screen and the stages' output goes to a file."""
+    stage = trail.folder / "stage_sft.py"
+    told = 'print("token hf_abcdefghijklmnopqrst", file=sys.stderr, flush=True); os.abort()\n    '
+    stage.write_text(stage.read_text().replace("    if stage.section.fail", f"    {told}if 0"))
+    console = Console(file=(trail.folder / "screen").open("w"), force_terminal=True)
+    monkeypatch.setattr(runner, "open_panel", lambda run, steps: LivePanel(run, steps, console))
+    assert trail.run() == 134
+    assert "token [redacted]" in (trail.folder / "run" / "log" / "sft.out").read_text()
+    assert "| token [redacted]" in capfd.readouterr().err
 
 
 def test_resuming_goes_on_behind_what_is_done(trail: Trail) -> None:
