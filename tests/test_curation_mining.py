@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import pyarrow.parquet as pq
@@ -18,6 +19,7 @@ from ground.config import Data
 from ground.entry import stage_entry
 from ground.errors import InfraError
 from ground.records import Difficulty, Message, Prompt
+from ground.storage import commit_directory, verify_directory
 from ground.tables import read_prompts, write_records, write_rows
 from rollout.passk import wilson
 
@@ -181,6 +183,40 @@ def test_a_damaged_shard_is_measured_again(
     first.write_text(first.read_text().replace(", 4,", ", 3,"))
     assert run_mine([*argv, "--resume"]) == 0
     assert sizes == [5, 5, 2, 5, 2], "the damaged first one and the one that was broken off"
+
+
+@pytest.mark.parametrize("foreign", ["weights", "prompts"])
+def test_a_shard_of_other_weights_or_prompts_is_measured_again(
+    tmp_path: Path, model: Path, monkeypatch: pytest.MonkeyPatch, foreign: str
+):
+    """It is whole and of the right size, and claims that everything is solved."""
+    argv = recipe(tmp_path, model, with_long=False)
+    real = mine.measure
+    sizes: list[int] = []
+
+    def counting(engine, chat, prompts, *rest, **settings):
+        sizes.append(len(prompts))
+        if len(sizes) == 2:
+            raise InfraError("the power fails")
+        return real(engine, chat, prompts, *rest, **settings)
+
+    monkeypatch.setattr(mine, "measure", counting)
+    assert run_mine(argv) == 6
+    shard = tmp_path / "run" / "mine" / "shards" / "00000000"
+    judged_by = verify_directory(shard).facts["judged_by"]
+    ids = [outcome[0] for outcome in json.loads((shard / "outcomes.json").read_text())]
+    if foreign == "weights":
+        judged_by = "mine:policy@00000000"
+    else:
+        ids = ids[::-1]
+    shutil.rmtree(shard)
+    with commit_directory(shard, {"judged_by": judged_by}) as staging:
+        solved = [[id_, 4, 4, ""] for id_ in ids]
+        (staging / "outcomes.json").write_text(json.dumps(solved))
+    assert run_mine([*argv, "--resume"]) == 0
+    assert sizes == [5, 5, 5, 5, 2]
+    rows = pq.read_table(tmp_path / "run" / "mine" / "prompts.parquet").to_pylist()
+    assert {row["difficulty"]["successes"] for row in rows[:5]} != {4}
 
 
 def test_nothing_but_long_prompts_is_an_error(

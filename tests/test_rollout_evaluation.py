@@ -220,6 +220,26 @@ def test_the_entry_writes_what_the_report_reads(tiny_model: Path, tmp_path: Path
     assert (run / "base/evaluation/manifest.json").is_file()
 
 
+def test_a_user_s_own_reward_is_found_by_the_evaluation(tiny_model: Path, tmp_path: Path):
+    """The file that the recipe lists must reach the reward processes."""
+    (tmp_path / "mine.py").write_text(
+        "from rollout.rewards import reward\n\n\n@reward('generous')\n"
+        "def generous(completions, **columns):\n    return [1.0] * len(completions)\n"
+    )
+    asked = [replace(prompt(n), reward="generous") for n in range(2)]
+    write_records(tmp_path / "heldout.jsonl", asked)
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(
+        f"name: t\nmodel: {{path: {tiny_model}}}\ndata: {{heldout: heldout.jsonl}}\n"
+        "rewards: [mine.py]\nevaluate:\n  samples: 2\n  k: [1]\n  max_new_tokens: 4\n"
+        "  engine: {num_slots: 8, max_length: 64}\n"
+    )
+    argv = [str(recipe), "--of", "base", "--run", str(tmp_path / "run")]
+    assert stage_entry("evaluate", EvaluateSection, evaluate, argv) == 0
+    result = json.loads((tmp_path / "run/base/evaluation/evaluation.json").read_text())
+    assert (result["mean_reward"], result["errors"]) == (1.0, {})
+
+
 def test_questions_are_compared_without_system_and_white_space():
     heldout = [prompt(2), prompt(3), prompt(4)]
     questions = [
