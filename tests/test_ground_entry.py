@@ -271,9 +271,10 @@ def train(stage):
                 time.sleep(0.01)
             (stage.directory / "saved").write_text("after the step")
     elif stage.section.mode == "stubborn":
-        print("ready", flush=True)
-        for _ in range(9):
+        for turn in range(9):
             try:
+                if not turn:
+                    print("ready", flush=True)
                 time.sleep(60)
             except BaseException:
                 print("saving", flush=True)
