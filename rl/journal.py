@@ -68,7 +68,7 @@ class Journal:
                 raise DataError(
                     f"the file must have at least {position} bytes, it has {size}",
                     where=str(self._path),
-                    fix="restore it from a backup, or start the stage again with --overwrite",
+                    fix="restore it from a backup, or start the stage again (--from rl)",
                 )
             os.ftruncate(self._file, position)
 

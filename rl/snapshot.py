@@ -59,7 +59,7 @@ def restore(model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
             f"saved weights must be those of the model: {absent[:3]} are missing, "
             f"{unknown[:3]} are unknown",
             where="rl checkpoint",
-            fix="use the model this run began with, or start over with --overwrite",
+            fix="use the model this run began with, or start the stage again (--from rl)",
         )
     model.load_state_dict(dict(tensors), strict=False)
 

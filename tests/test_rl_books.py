@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 
 import pytest
 from hypothesis import settings
@@ -59,6 +60,7 @@ def make_books(
     max_staleness: int = 1,
     max_refills: int = 1,
     seed: int = 0,
+    late_floor: float = 1.0,
 ) -> Books:
     curriculum = Curriculum(pool or make_pool(20), CurriculumSection(), seed=seed, group_size=2)
     source = Source(
@@ -69,7 +71,11 @@ def make_books(
         max_refills=max_refills,
     )
     buffer = Buffer(groups_per_step=groups_per_step, max_staleness=max_staleness)
-    return Books(source, buffer, lambda record: records.append(json.loads(json.dumps(record))))
+
+    def write(record: Mapping[str, object]) -> None:
+        records.append(json.loads(json.dumps(record)))
+
+    return Books(source, buffer, write, late_floor=late_floor)
 
 
 def test_slots_are_opened_as_far_ahead_as_staleness_allows_and_no_further_than_the_end() -> None:
@@ -171,6 +177,86 @@ def test_a_saved_state_goes_on_with_the_same_draws_and_every_open_draw_readmitte
     again.publish(2)
     again.ledger.withdraw_all("test over")
     assert audit_ledger(records) == {"trained": 4, "filtered": 1, "withdrawn": 4}
+
+
+def test_the_worked_example_of_the_documentation() -> None:
+    """docs/async.md: two slots a step, staleness 1, one refill; draw 4 is flat."""
+    records: list[dict[str, object]] = []
+    books = make_books(records)
+    opened, trained = [[(draw.number, draw.version) for draw in books.open()]], []
+    for step in range(4):
+        for draw in books.waiting():
+            books.send(draw)
+            refill = books.settle(draw, make_group(draw, ALL_RIGHT if draw.number == 4 else MIXED))
+            if refill:
+                books.send(refill)
+                books.settle(refill, make_group(refill, MIXED))
+        trained.append([int(group.id.split(".")[1]) for group in books.plan(step).groups])
+        opened.append([(draw.number, draw.version) for draw in books.publish(step + 1)])
+    assert opened == [
+        [(0, 0), (2, 0), (4, 0), (6, 0)],
+        [(8, 1), (10, 1)],
+        [(12, 2), (14, 2)],
+        [],
+        [],
+    ]
+    assert trained == [[0, 2], [5, 6], [8, 10], [12, 14]]
+    assert audit_ledger(records) == {"trained": 8, "filtered": 1}
+
+
+def test_replay_refuses_draws_that_are_not_its_own() -> None:
+    books, other = make_books([]), make_books([], seed=1)
+    other.open()
+    for draw in other.waiting()[:2]:
+        other.send(draw)
+        other.settle(draw, make_group(draw, MIXED))
+    outcomes = other.plan(0).outcomes
+    books.open()
+    with pytest.raises(DataError, match=r"step 0 must have consumed draw \(0, "):
+        books.replay(outcomes)
+    again = make_books([], seed=1)
+    again.open()
+    with pytest.raises(DataError, match="the journal of step 0 is not whole"):
+        again.replay(outcomes[:1])
+
+
+def test_a_group_of_versions_that_cannot_be_is_filtered() -> None:
+    books = make_books([])
+    draws = books.open()
+    for draw, version in zip(draws, (-1, 2, 1, 0), strict=True):
+        books.send(draw)
+        books.settle(draw, make_group(draw, MIXED, version))
+    reasons = [slot.outcomes[0].reason for slot in books.buffer.slots()]
+    assert reasons == ["misversioned", "misversioned", "", ""]
+
+
+def test_what_is_late_comes_back_first_of_its_capability_and_is_then_waited_for() -> None:
+    records: list[dict[str, object]] = []
+    books = make_books(records, late_floor=0.5)
+    draws = books.open()
+    books.send(draws[1])
+    books.send(draws[0])
+    assert not books.is_ready(0)
+    books.settle(draws[1], make_group(draws[1], MIXED))
+    assert books.is_ready(0)
+    assert books.drop_late(0) == [draws[0]]
+    assert not books.waits_for(draws[0])
+    assert [group.id for group in books.plan(0).groups] == [draws[1].group_id]
+    assert books.plan(0).filtered == {"late": 1}
+    again = next(draw for draw in books.publish(1) if draw.is_again)
+    assert (again.number, again.prompt, again.version) == (0, draws[0].prompt, 1)
+    assert (again.slot >= 4, again.group_id) == (True, draws[0].group_id)
+    assert again.task_id != draws[0].task_id
+    for draw in books.waiting():
+        if draw != again:
+            books.send(draw)
+            books.settle(draw, make_group(draw, MIXED))
+    books.drop_late(1)
+    books.publish(2)
+    assert not books.is_ready(2), "a draw that was late once is waited for"
+    books.send(again)
+    books.settle(again, make_group(again, MIXED))
+    assert books.is_ready(2)
 
 
 def test_opening_beyond_capacity_and_settling_twice_are_defects() -> None:
