@@ -23,6 +23,7 @@ from packtrain.observe import (
 from packtrain.verdict import NAMES, evaluated
 
 SHARES = {"kept_share": "trained on", "flat_share": "flat"}
+ERRORS = {"error_share": "errors"}
 IDLE = {"learner_idle_share": "trainer", "rollout_idle_share": "rollout workers"}
 FINAL = ("trained", "filtered", "withdrawn")
 REASONS = {"all-0": "all wrong", "all-1": "all right", "flat": "equal rewards", "broken": "broken"}
@@ -94,6 +95,22 @@ def entropy(run: Path) -> list[Figure]:
     return _drawn([Figure("Entropy by model", svg, caption)])
 
 
+def corner_cases(run: Path) -> list[Figure]:
+    """Faults of form by model: what DPO is there to remove."""
+    bars = []
+    for place in evaluated(run):
+        found = evaluation(run, place)
+        shares = mapping(found.get("faults"))
+        if number(found.get("corner_case_share")) is not None:
+            parts = [
+                (name.replace("_", " "), number(shares[name]) or 0.0) for name in sorted(shares)
+            ]
+            bars.append(charts.Bar(NAMES[place], tuple(parts)))
+    svg = charts.bar_chart(bars, title="corner cases by model", unit="of the answers", digits=".1%")
+    caption = "Share of the answers with a fault of form, each named by its plainest one."
+    return _drawn([Figure("Corner cases by model", svg, caption)])
+
+
 def training(run: Path) -> list[Figure]:
     """Losses of SFT and DPO, and what RL watches."""
     sft, rl, dpo = (steps(run, stage) for stage in ("sft", "rl", "dpo"))
@@ -108,6 +125,7 @@ def training(run: Path) -> list[Figure]:
             _lines("RL: mismatch of sampler and learner", rl, {"mismatch_kl": "KL"}, "nats"),
             _lines("RL: effective sample size", rl, {"ess": "ESS / n"}, "share"),
             _lines("RL: shares of the drawn groups", rl, SHARES, "share of the draws"),
+            _lines("RL: answers that ended in an error", rl, ERRORS, "share of the answers"),
             _lines("RL: idle time", rl, IDLE, "share of the step"),
             _lines("DPO loss", dpo, {"loss": "training"}, "loss"),
         ]

@@ -39,6 +39,7 @@ NUMBERS = (
     ("kept_share", "kept"),
     ("flat_share", "flat"),
     ("stale_share", "stale"),
+    ("error_share", "errors"),
     ("learner_idle_share", "trainer idle"),
     ("rollout_idle_share", "rollout idle"),
 )

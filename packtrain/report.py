@@ -81,7 +81,9 @@ def contents(run: Path) -> dict[str, object]:
         "stages": status.stages,
         "models": [_model_row(name, values, ks) for name, values in models],
         "sections": {
-            "Accuracy and exploration": figures.accuracy(run) + figures.entropy(run),
+            "Accuracy and exploration": figures.accuracy(run)
+            + figures.entropy(run)
+            + figures.corner_cases(run),
             "Training": figures.training(run),
             "What RL trained on": figures.funnel(run) + figures.timeline(run),
         },
@@ -103,6 +105,8 @@ def _model_row(name: str, values: Mapping[str, object], ks: Sequence[str]) -> di
         "greedy": estimate(greedy) or number(greedy),
         "entropy": number(values.get("entropy")),
         "tokens": number(values.get("mean_tokens")),
+        "cut": number(values.get("cut_share")),
+        "corner_cases": number(values.get("corner_case_share")),
         "prompts": number(values.get("num_prompts")),
     }
 

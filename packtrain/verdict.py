@@ -1,5 +1,7 @@
 """What a run achieved: how far pass@1 moved from model to model, and how sure that is.
 
+DPO is there for corner cases, so it is told as well how far their share moved.
+
 The models of a run answer the same held-out prompts, so differences are taken per prompt and their
 interval by resampling prompts: much narrower than the difference of two separate intervals.
 """
@@ -10,6 +12,7 @@ import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 
@@ -19,12 +22,15 @@ from rollout.passk import Estimate
 
 DRAWS = 2000
 """Resamplings of the prompts behind an interval."""
+Measure = Literal["pass@1", "corner cases"]
+COLUMNS: dict[Measure, str] = {"pass@1": "successes", "corner cases": "num_faulty"}
+"""Where prompts.parquet counts it."""
 NAMES = {"base": "base", "sft": "SFT", "rl": "RL", "dpo": "DPO"}
 
 
 @dataclass(frozen=True, slots=True)
 class Gain:
-    """How pass@1 moved from one model of the trail to the next.
+    """How a share of the answers moved from one model of the trail to the next.
 
     Example:
         Gain("sft", "rl", Estimate(0.31, 0.28, 0.35), num_prompts=512)
@@ -34,11 +40,17 @@ class Gain:
     after: str
     change: Estimate
     num_prompts: int
+    of: Measure = "pass@1"
 
     @property
     def is_clear(self) -> bool:
         """Whether the interval leaves zero out."""
         return self.change.low > 0 or self.change.high < 0
+
+    @property
+    def is_good(self) -> bool:
+        """Whether it moved the way one hopes for."""
+        return (self.change.mean > 0) == (self.of == "pass@1")
 
     @property
     def sentence(self) -> str:
@@ -47,11 +59,11 @@ class Gain:
         mean, low, high = (100 * x for x in (self.change.mean, self.change.low, self.change.high))
         interval = f"95% interval {low:+.1f} to {high:+.1f}, {self.num_prompts} prompts"
         if not self.is_clear:
-            return f"{name} made no clear difference to pass@1: {mean:+.1f} points ({interval})."
-        verb = "added" if mean > 0 else "cost"
+            return f"{name} made no clear difference to {self.of}: {mean:+.1f} points ({interval})."
+        verb = "added" if mean > 0 else "cost" if self.of == "pass@1" else "removed"
         other = NAMES[self.before]
         link = "over" if mean > 0 else "against"
-        return f"{name} {verb} {abs(mean):.1f} points of pass@1 {link} {other} ({interval})."
+        return f"{name} {verb} {abs(mean):.1f} points of {self.of} {link} {other} ({interval})."
 
 
 def evaluated(run: Path) -> list[str]:
@@ -60,20 +72,21 @@ def evaluated(run: Path) -> list[str]:
 
 
 def gains(run: Path) -> list[Gain]:
-    """Each evaluated model against the one before it."""
-    places = evaluated(run)
-    found = [gain_between(run, a, b) for a, b in itertools.pairwise(places)]
+    """Each evaluated model against the one before it; DPO's by its corner cases too."""
+    pairs = list(itertools.pairwise(evaluated(run)))
+    found = [gain_between(run, a, b) for a, b in pairs]
+    found += [gain_between(run, a, b, "corner cases") for a, b in pairs if b == "dpo"]
     return [gain for gain in found if gain is not None]
 
 
-def gain_between(run: Path, before: str, after: str) -> Gain | None:
-    """The change of pass@1 on the prompts that both evaluations asked."""
-    old, new = pass_rates(run, before), pass_rates(run, after)
+def gain_between(run: Path, before: str, after: str, of: Measure = "pass@1") -> Gain | None:
+    """The change of a share on the prompts that both evaluations asked."""
+    old, new = rates(run, before, of), rates(run, after, of)
     common = sorted(old.keys() & new.keys())
     if not common:
         return None
     changes = [new[prompt] - old[prompt] for prompt in common]
-    return Gain(before, after, paired_change(changes), len(common))
+    return Gain(before, after, paired_change(changes), len(common), of)
 
 
 def headline(run: Path) -> str:
@@ -92,12 +105,12 @@ def headline(run: Path) -> str:
     return f"pass@1 {'rose' if gain.change.mean > 0 else 'fell'} from {first} to {last}."
 
 
-def pass_rates(run: Path, where: str) -> dict[str, float]:
-    """Prompt id → share of its samples that passed."""
-    rows = read_rows(run / where / "evaluation" / "prompts.parquet", ["id", "successes", "trials"])
+def rates(run: Path, where: str, of: Measure) -> dict[str, float]:
+    """Prompt id → share of its samples that passed, or that have a fault of form."""
+    column = COLUMNS[of]
+    rows = read_rows(run / where / "evaluation" / "prompts.parquet", ["id", column, "trials"])
     counts = (
-        (text(row.get("id")), number(row.get("successes")), number(row.get("trials")))
-        for row in rows
+        (text(row.get("id")), number(row.get(column)), number(row.get("trials"))) for row in rows
     )
     return {key: c / n for key, c, n in counts if c is not None and n}
 

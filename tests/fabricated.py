@@ -76,6 +76,9 @@ def _evaluation(folder: Path, solved: Sequence[int], text: str, entropy: float) 
         "greedy": _estimate(solved, 1),
         "entropy": entropy,
         "mean_tokens": 23.5,
+        "cut_share": 0.125,
+        "corner_case_share": 0.1875,
+        "faults": {"truncated": 0.125, "language_mix": 0.0625},
         "by_capability": _by(solved, capabilities),
         "by_difficulty": _by(solved, labels),
     }
@@ -88,6 +91,7 @@ def _evaluation(folder: Path, solved: Sequence[int], text: str, entropy: float) 
             "label": labels[i],
             "successes": count,
             "trials": SAMPLES,
+            "num_faulty": 3,
             "texts": [text],
             "passed": [count >= SAMPLES / 2],
         }
@@ -153,6 +157,7 @@ def _rl(folder: Path, text: str) -> None:
                 "entropy": 0.8 - 0.01 * i,
                 "mismatch_kl": 0.001 + 0.0001 * i,
                 "ess": 0.95 - 0.002 * i,
+                "error_share": 0.02,
                 "learner_idle_share": 0.3,
                 "rollout_idle_share": 0.1,
             }

@@ -132,6 +132,7 @@ def test_every_section_is_there(run: Path) -> None:
     html = page(run)
     for heading in (
         *("Accuracy by model", "pass@1 by capability", "pass@1 by difficulty", "Entropy by model"),
+        *("Corner cases by model", "RL: answers that ended in an error"),
         *("SFT loss", "RL: reward and pass rate", "RL: effective sample size", "Filter funnel"),
         *("Trainer and rollout workers", "What pruning kept", "The same prompts, before and after"),
         *("Ledger", "Environment", "Recipe"),
@@ -196,6 +197,33 @@ def test_the_headline_says_what_the_pairing_can_tell(
         rows = [{"id": str(i), "successes": n, "trials": 16} for i, n in enumerate(counts)]
         pq.write_table(pa.Table.from_pylist(rows), folder / "prompts.parquet")
     assert headline(tmp_path) == expected
+
+
+def test_dpo_is_judged_by_its_corner_cases_too(run: Path) -> None:
+    told = [gain.sentence for gain in gains(run)]
+    assert len(told) == 4
+    assert told[-1] == (
+        "DPO made no clear difference to corner cases: +0.0 points "
+        "(95% interval +0.0 to +0.0, 120 prompts)."
+    )
+    better = Gain("rl", "dpo", Estimate(-0.05, -0.06, -0.04), 512, "corner cases")
+    assert better.is_good and better.sentence == (
+        "DPO removed 5.0 points of corner cases against RL "
+        "(95% interval -6.0 to -4.0, 512 prompts)."
+    )
+    worse = Gain("rl", "dpo", Estimate(0.05, 0.04, 0.06), 512, "corner cases")
+    assert not worse.is_good and worse.sentence.startswith("DPO added 5.0 points of corner cases")
+    assert Gain("rl", "dpo", Estimate(0.05, 0.04, 0.06), 512).is_good
+
+
+def test_models_are_told_with_the_faults_of_their_answers(run: Path) -> None:
+    rows = [" ".join(row.itertext()) for row in nodes(page(run)) if row.tag == "tr"]
+    table = [" ".join(row.split()) for row in rows]
+    assert "greedy entropy tokens cut off corner cases prompts" in table[0]
+    assert table[4].startswith("DPO ") and "23.5 12.5% 18.8% 120" in table[4]
+    (figure,) = figures.corner_cases(run)
+    assert figure.svg.count("18.8%") == 4
+    assert "DPO, truncated: 0.125 of the answers" in figure.svg
 
 
 def test_the_funnel_sums_to_what_was_drawn(run: Path) -> None:

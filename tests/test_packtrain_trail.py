@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
 import signal
 import subprocess
 import sys
@@ -82,3 +83,34 @@ def test_the_trail_survives_a_kill_of_the_whole_command(tmp_path: Path) -> None:
     assert third.returncode == 0
     assert "nothing to do: all 10 steps" in third.stdout
     assert processes_of(run) == []
+
+
+def test_following_each_printed_fix_leads_on(tmp_path: Path) -> None:
+    """One's own model of 512 positions, with the default of sft.max_length, which is too long."""
+    student = ROOT / "recipes" / "tiny" / "herd" / "student"
+    rows = [{"prompt": f"{n}+{n}=", "completion": str(2 * n)} for n in range(10, 18)]
+    (tmp_path / "sft.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (tmp_path / "mine.yaml").write_text(
+        f"name: mine\nmodel: {{path: {student}}}\ndata: {{sft: sft.jsonl}}\n"
+        "sft: {trainer: {max_steps: 1, rows_per_step: 4, rows_per_pass: 4}}\n"
+    )
+
+    def packtrain(*words: str) -> tuple[int, str]:
+        line = [sys.executable, "-c", MAIN, *words]
+        done = subprocess.run(line, cwd=tmp_path, capture_output=True, text=True, timeout=SECONDS)
+        return done.returncode, done.stderr
+
+    code, said = packtrain("run", "mine.yaml")
+    assert code == 2 and "fix: set sft.max_length to 512" in said
+    assert "then packtrain run mine.yaml --resume" in said
+    assert packtrain("run", "mine.yaml", "sft.max_length=512", "--resume")[0] == 0
+    code, said = packtrain("run", "mine.yaml", "sft.max_length=512", "seed=1")
+    assert code == 4 and "stage sft is finished, with other settings (changed: seed)" in said
+    printed = next(line for line in said.splitlines() if "--from sft" in line)
+    words = shlex.split(printed.split("fix: ")[1].split(" discards it")[0])
+    assert words == [
+        *("packtrain", "run", "mine.yaml", "sft.max_length=512", "seed=1"),
+        *("--from", "sft"),
+    ]
+    assert packtrain(*words[1:])[0] == 0
+    assert packtrain("run", "mine.yaml", "sft.max_length=512", "seed=1")[0] == 0
