@@ -3,9 +3,10 @@
 B rows, T tokens a row, N tokens in a flat list, H hidden size, V vocabulary.
 
 A batch of 16 rows of 4,096 tokens over Llama 4's 202,048 entries would take 53 GB of fp32 logits,
-and as much again for their gradient. Here the LM head runs over a few hundred tokens at a time; the
-forward pass keeps one number per token (the log of the softmax denominator) and the backward pass
-computes the chunk again. LM-head arithmetic is in fp32 whatever the model's own precision.
+and as much again for their gradient. Here the LM head runs tile by tile, some hundred tokens by a
+part of the vocabulary; the forward pass keeps one number per token (the log of the softmax
+denominator) and the backward pass computes the tile again. LM-head arithmetic is in fp32 whatever
+the model's own precision.
 """
 
 from __future__ import annotations
@@ -21,10 +22,12 @@ from transformers import PreTrainedModel
 from ground.errors import DataError
 from ground.packing import has_context, hidden_states
 
-CHUNK_TOKENS = 256
-"""Least number of tokens of a chunk: enough rows to keep a matrix unit busy."""
-CHUNK_ELEMENTS = 2**22
-"""Small vocabularies take more tokens a chunk, up to this many logits (16 MiB in fp32)."""
+BLOCK_TOKENS = 256
+"""Least number of tokens that share a tile: enough rows to keep a matrix unit busy."""
+TILE_ELEMENTS = 2**26
+"""Logits of a tile, at most (256 MiB in fp32)."""
+TILE_ELEMENTS_CPU = 2**20
+"""On a CPU a tile stays in the cache of a core, so that only the matrix products cost time."""
 
 
 def token_logprobs(
@@ -127,7 +130,7 @@ def _spread(values_N: Tensor, scored_BT: Tensor) -> Tensor:
 
 
 class _TokenLogprobs(torch.autograd.Function):
-    """Chunked forward; backward recomputes each chunk from the saved log-denominators.
+    """Logits tile by tile, twice: the backward pass makes each again from its log-denominator.
 
     With z the logits over temperature, p = softmax(z), H = -Σ p log p:
     ∂ log p_y / ∂z_j = [j = y] - p_j   and   ∂H / ∂z_j = -p_j (log p_j + H).
@@ -143,15 +146,10 @@ class _TokenLogprobs(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor]:
         dtype = _compute_dtype(hidden_NH)
         logprobs_N = hidden_NH.new_empty(len(targets_N), dtype=dtype)
-        entropy_N = torch.empty_like(logprobs_N)
-        denominator_N = torch.empty_like(logprobs_N)
-        for part, logits_CV in _logits(hidden_NH, weight_VH, temperature):
-            denominator_C = logits_CV.logsumexp(-1)
-            target_C = logits_CV.gather(-1, targets_N[part, None]).squeeze(-1)
-            logprobs_N[part] = target_C - denominator_C
-            denominator_N[part] = denominator_C
-            logits_CV -= denominator_C[:, None]
-            entropy_N[part] = -(logits_CV.exp().mul_(logits_CV)).sum(-1)
+        entropy_N, denominator_N = torch.empty_like(logprobs_N), torch.empty_like(logprobs_N)
+        for part, hidden_CH in _blocks(hidden_NH, weight_VH, temperature):
+            found = _forward_block(hidden_CH, weight_VH, targets_N[part])
+            logprobs_N[part], entropy_N[part], denominator_N[part] = found
         ctx.save_for_backward(hidden_NH, weight_VH, targets_N, denominator_N, entropy_N)
         ctx.temperature = temperature  # pyright: ignore[reportAttributeAccessIssue]
         ctx.set_materialize_grads(False)
@@ -165,28 +163,28 @@ class _TokenLogprobs(torch.autograd.Function):
         hidden_NH, weight_VH, targets_N, denominator_N, entropy_N = ctx.saved_tensors
         wants_hidden, wants_weight = ctx.needs_input_grad[:2]
         dtype = denominator_N.dtype
-        hidden_grad = torch.zeros_like(hidden_NH) if wants_hidden else None
+        hidden_grad = torch.zeros_like(hidden_NH, dtype=dtype) if wants_hidden else None
         weight_grad = torch.zeros_like(weight_VH, dtype=dtype) if wants_weight else None
-        weight_in_dtype_VH = weight_VH.to(dtype)
-        for part, logits_CV in _logits(hidden_NH, weight_VH, ctx.temperature):
-            logits_CV -= denominator_N[part, None]
-            grad_CV = torch.zeros_like(logits_CV)
-            probs_CV = logits_CV.exp()
+        if logprob_grad_N is None:
+            logprob_grad_N = torch.zeros_like(denominator_N)
+        for part, hidden_CH in _blocks(hidden_NH, weight_VH, ctx.temperature):
+            upstream_C, inner_C = logprob_grad_N[part].to(dtype), None
             if entropy_grad_N is not None:
-                surprise_CV = logits_CV.add_(entropy_N[part, None])
-                grad_CV -= probs_CV * surprise_CV * entropy_grad_N[part, None]
-            if logprob_grad_N is not None:
-                upstream_C1 = logprob_grad_N[part, None]
-                grad_CV -= probs_CV.mul_(upstream_C1)
-                grad_CV.scatter_add_(-1, targets_N[part, None], upstream_C1)
-            grad_CV /= ctx.temperature
-            if hidden_grad is not None:
-                hidden_grad[part] = (grad_CV @ weight_in_dtype_VH).to(hidden_grad.dtype)
-            if weight_grad is not None:
-                weight_grad.addmm_(grad_CV.T, hidden_NH[part].to(dtype))
-        if weight_grad is not None:
-            weight_grad = weight_grad.to(weight_VH.dtype)
-        return hidden_grad, weight_grad, None, None
+                inner_C = entropy_grad_N[part].to(dtype)
+            for span, weight_DH, logits_CD in _tiles(hidden_CH, weight_VH):
+                logits_CD -= denominator_N[part, None]
+                grad_CD = _tile_gradient(logits_CD, upstream_C, inner_C, entropy_N[part])
+                _add_targets(grad_CD, targets_N[part], span, upstream_C)
+                if hidden_grad is not None:
+                    hidden_grad[part].addmm_(grad_CD, weight_DH, alpha=1 / ctx.temperature)
+                if weight_grad is not None:
+                    weight_grad[span].addmm_(grad_CD.T, hidden_CH)
+        return (
+            None if hidden_grad is None else hidden_grad.to(hidden_NH.dtype),
+            None if weight_grad is None else weight_grad.to(weight_VH.dtype),
+            None,
+            None,
+        )
 
 
 class _Saved(FunctionCtx):
@@ -197,18 +195,83 @@ class _Saved(FunctionCtx):
     temperature: float
 
 
-def _logits(
+def _forward_block(
+    hidden_CH: Tensor, weight_VH: Tensor, targets_C: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Log-prob, entropy and log-denominator of a block, its softmax summed up over the tiles.
+
+    With m the largest logit so far: total = Σ e^(z - m) and weighted = Σ e^(z - m) (z - m).
+    """
+    target_C = hidden_CH.new_zeros(len(hidden_CH))
+    total_C, weighted_C, largest_C = target_C.clone(), target_C.clone(), None
+    for span, _, logits_CD in _tiles(hidden_CH, weight_VH):
+        place_C, inside_C = _place(targets_C, span)
+        picked_C = logits_CD.gather(-1, place_C[:, None]).squeeze(-1)
+        target_C = torch.where(inside_C, picked_C, target_C)
+        here_C = logits_CD.amax(-1)
+        if largest_C is None:
+            largest_C = here_C
+        above_C = torch.maximum(largest_C, here_C)
+        shift_C = largest_C - above_C
+        logits_CD -= above_C[:, None]
+        exps_CD = logits_CD.exp()
+        weighted_C = shift_C.exp() * (weighted_C + shift_C * total_C)
+        total_C = shift_C.exp() * total_C + exps_CD.sum(-1)
+        weighted_C += exps_CD.mul_(logits_CD).sum(-1)
+        largest_C = above_C
+    assert largest_C is not None
+    denominator_C = largest_C + total_C.log()
+    return target_C - denominator_C, total_C.log() - weighted_C / total_C, denominator_C
+
+
+def _tile_gradient(
+    logprobs_CD: Tensor, upstream_C: Tensor, inner_C: Tensor | None, entropy_C: Tensor
+) -> Tensor:
+    """Gradient by a tile's logits, targets left out; the tile of log p is used up."""
+    if inner_C is None:
+        return logprobs_CD.exp_().mul_(-upstream_C[:, None])
+    factor_CD = (logprobs_CD + entropy_C[:, None]).mul_(inner_C[:, None]).add_(upstream_C[:, None])
+    return logprobs_CD.exp_().mul_(factor_CD).neg_()
+
+
+def _add_targets(grad_CD: Tensor, targets_C: Tensor, span: slice, upstream_C: Tensor) -> None:
+    """Add the upstream gradient where a target lies in the tile."""
+    place_C, inside_C = _place(targets_C, span)
+    grad_CD.scatter_add_(-1, place_C[:, None], (upstream_C * inside_C)[:, None])
+
+
+def _place(targets_C: Tensor, span: slice) -> tuple[Tensor, Tensor]:
+    """Each target's column in the tile (any column when it is elsewhere), and whether it is in."""
+    columns_C = targets_C - span.start
+    inside_C = (columns_C >= 0) & (columns_C < span.stop - span.start)
+    return columns_C.clamp(0, span.stop - span.start - 1), inside_C
+
+
+def _blocks(
     hidden_NH: Tensor, weight_VH: Tensor, temperature: float
 ) -> Iterator[tuple[slice, Tensor]]:
-    """Yield (slice of N, its logits over temperature); the tensor is the caller's to overwrite."""
+    """Yield (slice of N, its hidden states over temperature)."""
     dtype = _compute_dtype(hidden_NH)
-    size = max(CHUNK_TOKENS, CHUNK_ELEMENTS // len(weight_VH))
-    weight_HV = weight_VH.to(dtype).T
+    size = max(BLOCK_TOKENS, _tile_elements(hidden_NH) // len(weight_VH))
     for start in range(0, len(hidden_NH), size):
-        part = slice(start, start + size)
-        with torch.autocast(hidden_NH.device.type, enabled=False):
-            logits_CV = (hidden_NH[part].to(dtype) @ weight_HV).div_(temperature)
-        yield part, logits_CV
+        part = slice(start, min(start + size, len(hidden_NH)))
+        yield part, hidden_NH[part].to(dtype) / temperature
+
+
+def _tiles(hidden_CH: Tensor, weight_VH: Tensor) -> Iterator[tuple[slice, Tensor, Tensor]]:
+    """Yield (slice of V, its weights, its logits); the logits are the caller's to overwrite."""
+    vocabulary = len(weight_VH)
+    width = max(_tile_elements(hidden_CH) // len(hidden_CH), 1)
+    for start in range(0, vocabulary, width):
+        span = slice(start, min(start + width, vocabulary))
+        with torch.autocast(hidden_CH.device.type, enabled=False):
+            weight_DH = weight_VH[span].to(hidden_CH.dtype)
+            logits_CD = hidden_CH @ weight_DH.T
+        yield span, weight_DH, logits_CD
+
+
+def _tile_elements(like: Tensor) -> int:
+    return TILE_ELEMENTS_CPU if like.device.type == "cpu" else TILE_ELEMENTS
 
 
 def _compute_dtype(hidden_NH: Tensor) -> torch.dtype:
