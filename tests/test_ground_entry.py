@@ -102,6 +102,15 @@ def test_other_settings_are_refused_and_overwrite_makes_the_stage_again(
     assert RunDir(place / "elsewhere").is_done("sft")
 
 
+def test_what_a_stage_s_own_processes_wrote_is_kept_without_secrets(place: Path) -> None:
+    def learn(stage: Stage[SftSection]) -> dict[str, object]:
+        (stage.run.path / "log" / "sft.learner.err").write_text(f"token {SECRET} used\n")
+        raise InfraError("the learner is gone")
+
+    assert enter(function=learn) == 6
+    assert (place / "runs/demo/log/sft.learner.err").read_text() == "token [redacted] used\n"
+
+
 def test_what_a_herd_makes_is_not_named_beside_it(
     place: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
