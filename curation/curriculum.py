@@ -6,10 +6,14 @@
 
 The n-th draw of a version in a capability is a pure function of (seed, version, evidence at that
 version): draws never depend on which group happened to finish first.
+
+Prompts with the same mined evidence share a class, and only observed ones have a class of their
+own: what is known costs as much as what was observed, however large the pool.
 """
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
@@ -21,6 +25,9 @@ from ground.errors import DataError
 from ground.records import Prompt
 
 Floats = NDArray[np.float64]
+
+_AHEAD = 256
+"""Prompts of a capability that are put in order at first; more when a version draws more."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,13 +66,23 @@ class Curriculum:
         self._pool = sorted(pool, key=lambda prompt: prompt.id)
         self._section, self._seed, self._group_size = section, seed, group_size
         self._index = {prompt.id: number for number, prompt in enumerate(self._pool)}
-        mined = [prompt.difficulty for prompt in self._pool]
-        self._successes = np.array([float(d.successes) if d else 0.0 for d in mined])
-        self._trials = np.array([float(d.trials) if d else 0.0 for d in mined])
-        self._capability = np.array([prompt.capability for prompt in self._pool])
+        mined = [(d.successes, d.trials) if (d := p.difficulty) else (0, 0) for p in self._pool]
+        places = {pair: place for place, pair in enumerate(sorted(set(mined)))}
+        self._class = np.array([places[pair] for pair in mined])
+        self._successes, self._trials = np.array(list(places), dtype=float).T.copy()
+        self._class_when_mined = self._class.copy()
+        self._mined = self._successes.copy(), self._trials.copy()
+        self._own: dict[int, int] = {}
+        """Class of each prompt that was observed, by its number: it shares it with nobody."""
+        names = np.array([prompt.capability for prompt in self._pool])
+        self._members = {
+            str(name): np.flatnonzero(names == name) for name in np.unique(names).tolist()
+        }
         self._refused = np.zeros(len(self._pool), dtype=bool)
         self._version = 0
-        self._order: dict[str, list[int]] = {}
+        self._known: Floats | None = None
+        self._luck: Floats | None = None
+        self._order: dict[str, NDArray[np.intp]] = {}
 
     @property
     def version(self) -> int:
@@ -82,8 +99,7 @@ class Curriculum:
                 where="rl",
                 fix="raise rl.engine.max_length or lower rl.sampling.max_new_tokens",
             )
-        names = np.unique(self._capability).tolist()
-        return {name: float(weights[self._capability == name].sum()) / total for name in names}
+        return {name: float(weights[own].sum()) / total for name, own in self._members.items()}
 
     def draw(self, version: int, capability: str, n: int) -> Prompt:
         """The n-th prompt of a version in a capability, without repeats until all were drawn.
@@ -93,10 +109,12 @@ class Curriculum:
         """
         if version != self._version:
             raise ValueError(f"draws are of version {self._version}, got version {version}")
-        if not self._order:
-            self._order = self._sorted_by_luck()
-        order = self._order[capability]
-        return self._pool[order[n % len(order)]]
+        own = self._members[capability]
+        available = len(own) - int(self._refused[own].sum())
+        place = n % available
+        if place >= len(self._order.get(capability, ())):
+            self._order[capability] = self._luckiest(capability, min(2 * place + _AHEAD, available))
+        return self._pool[int(self._order[capability][place])]
 
     def observe(self, version: int, observations: Sequence[Observation]) -> None:
         """Fade what is known, add what groups showed, and go on to the next version."""
@@ -105,77 +123,115 @@ class Curriculum:
         self._version = version
         self._successes *= self._section.decay
         self._trials *= self._section.decay
-        for observation in observations:
-            where = self._index[observation.prompt_id]
-            self._successes[where] += observation.successes
-            self._trials[where] += observation.trials
-        self._order = {}
+        self._give_own_classes([self._index[seen.prompt_id] for seen in observations])
+        for seen in observations:
+            own = self._own[self._index[seen.prompt_id]]
+            self._successes[own] += seen.successes
+            self._trials[own] += seen.trials
+        self._forget_order()
 
     def refuse(self, prompt_ids: Iterable[str]) -> None:
         """Take prompts that can never be answered out of the draws, from the next order on."""
         for prompt_id in prompt_ids:
             self._refused[self._index[prompt_id]] = True
+            self._known = None
 
     def counts(self) -> dict[str, int]:
         """How many prompts are active, retired, deferred and refused."""
-        retired, deferred = int(self._retired().sum()), int(self._deferred().sum())
+        kept = self._class[~self._refused]
+        retired, deferred = (int(mask[kept].sum()) for mask in (self._retired(), self._deferred()))
         refused = int(self._refused.sum())
         active = len(self._pool) - retired - deferred - refused
         return {"active": active, "retired": retired, "deferred": deferred, "refused": refused}
 
     def state_dict(self) -> dict[str, object]:
-        """Version and evidence by prompt id, as JSON types."""
-        evidence = zip(self._pool, self._successes.tolist(), self._trials.tolist(), strict=True)
+        """Version and the evidence on observed prompts, as JSON types: the rest was mined."""
+        evidence = {
+            self._pool[number].id: [float(self._successes[own]), float(self._trials[own])]
+            for number, own in self._own.items()
+        }
         return {
             "version": self._version,
-            "evidence": {prompt.id: [successes, trials] for prompt, successes, trials in evidence},
+            "pool": self._fingerprint(),
+            "evidence": evidence,
             "refused": [self._pool[number].id for number in np.flatnonzero(self._refused)],
         }
 
     def load_state_dict(
-        self, version: int, evidence: dict[str, list[float]], refused: list[str]
+        self, version: int, pool: str, evidence: dict[str, list[float]], refused: list[str]
     ) -> None:
         """Go back to a saved state of the same pool."""
-        if evidence.keys() != self._index.keys():
-            foreign = len(evidence.keys() ^ self._index.keys())
+        if pool != self._fingerprint():
             raise DataError(
-                f"a checkpoint's curriculum must know the same prompts, {foreign} differ",
+                "a checkpoint's curriculum must know the same prompts, these differ",
                 where="rl checkpoint",
-                fix="give the prompts this run began with, or start over with --overwrite",
+                fix="give the prompts this run began with, or start the stage again (--from rl)",
             )
-        rows = [evidence[prompt.id] for prompt in self._pool]
-        self._successes = np.array([row[0] for row in rows])
-        self._trials = np.array([row[1] for row in rows])
-        self._version, self._order = version, {}
+        self._successes, self._trials = (mined.copy() for mined in self._mined)
+        for _ in range(version):
+            self._successes *= self._section.decay
+            self._trials *= self._section.decay
+        self._class = self._class_when_mined.copy()
+        self._own = {}
+        numbers = [self._index[prompt_id] for prompt_id in evidence]
+        self._give_own_classes(numbers)
+        for number, (successes, trials) in zip(numbers, evidence.values(), strict=True):
+            own = self._own[number]
+            self._successes[own], self._trials[own] = successes, trials
+        self._version = version
         self._refused[:] = False
         self.refuse(refused)
+        self._forget_order()
+
+    def _give_own_classes(self, numbers: Sequence[int]) -> None:
+        """Prompts whose evidence is about to differ from that of all others."""
+        fresh = [number for number in dict.fromkeys(numbers) if number not in self._own]
+        before = self._class[fresh]
+        self._own |= {n: len(self._successes) + place for place, n in enumerate(fresh)}
+        self._successes = np.concatenate([self._successes, self._successes[before]])
+        self._trials = np.concatenate([self._trials, self._trials[before]])
+        self._class[fresh] = [self._own[number] for number in fresh]
+
+    def _forget_order(self) -> None:
+        self._known = self._luck = None
+        self._order = {}
+
+    def _fingerprint(self) -> str:
+        """sha256 over the prompts' ids."""
+        return hashlib.sha256("\n".join(self._index).encode()).hexdigest()
 
     def _retired(self) -> NDArray[np.bool_]:
-        is_solved = self._successes >= self._section.retire_at * self._trials
-        return (self._trials > 0) & is_solved & ~self._refused
+        """By class."""
+        return (self._trials > 0) & (self._successes >= self._section.retire_at * self._trials)
 
     def _deferred(self) -> NDArray[np.bool_]:
-        return (self._trials > 0) & (self._successes == 0) & ~self._refused
+        """By class."""
+        return (self._trials > 0) & (self._successes == 0)
 
     def _weights(self) -> Floats:
         """Chance of a gradient, with all reviewed prompts scaled to their share of the whole."""
-        weights = gradient_chance(self._successes, self._trials, self._group_size)
+        if self._known is not None:
+            return self._known
+        weights = gradient_chance(self._successes, self._trials, self._group_size)[self._class]
         weights[self._refused] = 0
-        review = self._retired() | self._deferred()
+        review = (self._retired() | self._deferred())[self._class] & ~self._refused
         active = float(weights[~review].sum())
         if review.any() and active > 0:
             share = self._section.review_share
             weights[review] *= active * share / (1 - share) / float(weights[review].sum())
+        self._known = weights
         return weights
 
-    def _sorted_by_luck(self) -> dict[str, list[int]]:
-        random = np.random.default_rng([self._seed, self._version])
-        weights = self._weights()
-        with np.errstate(divide="ignore"):
-            luck = np.log(weights) + random.gumbel(size=len(weights))
-        order = np.argsort(-luck, kind="stable")[: len(weights) - int(self._refused.sum())]
-        names = np.unique(self._capability).tolist()
-        return {name: order[self._capability[order] == name].tolist() for name in names}
+    def _luckiest(self, capability: str, count: int) -> NDArray[np.intp]:
+        """The first `count` prompts of a capability in this version's order."""
+        own = self._members[capability]
+        if self._luck is None:
+            random = np.random.default_rng([self._seed, self._version])
+            with np.errstate(divide="ignore"):
+                self._luck = np.log(self._weights()) + random.gumbel(size=len(self._pool))
+        unlucky = -self._luck[own]
+        first = np.argpartition(unlucky, count - 1)[:count]
+        return own[first[np.argsort(unlucky[first], kind="stable")]]
 
 
 def gradient_chance(successes: Floats, trials: Floats, group_size: int) -> Floats:

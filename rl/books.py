@@ -196,7 +196,7 @@ class Books:
                     f"step {step} must have consumed draw {own and _identity(own)} of slot "
                     f"{draw.slot}, the journal has {_identity(draw)}",
                     where="rl/groups",
-                    fix="give the prompts this run began with, or start the stage again (--from rl)",
+                    fix="give the prompts it began with, or start the stage again (--from rl)",
                 )
             if self.buffer.waits_for(own):
                 self.send(own)

@@ -89,7 +89,7 @@ def test_a_saved_state_draws_the_same_and_a_foreign_pool_is_refused() -> None:
     again.load_state_dict(**state)
     drawn = [again.draw(1, "sums", n) for n in range(12)]
     assert drawn == [curriculum.draw(1, "sums", n) for n in range(12)]
-    with pytest.raises(DataError, match="must know the same prompts, 1 differ"):
+    with pytest.raises(DataError, match="must know the same prompts, these differ"):
         make_curriculum(pool[:-1]).load_state_dict(**state)
 
 
