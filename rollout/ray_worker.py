@@ -34,10 +34,14 @@ Value = TypeVar("Value")
 
 
 class RayWorker:
-    """A `Worker` in a process of its own, somewhere in the Ray cluster."""
+    """A `Worker` in a process of its own, somewhere in the Ray cluster.
 
-    def __init__(self, config: WorkerConfig) -> None:
-        actor = ray.remote(RolloutWorker).options(
+    Args:
+        kind: what runs there.
+    """
+
+    def __init__(self, config: WorkerConfig, kind: type[RolloutWorker] = RolloutWorker) -> None:
+        actor = ray.remote(kind).options(
             num_cpus=config.fleet.cpus_per_worker,
             max_restarts=0,
             max_task_retries=0,

@@ -53,9 +53,7 @@ class RolloutWorker:
     async def prepare(self) -> tuple[str, int]:
         """Import the libraries; returns this machine's name and the process id."""
         with sorted_failures("importing the engine"):
-            # Here and not above: whoever only creates workers needs no torch.
-            import rollout.engines  # noqa: F401
-
+            self._import_libraries()
         return platform.node(), os.getpid()
 
     async def open(self, index: int) -> tuple[str, int]:
@@ -67,7 +65,7 @@ class RolloutWorker:
         config, fleet = self._config, self._config.fleet
         with sorted_failures("opening the engine"):
             faults.point("open")
-            self._engine, self._template, self._gate = _open(config)
+            self._engine, self._template, self._gate = self._open_engine()
         self._pool = RewardPool(
             fleet.reward_processes, fleet.reward_deadline_seconds, config.reward_files
         )
@@ -131,6 +129,25 @@ class RolloutWorker:
         num_tokens = sum(rollout.num_tokens for rollout in rollouts)
         return GroupResult(group, started, sampled, time.time(), num_tokens, attempt)
 
+    def _import_libraries(self) -> None:
+        """Here and not above: whoever only creates workers needs no torch."""
+        import rollout.engines
+        import rollout.gate  # noqa: F401
+
+    def _open_engine(self) -> tuple[Engine, ChatTemplate, Gate]:
+        from rollout.engines import open_engine
+        from rollout.gate import Gate
+        from rollout.handover import Inbox
+        from rollout.weights import this_node
+
+        config = self._config
+        try:
+            engine, template = open_engine(config.model_path, config.engine, version=-1)
+        except (OSError, RuntimeError) as error:
+            what = f"the engine must open, got {type(error).__name__}: {error}"
+            raise InfraError(what) from error
+        return engine, template, Gate(engine, Inbox(this_node()))
+
     def _requests(
         self, task: GroupTask, prompt_ids: tuple[int, ...], attempt: int
     ) -> list[Request]:
@@ -156,16 +173,3 @@ class RolloutWorker:
             ids = [request.id for request in requests]
             self._orders.submit(self._engine.abort, ids)
             raise
-
-
-def _open(config: WorkerConfig) -> tuple[Engine, ChatTemplate, Gate]:
-    from rollout.engines import open_engine
-    from rollout.gate import Gate
-    from rollout.handover import Inbox
-    from rollout.weights import this_node
-
-    try:
-        engine, template = open_engine(config.model_path, config.engine, version=-1)
-        return engine, template, Gate(engine, Inbox(this_node()))
-    except (OSError, RuntimeError) as error:
-        raise InfraError(f"the engine must open, got {type(error).__name__}: {error}") from error
