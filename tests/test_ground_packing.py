@@ -8,7 +8,7 @@ from typing import Any, cast
 import pytest
 import torch
 from conftest import make_tiny_model
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel, Qwen3Config
 from transformers import Qwen3ForCausalLM as Qwen3
 
@@ -104,7 +104,8 @@ def error(got: Tensor, want: Tensor) -> float:
 def test_packing_changes_neither_logprobs_nor_gradients(
     kind: str, dtype: torch.dtype, tmp_path: Path
 ) -> None:
-    model, rows = make_model(kind, tmp_path).to(dtype=dtype), make_rows()
+    model, rows = make_model(kind, tmp_path), make_rows()
+    nn.Module.to(model, dtype)
     alone, alone_grads = scored(model, *packed(rows, [[0], [1], [2], [3]]))
     for bins in ([[0, 1, 2, 3]], [[2, 0], [3, 1]]):
         together, grads = scored(model, *packed(rows, bins))
