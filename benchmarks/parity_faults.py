@@ -61,10 +61,14 @@ def _expert_tensors(now: Weights) -> list[str]:
 
 
 def _stale_expert(now: Weights, old: Weights) -> dict[str, Tensor]:
-    changed = dict(now)
-    for name in _expert_tensors(now):
-        changed[name] = now[name].clone()
-        changed[name][1] = old[name][1]
+    names = _expert_tensors(now)
+    # An expert that the step did not touch cannot be stale.
+    moved_E = sum((now[name] - old[name]).float().abs().flatten(1).sum(1) for name in names)
+    assert isinstance(moved_E, Tensor) and bool(moved_E.any())
+    expert = int(moved_E.argmax())
+    changed = {**now, **{name: now[name].clone() for name in names}}
+    for name in names:
+        changed[name][expert] = old[name][expert]
     return changed
 
 

@@ -17,8 +17,8 @@ from ground.signals import install_signals
 
 NAMESPACE = "packtrain"
 _SHARED_MEMORY = Path("/dev/shm")
-_MODELS_KEPT = 4
-"""Two versions with the keeper, one on its way in and one on its way out."""
+_MODELS_KEPT = 1
+"""Room for a version that goes to another machine; here weights lie in the keeper's own memory."""
 _OTHER_BYTES = 128 << 20
 
 

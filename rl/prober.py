@@ -27,15 +27,17 @@ from ground.records import Group
 from rollout.weights import Probe, Probes
 
 _ROWS = 8
-_ROW_TOKENS = 64
+_ROW_TOKENS = 32
 _MAX_ROWS = 40
 """Random rows, with those that were added to reach an expert."""
 _RECENT_ROWS = 4
-_RECENT_TOKENS = 128
+_RECENT_TOKENS = 64
 _BEYOND = 16
 """Tokens of the long row behind the position that it is there for."""
 _FACTOR = 3.0
 """Tolerance over measured noise."""
+_NOISE_EVERY = 8
+"""Versions between measurements of the noise: it moves slowly and costs as much as the probes."""
 _LEAST_TYPICAL, _LEAST_WORST = 1e-6, 4e-6
 """Nats: a rounding or two of an fp32 log-prob around -8."""
 _TIES = {torch.float32: 1e-4, torch.float64: 1e-4}
@@ -83,6 +85,7 @@ class Prober:
         self._rows = [self._random_row(_ROW_TOKENS) for _ in range(_ROWS)]
         self._fixed = self._long_rows()
         self._tie = _TIES.get(model.dtype, _COARSE_TIE)
+        self._measured, self._tolerances = 0, (_LEAST_TYPICAL, _LEAST_WORST)
         self.unreached: set[Expert] = set()
         """Experts that no probe routes to: what they hold is proven by bytes alone."""
 
@@ -96,10 +99,13 @@ class Prober:
         with _evaluating(self._model), torch.no_grad():
             seen = [*self._see(rows)]
             seen += self._see_experts(seen)
-            with _attention(self._model, _OTHER_ATTENTION):
-                again = [*self._see([each.row for each in seen])]
+            if self._measured % _NOISE_EVERY == 0:
+                with _attention(self._model, _OTHER_ATTENTION):
+                    again = [*self._see([each.row for each in seen])]
+                self._tolerances = _tolerances(seen, again)
+        self._measured += 1
         probes = tuple(Probe(each.row, each.logprobs) for each in seen if each.logprobs)
-        return Probes(probes, *_tolerances(seen, again))
+        return Probes(probes, *self._tolerances)
 
     def _see_experts(self, seen: Sequence[_Seen]) -> Iterator[_Seen]:
         """More random rows, until every expert is reached or there are enough."""
