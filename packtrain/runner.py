@@ -260,5 +260,5 @@ def _require_current(order: Order, step: Step) -> None:
     settings = stage_settings(order.document, order.run, step.folder)
     if changes := order.run.changes(step.folder, settings):
         line = order.line("--from", start_of(step, changes))
-        fix = f"{line} discards it and what follows; or undo the change, or use another --run"
+        fix = f"undo the change, use another --run, or make it and what follows again:\n    {line}"
         raise order.run.outdated(step.folder, changes, fix)

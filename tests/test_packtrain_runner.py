@@ -201,7 +201,7 @@ def test_one_stage_and_what_follows_is_made_again_with_the_line_that_is_printed(
     with pytest.raises(SetupError) as caught:
         trail.run("dpo.wait=0.01")
     line = f"packtrain run {trail.recipe} dpo.wait=0.01 --run {trail.folder / 'run'} --from dpo"
-    assert caught.value.fix.startswith(f"{line} discards it and what follows; or undo")
+    assert caught.value.fix.endswith(f"or make it and what follows again:\n    {line}")
     capfd.readouterr()
     assert trail.run("dpo.wait=0.01", start="dpo") == 0
     assert f"deleting {trail.folder / 'run' / 'dpo'}\n" in capfd.readouterr().out
@@ -230,9 +230,8 @@ def test_a_begun_stage_that_kept_something_is_given_up_by_the_line_that_is_print
     (kept / "manifest.json").write_text("{}")
     with pytest.raises(SetupError, match="dpo was started with other settings") as caught:
         trail.run(resume=True)
-    assert f"packtrain run {trail.recipe} --run {trail.folder / 'run'} --from dpo discards" in (
-        caught.value.fix
-    )
+    line = f"packtrain run {trail.recipe} --run {trail.folder / 'run'} --from dpo"
+    assert caught.value.fix.endswith(f"\n    {line}")
     assert trail.run(start="dpo") == 0
     assert trail.finished == ["sft", "dpo"]
 
