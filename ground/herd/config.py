@@ -75,8 +75,8 @@ class HerdSection(Section):
     heldout_per_level: int = Field(28, ge=1)
     """Rows of heldout.jsonl for each family and level."""
     think: float = Field(0.45, ge=0, le=1)
-    """Share of demonstrations in sft.jsonl with a scratchpad, as in the student's own lessons. All of
-    them are right: what SFT costs or gains is not the doing of wrong labels."""
+    """Share of demonstrations in sft.jsonl with a scratchpad, as in the student's own lessons. All
+    of them are right: what SFT costs or gains is not the doing of wrong labels."""
 
     @property
     def num_prompts(self) -> int:
