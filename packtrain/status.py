@@ -21,6 +21,7 @@ from ground.manifest import read_manifest
 from ground.recipe import load_recipe
 from ground.run import STARTED, require_run
 from ground.trail import PLACES
+from packtrain.loop_view import loop_lines, read_loop
 from packtrain.observe import (
     Progress,
     State,
@@ -66,6 +67,8 @@ class RunStatus:
     """None when no process is at work."""
     again: str
     """The command that goes on with the run, when it has stopped."""
+    loop: Mapping[str, object]
+    """What the loop of RL said last while it is at work; else empty."""
 
     def to_json(self) -> dict[str, object]:
         """The object that `--json` prints."""
@@ -76,6 +79,7 @@ class RunStatus:
         return {
             "run": str(self.run),
             "lock": lock,
+            "loop": dict(self.loop) or None,
             "stages": {stage.name: _stage_json(stage) for stage in self.stages},
         }
 
@@ -107,7 +111,9 @@ def read_status(run: Path) -> RunStatus:
         holder = None  # that command is about to end
     names = [*(["base"] if "evaluate" in recipe or (run / "base").is_dir() else []), *stages]
     found = tuple(_stage_status(run, name, note, holder is not None) for name in names)
-    return RunStatus(run, found, holder, text(note.get("again")))
+    is_looping = any(stage.name == "rl" and stage.state == "running" for stage in found)
+    loop = read_loop(run) if is_looping else {}
+    return RunStatus(run, found, holder, text(note.get("again")), loop)
 
 
 def _stage_status(run: Path, name: str, note: Mapping[str, object], held: bool) -> StageStatus:
@@ -195,6 +201,8 @@ def _show(status: RunStatus) -> None:
         )
     console = Console()
     console.print(table)
+    for line in loop_lines(status.loop) if status.loop else ():
+        console.print(line, markup=False, highlight=False, soft_wrap=True)
     holder = status.holder
     if holder:
         age = time.time() - holder.started

@@ -16,6 +16,7 @@ from rich.console import Console
 from ground.console import progress
 from ground.lock import RunLock
 from packtrain.cli import main
+from packtrain.loop_view import loop_lines
 from packtrain.observe import last_metrics, read_json, read_lines, read_rows
 from packtrain.panel import LivePanel, PlainPanel, panel_numbers, shown_line
 from packtrain.plan import Step
@@ -159,3 +160,39 @@ def test_status_answers_at_once(made: Path) -> None:
     start = time.monotonic()
     read_status(made)
     assert time.monotonic() - start < 1.0
+
+
+def test_the_loop_of_rl_is_seen_from_outside(
+    half: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    now = time.time()
+    seat = {"state": "healthy", "version": 12, "in_flight": 4, "lives": 1, "cause": ""}
+    loop = {
+        "time": now - 1, "version": 12, "step": 12, "waits_for": "slot 55 (group a.55)",
+        "since": now - 4, "buffered": 3, "in_flight": 5, "learner": "train step 12",
+        "controller_silent_seconds": 0.2, "unmoved_seconds": 35,
+        "verdicts": {"texts": 90, "reward_timeout": 2, "reward_died": 0},
+        "workers": [
+            {**seat, "name": "worker 0"},
+            {**seat, "name": "worker 1", "state": "suspect", "lives": 3, "cause": "\x1b[31mkilled"},
+        ],
+    }  # fmt: skip
+    (half / "rl" / "loop.json").write_text(json.dumps(loop))
+    with RunLock.acquire(half) as lock:
+        dead = {**asdict(lock.holder), "born": 0.0}
+        assert main(["status", str(half)]) == 0
+        shown = capsys.readouterr().out
+        assert (
+            "rl: version 12; step 12 waits for slot 55 (group a.55), 4 s; 3 buffered, 5 in flight; "
+            "verdicts that failed: timeout 2; nothing has moved for 35 s" in shown
+        )
+        assert "  worker 0 healthy, version 12, 4 groups, life 1\n" in shown
+        assert "  worker 1 suspect, version 12, 4 groups, life 3; lost before: killed" in shown
+        assert main(["status", str(half), "--json"]) == 0
+        told = json.loads(capsys.readouterr().out)["loop"]
+        assert told["waits_for"] == "slot 55 (group a.55)" and len(told["workers"]) == 2
+    (half / "lock.json").write_text(json.dumps(dead))
+    assert main(["status", str(half), "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["loop"] is None
+    assert "as of 61 s ago" in loop_lines({**loop, "time": now - 60}, now + 1)[0]
+    assert "the learner is to train step 12" in loop_lines({**loop, "waits_for": ""}, now)[0]
