@@ -47,13 +47,12 @@ def evaluate(stage: Stage[EvaluateSection]) -> dict[str, object]:
                 section.sampling,
                 samples=section.samples,
                 seed=seed,
+                greedy=section.greedy,
                 progress=reporter(stage.directory),
             )
             result = {"model": str(model), **summarise(measured, section.k, seed)}
             if section.greedy:
-                once = section.sampling.model_copy(update={"temperature": 0.0})
-                decoded = measure(engine, chat, prompts, pool, once, samples=1, seed=seed)
-                result["greedy"] = greedy_accuracy(decoded)
+                result["greedy"] = greedy_accuracy(measured)
     finally:
         engine.close()
     result["seconds"] = round(time.monotonic() - start, 1)

@@ -74,6 +74,8 @@ class Measured:
     rollouts: tuple[Rollout, ...]
     skipped: str = ""
     """Why it was not asked (longer than the context); it then has no rollouts."""
+    greedy: Rollout | None = None
+    """The likeliest completion, if it was asked for; in none of the counts."""
 
     @property
     def successes(self) -> int:
@@ -112,6 +114,7 @@ def measure(
     samples: int,
     seed: int,
     occasion: str = "evaluate",
+    greedy: bool = False,
     progress: Callable[[int, int], None] | None = None,
 ) -> list[Measured]:
     """Sample and score every prompt; the results come in the order of the prompts.
@@ -119,6 +122,7 @@ def measure(
     Args:
         occasion: sampling seeds follow from (seed, prompt id, occasion, sample), so equal occasions
             on equal weights give equal completions.
+        greedy: also decode each prompt once at temperature 0.
         progress: called with (prompts done, prompts) after each.
 
     Raises:
@@ -127,11 +131,23 @@ def measure(
     asked: list[_Asked] = []
     for place, prompt in enumerate(prompts):
         seeds = [sample_seed(seed, prompt.id, occasion, sample) for sample in range(samples)]
-        asked.append(_ask(engine, chat, prompt, sampling, seeds, f"{occasion}/{place}"))
+        temperatures = [sampling.temperature] * samples
+        if greedy:
+            seeds, temperatures = [*seeds, 0], [*temperatures, 0.0]
+        asked.append(
+            _ask(
+                engine,
+                chat,
+                prompt,
+                sampling.max_new_tokens,
+                list(zip(temperatures, seeds, strict=True)),
+                f"{occasion}/{place}",
+            )
+        )
     measured: list[Measured] = []
     threads = ThreadPoolExecutor(reward_pool.num_processes, thread_name_prefix="score")
     try:
-        scored = [threads.submit(_collect, each, chat, reward_pool) for each in asked]
+        scored = [threads.submit(_collect, each, samples, chat, reward_pool) for each in asked]
         for future in scored:
             measured.append(future.result())
             if progress is not None:
@@ -181,8 +197,8 @@ def summarise(measured: Sequence[Measured], ks: Sequence[int], seed: int) -> dic
 
 def greedy_accuracy(measured: Sequence[Measured]) -> dict[str, float]:
     """Share of prompts solved by one greedy completion each, with Wilson's interval."""
-    answered = [each for each in measured if each.trials]
-    return asdict(wilson(sum(each.successes for each in answered), len(answered)))
+    passed = [each.greedy.passed for each in measured if each.greedy]
+    return asdict(wilson(sum(passed), len(passed)))
 
 
 def prompt_rows(measured: Iterable[Measured], examples: int) -> list[Mapping[str, object]]:
@@ -233,21 +249,25 @@ def _ask(
     engine: Engine,
     chat: ChatTemplate,
     prompt: Prompt,
-    sampling: SamplingSection,
-    seeds: Sequence[int],
+    max_new_tokens: int,
+    draws: Sequence[tuple[float, int]],
     name: str,
 ) -> _Asked:
-    """Submit the samples of a prompt; one that the engine cannot serve is data, not a crash."""
-    ids = tuple(f"{name}/{prompt.id}/{sample}" for sample in range(len(seeds)))
+    """Submit the samples of a prompt; one that the engine cannot serve is data, not a crash.
+
+    Args:
+        draws: temperature and seed of each.
+    """
+    ids = tuple(f"{name}/{prompt.id}/{sample}" for sample in range(len(draws)))
     futures: list[Future[Completion]] = []
     try:
         prompt_ids = tuple(chat.encode_prompt(prompt.messages))
-        for id_, seed in zip(ids, seeds, strict=True):
+        for id_, (temperature, seed) in zip(ids, draws, strict=True):
             request = Request(
                 id=id_,
                 prompt_ids=prompt_ids,
-                max_new_tokens=sampling.max_new_tokens,
-                temperature=sampling.temperature,
+                max_new_tokens=max_new_tokens,
+                temperature=temperature,
                 seed=seed,
                 stop_ids=chat.stop_ids,
             )
@@ -258,7 +278,7 @@ def _ask(
     return _Asked(prompt, ids, tuple(futures))
 
 
-def _collect(asked: _Asked, chat: ChatTemplate, reward_pool: RewardPool) -> Measured:
+def _collect(asked: _Asked, samples: int, chat: ChatTemplate, reward_pool: RewardPool) -> Measured:
     if asked.skipped:
         return Measured(asked.prompt, (), asked.skipped)
     try:
@@ -272,7 +292,9 @@ def _collect(asked: _Asked, chat: ChatTemplate, reward_pool: RewardPool) -> Meas
         ) from None
     texts = texts_of(completions, chat)
     verdicts = reward_pool.score(asked.prompt, texts)
-    return Measured(asked.prompt, rollouts_of(completions, texts, verdicts))
+    rollouts = rollouts_of(completions, texts, verdicts)
+    greedy = next(iter(rollouts[samples:]), None)
+    return Measured(asked.prompt, rollouts[:samples], greedy=greedy)
 
 
 def _passes(measured: Sequence[Measured], ks: Sequence[int], seed: int) -> dict[str, object]:

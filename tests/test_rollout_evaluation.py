@@ -156,7 +156,10 @@ def test_corner_cases_by_hand():
 
 
 def test_greedy_accuracy_counts_prompts():
-    measured = [Measured(prompt(n), (rollout(n < 3, -1.0),)) for n in range(10)]
+    measured = [
+        Measured(prompt(n), (rollout(n > 5, -1.0),), greedy=rollout(n < 3, -1.0)) for n in range(10)
+    ]
+    measured.append(Measured(prompt(10), (), "too long"))
     estimate = wilson(3, 10)
     assert greedy_accuracy(measured) == {
         "mean": 0.3,
@@ -194,6 +197,18 @@ def test_a_real_engine_measures_the_same_twice(tiny_model: Path, pool: RewardPoo
     assert results[0][2] == results[1][0]
     texts = [each.text for measured in results[0] for each in measured.rollouts]
     assert len(set(texts)) > 10, "samples differ from each other"
+    assert all(each.greedy is None for each in results[0])
+    engine, chat = open_engine(tiny_model, section)
+    with_greedy = measure(engine, chat, prompts, pool, SAMPLING, samples=4, seed=5, greedy=True)
+    once = measure(
+        engine, chat, prompts, pool, SAMPLING.model_copy(update={"temperature": 0.0}),
+        samples=1, seed=9,
+    )  # fmt: skip
+    engine.close()
+    assert [each.rollouts for each in with_greedy] == [each.rollouts for each in results[0]]
+    assert [each.greedy for each in with_greedy] == [
+        replace(each.rollouts[0], index=4) for each in once
+    ]
     assert 1.0 < summarise(results[0], [1], 0)["entropy"] < 5.6  # pyright: ignore[reportOperatorIssue]
 
 
