@@ -11,6 +11,7 @@ import html5lib
 import pyarrow.parquet as pq
 import pytest
 
+from dpo.config import GateSection, PairsSection
 from ground.storage import verify_directory
 from packtrain.figures import ledger_counts
 from packtrain.status import read_status
@@ -55,6 +56,25 @@ def test_rl_adds_much_and_dpo_costs_little() -> None:
     assert rl is not None and dpo is not None
     assert rl.change.mean >= 0.15
     assert dpo.change.mean >= -0.01
+
+
+def test_dpo_trained_on_corner_cases_and_moved_the_model_within_the_gate() -> None:
+    """A learning rate that moves nothing costs nothing either; 1e-5 moved it by 3e-5 nats."""
+    summary = json.loads((RUN / "dpo" / "manifest.json").read_text())["facts"]["summary"]
+    assert summary["trained"] is True, summary["kept_because"]
+    gate, counts = summary["gate"], summary["mining"]
+    assert 1e-3 < gate["kl"] < GateSection().max_kl
+    assert gate["chosen_change"] > -GateSection().max_chosen_fall
+    assert gate["preferred"] > 0.8
+    assert summary["pairs"] >= 100
+    assert counts.get("pair_wrong", 0) <= PairsSection().max_wrong_share * summary["pairs"]
+    shares = {
+        model: json.loads((RUN / model / "evaluation" / "evaluation.json").read_text())[
+            "corner_case_share"
+        ]
+        for model in ("rl", "dpo")
+    }
+    assert shares["dpo"] < shares["rl"]
 
 
 def test_half_of_the_demonstrations_were_pruned_and_they_were_the_easy_half() -> None:
