@@ -82,6 +82,7 @@ class Curriculum:
         self._version = 0
         self._known: Floats | None = None
         self._luck: Floats | None = None
+        self._available: dict[str, int] = {}
         self._order: dict[str, NDArray[np.intp]] = {}
 
     @property
@@ -109,8 +110,10 @@ class Curriculum:
         """
         if version != self._version:
             raise ValueError(f"draws are of version {self._version}, got version {version}")
-        own = self._members[capability]
-        available = len(own) - int(self._refused[own].sum())
+        if capability not in self._available:
+            own = self._members[capability]
+            self._available[capability] = len(own) - int(self._refused[own].sum())
+        available = self._available[capability]
         place = n % available
         if place >= len(self._order.get(capability, ())):
             self._order[capability] = self._luckiest(capability, min(2 * place + _AHEAD, available))
@@ -194,7 +197,7 @@ class Curriculum:
 
     def _forget_order(self) -> None:
         self._known = self._luck = None
-        self._order = {}
+        self._order, self._available = {}, {}
 
     def _fingerprint(self) -> str:
         """sha256 over the prompts' ids."""

@@ -3,22 +3,22 @@
 from __future__ import annotations
 
 import logging
-import math
 from collections.abc import Awaitable, Mapping, Sequence
 from typing import cast
 
 import ray
 from ray.actor import ActorHandle, ActorProxy
+from ray.exceptions import RayError
 
 from curation.curriculum import Curriculum
-from ground.errors import DataError
+from ground.errors import DataError, InfraError
 from ground.lease import Fence, Lease
 from ground.logs import setup_logging
 from ground.records import Prompt
 from ground.roles import enter_role
 from rl.books import Books, Plan
 from rl.buffer import Buffer, Outcome
-from rl.controller import Controller
+from rl.controller import Controller, groups_in_flight
 from rl.job import Job
 from rl.journal import Journal
 from rl.pool import Pool
@@ -44,7 +44,7 @@ class ControllerActor:
         section = job.section
         self._fence = Fence(job.incarnation)
         self._lease = Lease("supervisor", section.lease_seconds)
-        self._ledger = Journal(job.directory / "ledger.jsonl")
+        self._ledger = Journal(job.directory / "ledger.jsonl", buffered=True)
         self._events = Journal(job.directory / "events.jsonl")
         self._prompts = {prompt.id: prompt for prompt in pool.training}
         self._books = make_books(job, pool, self._ledger)
@@ -71,7 +71,7 @@ class ControllerActor:
                 prompt_id=prompt.id,
                 pass_=pass_,
             ),
-            in_flight=groups_in_flight(job),
+            in_flight=groups_in_flight(section),
             note=self._events.append,
         )
 
@@ -109,7 +109,9 @@ class ControllerActor:
         """See `Controller.publish`; the weights lie with the keeper."""
         self._fence.check(incarnation)
         weights = await self._weights(version)
-        return await self._controller.publish(version, weights, evaluate=evaluate)
+        score = await self._controller.publish(version, weights, evaluate=evaluate)
+        self._ledger.flush()
+        return score
 
     async def evaluate(self, incarnation: int, version: int) -> float | None:
         """See `Controller.evaluate`."""
@@ -122,9 +124,19 @@ class ControllerActor:
         return {**self._controller.state(), "ledger_bytes": self._ledger.sync()}
 
     async def pulse(self, incarnation: int) -> dict[str, object]:
-        """How it is, asked by the supervisor once a second; renews the lease."""
+        """How it is, asked by the supervisor once a second; renews the lease.
+
+        Raises:
+            InfraError: the keeper is gone, and with it what a lost worker would need to come back.
+        """
         self._fence.check(incarnation)
         self._lease.renew()
+        try:
+            await self._keeper.node.remote()
+        except RayError as error:
+            raise InfraError(
+                "the weight keeper must live, it is gone", where="controller", why=str(error)
+            ) from error
         return {**self._controller.status(), "fleet": self._fleet.stats()}
 
     async def close(self, incarnation: int, reason: str) -> dict[str, int]:
@@ -192,10 +204,3 @@ def start_controller(job: Job, pool: Pool) -> ActorHandle:
     )
     actor.start.remote()
     return cast(ActorHandle, actor)
-
-
-def groups_in_flight(job: Job) -> int:
-    """As many groups as the fleet's engines can decode, and one more each to keep them fed."""
-    section = job.section
-    per_worker = math.ceil(section.engine.num_slots / section.group_size) + 1
-    return per_worker * section.fleet.num_workers

@@ -23,7 +23,11 @@ _BLOCK = 4096
 
 
 class Journal:
-    """One JSON object a line, each written by one system call under the file's lock.
+    """One JSON object a line, written by one system call under the file's lock.
+
+    Args:
+        buffered: lines may wait in memory until the next `sync`; for a file that is cut back to its
+            last sync after a kill anyway.
 
     Example:
         journal.append({"kind": "restart"}); position = journal.sync(); …; journal.rewind(position)
@@ -32,8 +36,9 @@ class Journal:
         SetupError: (every method) the disk is full or not writable; no half line is left.
     """
 
-    def __init__(self, path: Path) -> None:
-        self._path = path
+    def __init__(self, path: Path, *, buffered: bool = False) -> None:
+        self._path, self._is_buffered = path, buffered
+        self._lines: list[bytes] = []
         with disk_errors(path):
             path.parent.mkdir(parents=True, exist_ok=True)
             self._file = os.open(path, os.O_RDWR | os.O_APPEND | os.O_CREAT, 0o644)
@@ -42,16 +47,25 @@ class Journal:
 
     def append(self, record: Mapping[str, object]) -> None:
         """Add one line."""
-        line = json.dumps(record, ensure_ascii=False).encode() + b"\n"
+        self._lines.append(json.dumps(record, ensure_ascii=False).encode() + b"\n")
+        if not self._is_buffered:
+            self.flush()
+
+    def flush(self) -> None:
+        """Write what waits, so that others can read it."""
+        waiting, self._lines = b"".join(self._lines), []
+        if not waiting:
+            return
         with self._alone():
             _cut_torn_line(self._file)
-            written = os.write(self._file, line)
-            if written < len(line):
+            written = os.write(self._file, waiting)
+            if written < len(waiting):
                 _cut_torn_line(self._file)
                 raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     def sync(self) -> int:
         """Bring all lines to the disk and return the position behind the last."""
+        self.flush()
         with disk_errors(self._path):
             os.fsync(self._file)
             return os.fstat(self._file).st_size
@@ -62,6 +76,7 @@ class Journal:
         Raises:
             DataError: the file is shorter than that, so lines were lost that had been synced.
         """
+        self._lines = []
         with self._alone():
             size = os.fstat(self._file).st_size
             if size < position:

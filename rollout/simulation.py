@@ -11,13 +11,14 @@ from __future__ import annotations
 
 import asyncio
 import selectors
-from collections.abc import Callable, Coroutine
+from bisect import bisect_right
+from collections.abc import Callable, Coroutine, Sequence
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
 from ground.records import Group, Rollout, Segment
 from rollout.engine import spans_of
-from rollout.task import GroupTask
+from rollout.task import GroupResult, GroupTask, Loaded, Pong
 
 Value = TypeVar("Value")
 
@@ -125,25 +126,87 @@ class SimulatedFleet:
     def _group(
         self, task: GroupTask, worker: int, began: float, seconds: tuple[float, ...]
     ) -> Group:
-        rewards = self.rewards(task)
-        rollouts = tuple(
-            Rollout(
-                index,
-                (self._segment(worker, began, seconds[index]),),
-                text="",
-                reward=rewards[index],
-                passed=rewards[index] > 0,
-            )
-            for index in range(len(task.seeds))
-        )
-        return Group(task.id, task.prompt, (1,), rollouts, task.system)
+        segments = [
+            _segment(self._loads[worker], began, each, self.tokens_per_second) for each in seconds
+        ]
+        return group_of(task, segments, self.rewards(task))
 
-    def _segment(self, worker: int, began: float, seconds: float) -> Segment:
-        count = max(1, round(seconds * self.tokens_per_second))
-        versions = spans_of(
-            self._version_at(worker, began + seconds * place / count) for place in range(count)
-        )
-        return Segment("policy", (7,) * count, (-0.5,) * count, versions)
 
-    def _version_at(self, worker: int, moment: float) -> int:
-        return max((version for time, version in self._loads[worker] if time <= moment), default=-1)
+class SimulatedWorker:
+    """One worker for the real fleet: each rollout needs one of its places for its seconds.
+
+    Args:
+        seconds: of each rollout of a task, [G].
+        rewards: of each rollout of a task, [G]; a reward above 0 passes.
+        load_seconds: to take on a version.
+    """
+
+    def __init__(
+        self,
+        clock: Clock,
+        num_slots: int,
+        seconds: Callable[[GroupTask], Sequence[float]],
+        rewards: Callable[[GroupTask], Sequence[float]],
+        load_seconds: float = 0.0,
+    ) -> None:
+        self._clock, self._places = clock, asyncio.Semaphore(num_slots)
+        self._seconds, self._rewards, self._load_seconds = seconds, rewards, load_seconds
+        self._loads: list[tuple[float, int]] = []
+
+    async def prepare(self) -> None:
+        """It is there."""
+
+    async def open(self, index: int) -> None:
+        """It can take work."""
+
+    async def ping(self) -> Pong:
+        """It lives."""
+        return Pong()
+
+    async def load(self, version: int, weights: object) -> Loaded:
+        """Take on a version, in flight."""
+        await asyncio.sleep(self._load_seconds)
+        self._loads.append((self._clock.now, version))
+        return Loaded(version, {}, 0.0)
+
+    async def rollout(self, task: GroupTask, attempt: int) -> GroupResult:
+        """Sample all rollouts side by side, as far as there are places."""
+        began = self._clock.now
+        segments = await asyncio.gather(*(self._sample(each) for each in self._seconds(task)))
+        group = group_of(task, segments, self._rewards(task))
+        now, num_tokens = self._clock.now, sum(len(each.token_ids) for each in segments)
+        return GroupResult(group, began, now, now, num_tokens, attempt)
+
+    def kill(self) -> None:
+        """Nothing is left of it."""
+
+    async def close(self) -> None:
+        """Nothing is left of it."""
+
+    async def _sample(self, seconds: float) -> Segment:
+        async with self._places:
+            began = self._clock.now
+            await asyncio.sleep(seconds)
+            return _segment(self._loads, began, seconds, tokens_per_second=1.0)
+
+
+def group_of(task: GroupTask, segments: Sequence[Segment], rewards: Sequence[float]) -> Group:
+    """A group of one segment per rollout; a reward above 0 passes."""
+    rollouts = tuple(
+        Rollout(index, (segment,), text="", reward=reward, passed=reward > 0)
+        for index, (segment, reward) in enumerate(zip(segments, rewards, strict=True))
+    )
+    return Group(task.id, task.prompt, (1,), rollouts, task.system)
+
+
+def _segment(
+    loads: Sequence[tuple[float, int]], began: float, seconds: float, tokens_per_second: float
+) -> Segment:
+    """Tokens evenly spread over the seconds, each of the version that was loaded last before it."""
+    count = max(1, round(seconds * tokens_per_second))
+    moments, versions = zip(*loads, strict=True)
+    spans = spans_of(
+        versions[bisect_right(moments, began + seconds * place / count) - 1]
+        for place in range(count)
+    )
+    return Segment("policy", (7,) * count, (-0.5,) * count, spans)

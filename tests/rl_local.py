@@ -24,12 +24,12 @@ from ground.checkpoints import Checkpoints
 from ground.faults import POINTS
 from ground.model import load_model, load_tokenizer
 from ground.records import Group, Message, Prompt, Rollout
-from rl.actors import groups_in_flight, make_books, restore_books
+from rl.actors import make_books, restore_books
 from rl.books import Plan
 from rl.buffer import Outcome
 from rl.config import RlSection
 from rl.consumed import Consumed, read_plan
-from rl.controller import Controller
+from rl.controller import Controller, groups_in_flight
 from rl.job import Job, Report
 from rl.journal import Journal, read_journal
 from rl.learn import learn
@@ -175,7 +175,7 @@ class LocalLoop:
 
     def __init__(self, job: Job, pool: Pool, killer: Killer, jitter: float = 0.0) -> None:
         self._job, self._pool, self._killer = job, pool, killer
-        self._ledger = Journal(job.directory / "ledger.jsonl")
+        self._ledger = Journal(job.directory / "ledger.jsonl", buffered=True)
         self._books = make_books(job, pool, self._ledger)
         self._fleet = LocalFleet(job, job.section.fleet.num_workers, jitter, job.incarnation)
         self._controller = Controller(
@@ -185,7 +185,7 @@ class LocalLoop:
             seed=job.seed,
             validation=pool.validation,
             system_of=lambda prompt, pass_: "",
-            in_flight=groups_in_flight(job),
+            in_flight=groups_in_flight(job.section),
             note=lambda event: None,
         )
         self._loop = asyncio.new_event_loop()

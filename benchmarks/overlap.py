@@ -1,0 +1,144 @@
+"""What sampling while training buys, and how close the loop comes to the best schedule there is.
+
+    python -m benchmarks.overlap            all tables       --quick: one seed, small
+
+Real: the `rl` stage on the tiny herd's student, the same steps once synchronous, with both cores
+for whichever side is working, and once asynchronous with a core for each side. Simulated: the real
+controller, books, ledger and fleet on a virtual clock with skewed lengths (lognormal), against a
+lower bound that knows every duration; a share of it is a share of any schedule.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import random
+import statistics
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+from benchmarks.harness import ROOT, Figure, Report, run_benchmark
+from benchmarks.virtual import lower_bound, make_pool, make_section, run_steps
+from ground.errors import InfraError
+from ground.metrics import read_metrics
+
+SEEDS = (0, 1, 2)
+_SKEW = 1.0
+"""Sigma of the lognormal lengths: the longest of 64 takes about ten times the median."""
+_WARM_UP = 3
+
+
+def simulated(workers: int, staleness: int, seed: int, steps: int) -> tuple[float, float]:
+    """Virtual seconds of a run, and the lower bound for it."""
+    section = make_section(
+        steps=steps,
+        groups_per_step=8 * workers,
+        group_size=8,
+        workers=workers,
+        slots=64,
+        staleness=staleness,
+    )
+
+    def seconds(sample: int) -> float:
+        return random.Random(sample).lognormvariate(0.0, _SKEW)
+
+    # Balanced: the learner takes as long for a step as the fleet for its rollouts.
+    train = 8 * workers * 8 * math.exp(_SKEW**2 / 2) / (workers * 64)
+    played = run_steps(section, make_pool(4000), seconds, lambda step: train, seed=seed)
+    return played.seconds, lower_bound(section, played.work, lambda step: train)
+
+
+def real(mode: str, seed: int, steps: int) -> float:
+    """Seconds of a step of the stage, warm-up left out."""
+    threads, staleness = (2, 0) if mode == "sync" else (1, 1)
+    with tempfile.TemporaryDirectory() as folder:
+        recipe = _write_recipe(Path(folder), steps, staleness=staleness, threads=threads)
+        run = Path(folder) / "run"
+        line = [sys.executable, "-m", "rl.train", str(recipe), f"seed={seed}", "--run", str(run)]
+        environment = os.environ | {"OMP_NUM_THREADS": str(threads)}
+        done = subprocess.run(
+            line, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=900
+        )
+        if done.returncode:
+            raise InfraError(f"the {mode} run must end well", why=done.stderr[-2000:])
+        records = [r for r in read_metrics(run / "rl" / "metrics.jsonl") if "seconds" in r]
+    return statistics.fmean(float(str(record["seconds"])) for record in records[_WARM_UP:])
+
+
+def _write_recipe(folder: Path, steps: int, *, staleness: int, threads: int) -> Path:
+    rows = [
+        {
+            "messages": [{"role": "user", "content": f"letters {number}"}],
+            "capability": "letters",
+            "reward": "early",
+            "answer": "",
+        }
+        for number in range(256)
+    ]
+    (folder / "prompts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (folder / "rewards.py").write_text(_REWARDS)
+    recipe = {
+        "name": "overlap",
+        "model": {"path": str(ROOT / "recipes" / "tiny" / "herd" / "student")},
+        "data": {"prompts": "prompts.jsonl"},
+        "rewards": ["rewards.py"],
+        "rl": {
+            "steps": steps,
+            "groups_per_step": 32,
+            "group_size": 8,
+            "max_refills": 0,
+            "max_staleness": staleness,
+            "threads": threads,
+            "sampling": {"max_new_tokens": 96},
+            "engine": {"num_slots": 64, "max_length": 256, "threads": threads},
+            "optimizer": {"learning_rate": 1e-6},
+            "validation": {"prompts": 0},
+            "checkpoint_every": 1000,
+        },
+    }
+    path = folder / "recipe.yaml"
+    path.write_text(json.dumps(recipe))
+    return path
+
+
+_REWARDS = '''
+from rollout.rewards import Score, reward
+
+@reward("early")
+def early(prompts, completions, **columns):
+    """Share of letters in the first half of the alphabet; more than half passes."""
+    texts = [completion[-1]["content"] for completion in completions]
+    shares = [sum(c < "n" for c in text) / max(len(text), 1) for text in texts]
+    return [Score(share, share > 0.5, {}) for share in shares]
+'''
+
+
+def measure(quick: bool) -> Report:
+    """Both tables."""
+    seeds = SEEDS[:1] if quick else SEEDS
+    steps = 8 if quick else 15
+    ratios = [real("sync", seed, steps) / real("async", seed, steps) for seed in seeds]
+    figures = [Figure("real: sync / async", statistics.fmean(ratios), "x", tolerance=0.3)]
+    table = []
+    for workers in (1, 8) if quick else (1, 8, 64, 256):
+        for staleness in (0, 1, 2, 4):
+            runs = [simulated(workers, staleness, seed, 20) for seed in seeds]
+            shares = [bound / seconds for seconds, bound in runs]
+            share, seconds = statistics.fmean(shares), statistics.fmean(run[0] for run in runs)
+            row = {"workers": workers, "staleness": staleness, "seconds": seconds, "share": share}
+            table.append(row)
+    sync = {row["workers"]: row["seconds"] for row in table if row["staleness"] == 0}
+    for row in table:
+        row["speed"] = sync[row["workers"]] / row["seconds"]
+        name = f"simulated: {row['workers']} workers, staleness {row['staleness']}"
+        goal = 0.95 if row["staleness"] else None
+        figures.append(Figure(f"{name}, of the bound", row["share"], goal=goal, tolerance=0.03))
+        figures.append(Figure(f"{name}, sync / this", row["speed"], "x", tolerance=0.2))
+    return Report(figures, {"skew": _SKEW, "real_ratios": ratios, "simulated": table})
+
+
+if __name__ == "__main__":
+    sys.exit(run_benchmark("overlap", measure, seeds=SEEDS))
