@@ -10,6 +10,7 @@ started again with --resume. At the end an independent checker reads what the le
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import random
@@ -56,15 +57,19 @@ class Soak:
     consumed: Mapping[str, int]
     """What the checker counted (rl/audit.py)."""
     ledger: Mapping[str, int]
+    digests: Mapping[str, str]
+    """sha256 of weights, moments and RNG of the last cut, and of the exported model."""
 
 
-def soak(folder: Path, model: Path, *, kills: int, steps: int, seed: int = SEED) -> Soak:
+def soak(
+    folder: Path, model: Path, *, kills: int, steps: int, seed: int = SEED, staleness: int = 1
+) -> Soak:
     """Run the stage to its end under so many kills.
 
     Raises:
         InfraError: it ended otherwise than done or killed; the message has its last words.
     """
-    recipe = _write_recipe(folder, model, steps)
+    recipe = _write_recipe(folder, model, steps, staleness)
     (folder / "faults").mkdir()
     plan = _plan(folder / "faults", kills, seed)
     environment = os.environ | plan.environment() | {"OMP_NUM_THREADS": "1"}
@@ -82,9 +87,24 @@ def soak(folder: Path, model: Path, *, kills: int, steps: int, seed: int = SEED)
     summary = read_manifest(folder / "run" / "rl").facts["summary"]
     assert isinstance(summary, dict)
     struck = Counter(f"{firing.role} {firing.point}" for firing in plan.fired())
+    stage = folder / "run" / "rl"
+    files = [*sorted((stage / "checkpoints").glob("step_*/*.safetensors")), stage / "model"]
+    newest = [*files[-3:-1], *sorted(files[-1].glob("*.safetensors"))]
     return Soak(
-        dict(struck), commands, time.monotonic() - start, summary["consumed"], summary["audited"]
+        dict(struck),
+        commands,
+        time.monotonic() - start,
+        summary["consumed"],
+        summary["audited"],
+        {
+            str(path.relative_to(stage)): hashlib.sha256(path.read_bytes()).hexdigest()
+            for path in newest
+        },
     )
+
+
+def _sha256(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
 def _plan(folder: Path, kills: int, seed: int) -> Faults:
@@ -102,7 +122,7 @@ def _plan(folder: Path, kills: int, seed: int) -> Faults:
     return plan
 
 
-def _write_recipe(folder: Path, model: Path, steps: int) -> Path:
+def _write_recipe(folder: Path, model: Path, steps: int, staleness: int) -> Path:
     rows = [
         {
             "messages": [{"role": "user", "content": f"letters {number}"}],
@@ -123,6 +143,7 @@ def _write_recipe(folder: Path, model: Path, steps: int) -> Path:
             "steps": steps,
             "groups_per_step": 4,
             "group_size": 4,
+            "max_staleness": staleness,
             "sampling": {"max_new_tokens": 24},
             "engine": {"num_slots": 8, "max_length": 128},
             "optimizer": {"learning_rate": 1e-4},
