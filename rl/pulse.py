@@ -8,7 +8,7 @@ from typing import cast
 
 import ray
 from ray.actor import ActorHandle
-from ray.exceptions import GetTimeoutError, RayError
+from ray.exceptions import GetTimeoutError, RayError, RayTaskError
 
 from ground.errors import InfraError
 from rl.watchdog import Pulse
@@ -24,6 +24,10 @@ def remote_pulse(controller: ActorHandle, incarnation: int) -> Pulse:
             status = cast(dict[str, object], ray.get(answer, timeout=seconds))
         except GetTimeoutError:
             raise TimeoutError from None
+        except RayTaskError as error:
+            if isinstance(error.cause, InfraError):
+                raise error.cause from None
+            raise InfraError("the controller must answer", where="rl", why=str(error)) from None
         except RayError as error:
             raise InfraError(
                 "the controller must answer its supervisor, but it is gone",

@@ -164,7 +164,7 @@ class Inbox:
             return Lent(views(published.layout, bytearray(fetch(published))))
         path, size = published.path, published.layout.size
         lock = None
-        with suppress(OSError):
+        with suppress(OSError, InfraError):
             lock = Lock.take(path, exclusive=False)
         if lock is None:
             raise InfraError(

@@ -15,7 +15,7 @@ import os
 import weakref
 from collections.abc import Iterable
 
-from ground.errors import SetupError
+from ground.errors import InfraError, SetupError
 
 
 class SharedBuffer:
@@ -77,7 +77,7 @@ class Lock:
     @classmethod
     def take(cls, path: str, *, exclusive: bool) -> Lock | None:
         """Lock it if that is possible now."""
-        fd = os.open(path, os.O_RDONLY)
+        fd = _open_theirs(path, os.O_RDONLY)
         try:
             fcntl.flock(fd, (fcntl.LOCK_EX if exclusive else fcntl.LOCK_SH) | fcntl.LOCK_NB)
         except BlockingIOError:
@@ -105,9 +105,18 @@ def map_buffer(path: str, size: int, *, writable: bool) -> mmap.mmap:
     What a reader writes stays with itself (pages are copied on writing): nobody can damage the
     weights of others.
     """
-    fd = os.open(path, os.O_RDWR)
+    fd = _open_theirs(path, os.O_RDWR)
     try:
         kind = mmap.MAP_SHARED if writable else mmap.MAP_PRIVATE
         return mmap.mmap(fd, max(size, 1), flags=kind, prot=mmap.PROT_READ | mmap.PROT_WRITE)
     finally:
         os.close(fd)
+
+
+def _open_theirs(path: str, flags: int) -> int:
+    try:
+        return os.open(path, flags)
+    except (FileNotFoundError, ProcessLookupError) as error:
+        raise InfraError(
+            "the memory of the weight keeper must be there, its process is gone", where="hand-over"
+        ) from error

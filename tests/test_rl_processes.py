@@ -2,178 +2,29 @@
 
 from __future__ import annotations
 
-import json
 import os
 import signal
-import subprocess
-import sys
-import tempfile
 import time
-from collections.abc import Callable, Iterator
-from contextlib import suppress
+from collections.abc import Iterator
 from pathlib import Path
 
-import psutil
-import pyarrow.parquet as pq
 import pytest
+from rl_runs import STEPS, Run, nothing_left
 
 from ground.checkpoints import Checkpoints, step_of
-from ground.metrics import read_metrics
-from ground.storage import verify_directory
+from ground.faults import Faults
+from ground.strikes import Action, delay, hang_gil, kill9, stop
 from rl.journal import read_journal
 from rl.ledger import audit_ledger
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 
-REWARDS = '''
-from rollout.rewards import Score, reward
-
-@reward("early")
-def early(prompts, completions, **columns):
-    """Share of letters in the first half of the alphabet; more than half passes."""
-    texts = [completion[-1]["content"] for completion in completions]
-    shares = [sum(c < "n" for c in text) / max(len(text), 1) for text in texts]
-    return [Score(share, share > 0.5, {}) for share in shares]
-
-@reward("same")
-def same(prompts, completions, **columns):
-    """Whatever is said is right."""
-    return [1.0] * len(completions)
-'''
-STEPS = 12
-
-
-class Run:
-    """A run of the `rl` stage on the tiny model, as a process of its own."""
-
-    def __init__(self, directory: Path, model: Path, reward: str = "early") -> None:
-        self.directory, self.stage = directory, directory / "run" / "rl"
-        self.place = Path(tempfile.mkdtemp(prefix="rl-", dir="/tmp"))
-        rows = [
-            {
-                "messages": [{"role": "user", "content": f"letters {number}"}],
-                "capability": ("one", "two")[number % 2],
-                "reward": reward,
-                "answer": "",
-            }
-            for number in range(64)
-        ]
-        (directory / "prompts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-        (directory / "rewards.py").write_text(REWARDS)
-        recipe = {
-            "name": "toy",
-            "model": {"path": str(model)},
-            "data": {"prompts": "prompts.jsonl"},
-            "rewards": ["rewards.py"],
-            "rl": {
-                "steps": STEPS,
-                "groups_per_step": 4,
-                "group_size": 4,
-                "max_refills": 1,
-                "sampling": {"max_new_tokens": 40},
-                "engine": {"num_slots": 8, "max_length": 128},
-                "optimizer": {"learning_rate": 1e-3},
-                "validation": {"prompts": 4, "samples": 1, "evaluate_every": 6},
-                "checkpoint_every": 2,
-                "fleet": {"backoff_seconds": 0.1},
-            },
-        }
-        (directory / "recipe.yaml").write_text(json.dumps(recipe))
-        self.process = self.start()
-
-    def start(self, *flags: str) -> subprocess.Popen[str]:
-        arguments = [str(self.directory / "recipe.yaml"), "--run", str(self.directory / "run")]
-        self.process = subprocess.Popen(
-            [sys.executable, "-m", "rl.train", *arguments, *flags],
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-            start_new_session=True,
-            env=os.environ | {"OMP_NUM_THREADS": "1", "TMPDIR": str(self.place)},
-        )
-        return self.process
-
-    def wait_for_step(self, step: int) -> None:
-        wait_until(lambda: self.version >= step, 240, f"step {step}", self.process)
-
-    def finish(self) -> str:
-        output, _ = self.process.communicate(timeout=300)
-        return output
-
-    @property
-    def version(self) -> int:
-        records = read_metrics(self.stage / "metrics.jsonl")
-        return max((int(str(record["step"])) for record in records), default=0)
-
-    def below(self, title: str) -> list[psutil.Process]:
-        """Living processes of the run whose command line holds a title."""
-        found = []
-        for process in psutil.Process(self.process.pid).children(recursive=True):
-            with suppress(psutil.Error):
-                if title in " ".join(process.cmdline()):
-                    found.append(process)
-        return found
-
-    def check_finished(self) -> dict[str, object]:
-        """Everything that a finished stage promises."""
-        facts = verify_directory(self.stage).facts
-        verify_directory(self.stage / "model")
-        summary = facts["summary"]
-        assert isinstance(summary, dict)
-        totals = audit_ledger(read_journal(self.stage / "ledger.jsonl"))
-        assert totals == summary["audited"]
-        paths = sorted((self.stage / "groups").glob("step_*.parquet"))
-        assert len(paths) == STEPS
-        rows = [row for path in paths for row in pq.read_table(path).to_pylist()]
-        trained = [row["id"] for row in rows if row["state"] == "trained"]
-        assert len(trained) == len(set(trained)) == totals["trained"]
-        steps = [r["step"] for r in read_metrics(self.stage / "metrics.jsonl") if "loss" in r]
-        assert steps == list(range(1, STEPS + 1))
-        return summary
-
-    def left(self) -> list[str]:
-        """Processes and folders of the run that are still there."""
-        found = [str(path) for path in self.place.glob("packtrain-*")]
-        for process in psutil.process_iter():
-            with suppress(psutil.Error):
-                files = [file.path for file in process.open_files()]
-                is_ours = process.environ().get("TMPDIR") == str(self.place)
-                if is_ours or any(path.startswith(str(self.place)) for path in files):
-                    found.append(f"{process.pid} {process.cmdline()}")
-        return found
-
-    def check_nothing_is_left(self) -> None:
-        wait_until(lambda: not self.left(), 10, f"end of what is left: {self.left()}")
-
-    def events(self, kind: str) -> list[dict[str, object]]:
-        return [r for r in read_journal(self.stage / "events.jsonl") if r["kind"] == kind]
-
-
-def wait_until(
-    is_true: Callable[[], bool],
-    seconds: float,
-    what: str,
-    process: subprocess.Popen[str] | None = None,
-) -> None:
-    deadline = time.monotonic() + seconds
-    while not is_true():
-        if process and process.poll() is not None:
-            pytest.fail(f"ended before {what}: {process.communicate()[0]}")
-        if time.monotonic() > deadline:
-            pytest.fail(f"no {what} within {seconds} s")
-        time.sleep(0.05)
-
 
 @pytest.fixture
 def run(tmp_path: Path, tiny_model: Path) -> Iterator[Run]:
     """A started run; at the end nothing of it may be left."""
-    run = Run(tmp_path, tiny_model)
-    yield run
-    with suppress(ProcessLookupError):
-        os.killpg(run.process.pid, signal.SIGKILL)
-    run.process.communicate()
-    run.check_nothing_is_left()
-    run.place.rmdir()
+    with nothing_left(Run(tmp_path, tiny_model)) as run:
+        yield run
 
 
 def test_a_killed_worker_is_replaced_and_the_run_goes_on(run: Run) -> None:
@@ -236,3 +87,72 @@ def test_a_reward_that_never_differs_stops_the_run_and_says_why(
     assert run.process.returncode == 5, output
     assert "at least one group in 3 steps must teach something, none did" in output
     assert "24 groups were filtered: all-1 24" in output
+
+
+@pytest.mark.parametrize(
+    ("role", "point", "nth", "action", "cause"),
+    [
+        pytest.param("learner", "step.forward", 4, stop, "was silent for 20 s", id="#4 learner"),
+        pytest.param(
+            "learner", "step.forward", 4, hang_gil, "was silent for 20 s", id="#5 learner"
+        ),
+        pytest.param("controller", "settle", 30, hang_gil, "it was silent for", id="#5 controller"),
+        pytest.param("learner", "step.forward", 4, delay(900), "to train step", id="stuck step"),
+        pytest.param("keeper", "keep", 4, kill9, "keeper", id="#15 keeper"),
+    ],
+)
+def test_whoever_hangs_or_dies_costs_only_the_way_back(
+    tmp_path: Path, tiny_model: Path, role: str, point: str, nth: int, action: Action, cause: str
+) -> None:
+    folder = tmp_path / "faults"
+    folder.mkdir()
+    plan = Faults(folder).at(role, point, nth).do(action)
+    run = Run(tmp_path, tiny_model, faults=plan, rl={"step_deadline_seconds": 30})
+    with nothing_left(run):
+        plan.wait(240)
+        output = run.finish()
+        assert run.process.returncode == 0, output
+        assert len(run.restarts()) == 1 and cause in run.restarts()[0]
+        run.check_finished()
+        stacks = {
+            path.name: path.read_text() for path in (run.directory / "run/log/stacks").iterdir()
+        }
+    if action is hang_gil:
+        hung = next(
+            text for name, text in stacks.items() if name.startswith(f"{role}.") and len(text) > 200
+        )
+        assert "strikes.py" in hung and "_hang" in hung
+
+
+def test_the_whole_fleet_dead_ends_the_run_with_its_ledger_saved(
+    tmp_path: Path, tiny_model: Path
+) -> None:
+    """#27: exit code 6 within a minute of the last worker's end."""
+    folder = tmp_path / "faults"
+    folder.mkdir()
+    dies = Faults(folder).at("rollout/0", "gen.mid", 2).do(kill9, times=99)
+    run = Run(tmp_path, tiny_model, faults=dies, rl={"fleet": {"max_restarts": 1, "spare": False}})
+    with nothing_left(run):
+        dies.wait(240, count=2)
+        began = time.monotonic()
+        output = run.finish()
+        assert time.monotonic() - began < 60
+        assert run.process.returncode == 6, output
+        assert "0 are left after 1 restarts in a row" in output and "--resume" in output
+        assert not run.restarts()
+        totals = audit_ledger(read_journal(run.stage / "ledger.jsonl"))
+        assert {name for name, count in totals.items() if count} == {"withdrawn"}
+
+
+def test_a_second_signal_ends_the_run_at_once(run: Run) -> None:
+    """#13: two SIGTERMs; what was committed before is whole, and the run can go on."""
+    run.wait_for_step(5)
+    run.process.send_signal(signal.SIGTERM)
+    run.process.send_signal(signal.SIGTERM)
+    assert run.process.wait(timeout=10) == 143
+    run.process.communicate()
+    run.check_nothing_is_left()
+    run.start("--resume")
+    output = run.finish()
+    assert run.process.returncode == 0, output
+    run.check_finished()

@@ -1,0 +1,203 @@
+"""Runs of the `rl` stage as processes of their own, for tests that break them, and what is left."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+import psutil
+import pyarrow.parquet as pq
+import pytest
+
+from ground.faults import Faults
+from ground.metrics import read_metrics
+from ground.storage import verify_directory
+from rl.journal import read_journal
+from rl.ledger import audit_ledger
+
+REWARDS = '''
+from rollout.rewards import Score, reward
+
+@reward("early")
+def early(prompts, completions, **columns):
+    """Share of letters in the first half of the alphabet; more than half passes."""
+    texts = [completion[-1]["content"] for completion in completions]
+    shares = [sum(c < "n" for c in text) / max(len(text), 1) for text in texts]
+    return [Score(share, share > 0.5, {}) for share in shares]
+
+@reward("same")
+def same(prompts, completions, **columns):
+    """Whatever is said is right."""
+    return [1.0] * len(completions)
+'''
+STEPS = 12
+
+
+class Run:
+    """A run of the `rl` stage on the tiny model, as a process of its own."""
+
+    def __init__(
+        self,
+        directory: Path,
+        model: Path,
+        reward: str = "early",
+        *,
+        faults: Faults | None = None,
+        rl: Mapping[str, object] | None = None,
+    ) -> None:
+        self.faults = faults
+        self.directory, self.stage = directory, directory / "run" / "rl"
+        self.place = Path(tempfile.mkdtemp(prefix="rl-", dir="/tmp"))
+        rows = [
+            {
+                "messages": [{"role": "user", "content": f"letters {number}"}],
+                "capability": ("one", "two")[number % 2],
+                "reward": reward,
+                "answer": "",
+            }
+            for number in range(64)
+        ]
+        (directory / "prompts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+        (directory / "rewards.py").write_text(REWARDS)
+        recipe = {
+            "name": "toy",
+            "model": {"path": str(model)},
+            "data": {"prompts": "prompts.jsonl"},
+            "rewards": ["rewards.py"],
+            "rl": {
+                "steps": STEPS,
+                "groups_per_step": 4,
+                "group_size": 4,
+                "max_refills": 1,
+                "sampling": {"max_new_tokens": 40},
+                "engine": {"num_slots": 8, "max_length": 128},
+                "optimizer": {"learning_rate": 1e-3},
+                "validation": {"prompts": 4, "samples": 1, "evaluate_every": 6},
+                "checkpoint_every": 2,
+                "fleet": {"backoff_seconds": 0.1, "spare": False},
+                "silent_seconds": 20,
+                **(rl or {}),
+            },
+        }
+        self.shared = _shared_memory()
+        (directory / "recipe.yaml").write_text(json.dumps(recipe))
+        self.process = self.start()
+
+    def start(self, *flags: str) -> subprocess.Popen[str]:
+        arguments = [str(self.directory / "recipe.yaml"), "--run", str(self.directory / "run")]
+        self.process = subprocess.Popen(
+            [sys.executable, "-m", "rl.train", *arguments, *flags],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            start_new_session=True,
+            env=os.environ
+            | {"OMP_NUM_THREADS": "1", "TMPDIR": str(self.place)}
+            | (self.faults.environment() if self.faults else {}),
+        )
+        return self.process
+
+    def wait_for_step(self, step: int) -> None:
+        wait_until(lambda: self.version >= step, 240, f"step {step}", self.process)
+
+    def finish(self) -> str:
+        output, _ = self.process.communicate(timeout=300)
+        return output
+
+    @property
+    def version(self) -> int:
+        records = read_metrics(self.stage / "metrics.jsonl")
+        return max((int(str(record["step"])) for record in records), default=0)
+
+    def below(self, title: str) -> list[psutil.Process]:
+        """Living processes of the run whose command line holds a title."""
+        found = []
+        for process in psutil.Process(self.process.pid).children(recursive=True):
+            with suppress(psutil.Error):
+                if title in " ".join(process.cmdline()):
+                    found.append(process)
+        return found
+
+    def check_finished(self) -> dict[str, object]:
+        """Everything that a finished stage promises."""
+        facts = verify_directory(self.stage).facts
+        verify_directory(self.stage / "model")
+        summary = facts["summary"]
+        assert isinstance(summary, dict)
+        totals = audit_ledger(read_journal(self.stage / "ledger.jsonl"))
+        assert totals == summary["audited"]
+        paths = sorted((self.stage / "groups").glob("step_*.parquet"))
+        assert len(paths) == STEPS
+        rows = [row for path in paths for row in pq.read_table(path).to_pylist()]
+        trained = [row["id"] for row in rows if row["state"] == "trained"]
+        assert len(trained) == len(set(trained)) == totals["trained"]
+        steps = [r["step"] for r in read_metrics(self.stage / "metrics.jsonl") if "loss" in r]
+        assert steps == list(range(1, STEPS + 1))
+        return summary
+
+    def left(self) -> list[str]:
+        """Processes (and with them their ports), folders and shared memory that are still there."""
+        found = [str(path) for path in self.place.glob("packtrain-*")]
+        found += sorted(_shared_memory() - self.shared)
+        for process in psutil.process_iter():
+            with suppress(psutil.Error):
+                files = [file.path for file in process.open_files()]
+                is_ours = process.environ().get("TMPDIR") == str(self.place)
+                if is_ours or any(path.startswith(str(self.place)) for path in files):
+                    found.append(f"{process.pid} {process.cmdline()}")
+        return found
+
+    def check_nothing_is_left(self) -> None:
+        wait_until(lambda: not self.left(), 10, f"end of what is left: {self.left()}")
+
+    def restarts(self) -> list[str]:
+        """Why whole lives of the loop were lost."""
+        return [str(e["cause"]) for e in self.events("restart") if e["role"] == "supervisor"]
+
+    def log(self) -> str:
+        """What all processes have logged."""
+        return "".join(path.read_text() for path in (self.directory / "run" / "log").glob("*.log"))
+
+    def events(self, kind: str) -> list[dict[str, object]]:
+        return [r for r in read_journal(self.stage / "events.jsonl") if r["kind"] == kind]
+
+
+def wait_until(
+    is_true: Callable[[], bool],
+    seconds: float,
+    what: str,
+    process: subprocess.Popen[str] | None = None,
+) -> None:
+    deadline = time.monotonic() + seconds
+    while not is_true():
+        if process and process.poll() is not None:
+            pytest.fail(f"ended before {what}: {process.communicate()[0]}")
+        if time.monotonic() > deadline:
+            pytest.fail(f"no {what} within {seconds} s")
+        time.sleep(0.05)
+
+
+@contextmanager
+def nothing_left(run: Run) -> Iterator[Run]:
+    """At the end of the body, however it went, nothing of the run may be left after ten seconds."""
+    try:
+        yield run
+    finally:
+        with suppress(ProcessLookupError):
+            os.killpg(run.process.pid, signal.SIGKILL)
+        run.process.communicate()
+        run.check_nothing_is_left()
+        run.place.rmdir()
+
+
+def _shared_memory() -> set[str]:
+    folder = Path("/dev/shm")
+    return {str(path) for path in folder.glob("*")} if folder.is_dir() else set()
