@@ -29,7 +29,12 @@ from benchmarks.processes import RECIPE, stage, trail
 SEEDS = (0, 1, 2)
 CONTROL_RATES = (2e-4, 6e-4)
 BOOTSTRAPS = 2000
-QUICK = ("evaluate.samples=4", "evaluate.k=[1,4]", "evaluate.greedy=false", "evaluate.max_prompts=300")
+QUICK = (
+    "evaluate.samples=4",
+    "evaluate.k=[1,4]",
+    "evaluate.greedy=false",
+    "evaluate.max_prompts=300",
+)
 """A quick run does the whole of one trail and its control, and only measures them less often."""
 
 
