@@ -325,9 +325,7 @@ def test_death_of_the_decode_thread_is_told_to_everyone(
     monkeypatch.setattr(engine._model, "decode", crash)
     futures = [engine.submit(Request(str(n), (5,), 4, 1.0, n, ())) for n in range(12)]
     for future in futures:
-        with pytest.raises(
-            PacktrainError, match="decoding failed: RuntimeError: kernel says no"
-        ):
+        with pytest.raises(PacktrainError, match="decoding failed: RuntimeError: kernel says no"):
             future.result(10)
     with pytest.raises(PacktrainError, match="kernel says no"):
         engine.submit(Request("late", (5,), 4, 1.0, 0, ()))
