@@ -34,6 +34,9 @@ check: $(INSTALLED)
 bench: $(INSTALLED)
 	$(BIN)/python -m benchmarks.gsm8k_verdicts
 	$(BIN)/python -m benchmarks.judge
+	$(BIN)/python -m benchmarks.scale
+	$(BIN)/python -m benchmarks.overlap
+	$(BIN)/python -m benchmarks.chaos
 	$(BIN)/python -m benchmarks.trail
 
 install: $(INSTALLED)
