@@ -6,21 +6,17 @@ import asyncio
 import os
 import signal
 import time
-from collections.abc import Callable, Coroutine
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import ray
-from weight_doubles import Post
+from fleet_doubles import RealBirths, answers, is_running, make_task, run_fleet
 
 from ground.errors import DataError, WorkersLostError
-from ground.records import Group, Message, Prompt
-from rollout.config import EngineSection, FleetSection, SamplingSection
-from rollout.fleet import Event, Fleet
-from rollout.ray_worker import RayWorker
-from rollout.seeds import sample_seed
-from rollout.task import GroupTask, WorkerConfig
+from rollout.config import EngineSection, FleetSection
+from rollout.fleet import Fleet
+from rollout.task import WorkerConfig
 
 pytestmark = pytest.mark.usefixtures("ray_local")
 
@@ -38,67 +34,13 @@ FLEET = FleetSection(
 )
 
 
-def _task(name: str, tokens: int = 16, size: int = 3, system: str = "") -> GroupTask:
-    messages = (Message("user", f"say {name}"),)
-    prompt = Prompt.make(messages, capability="c", reward="exact", answer="x")
-    seeds = tuple(sample_seed(0, prompt.id, 0, sample) for sample in range(size))
-    return GroupTask(
-        f"{prompt.id}.0", prompt, system, SamplingSection(max_new_tokens=tokens), seeds
-    )
-
-
-class Births:
-    """Spawns real workers and remembers them, so that a test can find their processes."""
-
-    def __init__(self, config: WorkerConfig) -> None:
-        self.config, self.post = config, Post()
-        self.workers: list[RayWorker] = []
-        self.events: list[Event] = []
-
-    def __call__(self) -> RayWorker:
-        self.workers.append(RayWorker(self.config))
-        return self.workers[-1]
-
-    def pids(self) -> list[int]:
-        return [worker.pid for worker in self.workers if worker.pid]
-
-
-def _run(births: Births, scenario: Callable[[Fleet], Coroutine[None, None, None]]) -> None:
-    """Run with a fleet, close it, and see to it that no process is left within ten seconds."""
-
-    async def main() -> None:
-        fleet = Fleet(births.config.fleet, births, births.events.append)
-        try:
-            async with asyncio.timeout(120):
-                await scenario(fleet)
-        finally:
-            closing = time.monotonic()
-            await fleet.close()
-        assert time.monotonic() - closing < 10
-        assert not [pid for pid in births.pids() if _is_running(pid)]
-
-    asyncio.run(main())
-
-
-def _is_running(pid: int) -> bool:
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
-    except FileNotFoundError:
-        return False
-
-
-def _answers(groups: list[Group]) -> list[object]:
-    """Tokens, log-probs and verdicts; what must not depend on who sampled it."""
-    return [(group.id, group.prompt_ids, group.rollouts) for group in groups]
-
-
 def test_a_worker_samples_scores_and_swaps_weights(tiny_model: Path) -> None:
-    births = Births(WorkerConfig(tiny_model, ENGINE, _fleet(num_workers=1)))
+    births = RealBirths(WorkerConfig(tiny_model, ENGINE, _fleet(num_workers=1)))
 
     async def scenario(fleet: Fleet) -> None:
         await fleet.start()
-        await fleet.publish(0, births.post.publish_model(0, tiny_model))
-        task = _task("hello", system="Be brief.")
+        await fleet.publish(0, births.publish(0))
+        task = make_task("hello", system="Be brief.")
         group = await fleet.rollout(task)
         assert (group.id, group.system, len(group.rollouts)) == (task.id, "Be brief.", 3)
         assert [rollout.index for rollout in group.rollouts] == [0, 1, 2]
@@ -108,7 +50,7 @@ def test_a_worker_samples_scores_and_swaps_weights(tiny_model: Path) -> None:
         again = await fleet.rollout(task)
         assert again == group
 
-        running = asyncio.create_task(fleet.rollout(_task("long", tokens=200)))
+        running = asyncio.create_task(fleet.rollout(make_task("long", tokens=200)))
         await asyncio.sleep(0.1)
         await fleet.publish(1, births.post.publish_model(1, tiny_model, scale=0.9))
         versions = {
@@ -120,13 +62,13 @@ def test_a_worker_samples_scores_and_swaps_weights(tiny_model: Path) -> None:
         assert (await fleet.rollout(task)).oldest_version == 1
 
         with pytest.raises(DataError, match=r"must fit max_length 256, got .* \+ 250"):
-            await fleet.rollout(_task("too long", tokens=250))
+            await fleet.rollout(make_task("too long", tokens=250))
         with pytest.raises(DataError, match="nonsense"):
             await fleet.rollout(replace(task, prompt=replace(task.prompt, reward="nonsense")))
         with pytest.raises(DataError, match="missing"):
             await fleet.publish(2, births.post.publish(2, {}))
 
-    _run(births, scenario)
+    run_fleet(births, scenario)
 
 
 def _fleet(**changes: object) -> FleetSection:
@@ -134,56 +76,56 @@ def _fleet(**changes: object) -> FleetSection:
 
 
 def test_kill_nine_in_mid_rollout_loses_no_group_and_no_bit(tiny_model: Path) -> None:
-    births = Births(WorkerConfig(tiny_model, ENGINE, FLEET))
-    tasks = [_task(f"n{n}", tokens=200) for n in range(10)]
+    births = RealBirths(WorkerConfig(tiny_model, ENGINE, FLEET))
+    tasks = [make_task(f"n{n}", tokens=200) for n in range(10)]
 
     async def scenario(fleet: Fleet) -> None:
         await fleet.start()
-        await fleet.publish(0, births.post.publish_model(0, tiny_model))
+        await fleet.publish(0, births.publish(0))
         whole = await asyncio.gather(*map(fleet.rollout, tasks))
         running = asyncio.gather(*map(fleet.rollout, tasks))
         await asyncio.sleep(0.15)
         os.kill(births.pids()[0], signal.SIGKILL)
         survived = await running
-        assert _answers(survived) == _answers(whole)
+        assert answers(survived) == answers(whole)
         assert fleet.stats().retries >= 1
         while fleet.stats().states != ("healthy", "healthy"):
             await asyncio.sleep(0.1)
         assert len(births.workers) == 3
 
-    _run(births, scenario)
+    run_fleet(births, scenario)
     assert {event["attempt"] for event in births.events if event["kind"] == "rollout"} == {0, 1}
     assert [event["role"] for event in births.events if event["kind"] == "restart"] == ["worker 0"]
 
 
 @pytest.mark.slow
 def test_a_stopped_worker_is_killed_and_replaced(tiny_model: Path) -> None:
-    births = Births(WorkerConfig(tiny_model, ENGINE, FLEET))
+    births = RealBirths(WorkerConfig(tiny_model, ENGINE, FLEET))
 
     async def scenario(fleet: Fleet) -> None:
         await fleet.start()
-        await fleet.publish(0, births.post.publish_model(0, tiny_model))
+        await fleet.publish(0, births.publish(0))
         os.kill(births.pids()[0], signal.SIGSTOP)
         stopped = time.monotonic()
-        groups = await asyncio.gather(*(fleet.rollout(_task(f"n{n}")) for n in range(6)))
+        groups = await asyncio.gather(*(fleet.rollout(make_task(f"n{n}")) for n in range(6)))
         assert len(groups) == 6 and time.monotonic() - stopped < 15
         while fleet.stats().states != ("healthy", "healthy"):
             await asyncio.sleep(0.1)
-        assert not _is_running(births.pids()[0])
+        assert not is_running(births.pids()[0])
 
-    _run(births, scenario)
+    run_fleet(births, scenario)
     [restart] = [event for event in births.events if event["kind"] == "restart"]
     assert "a ping must be done within 2 s" in str(restart["cause"])
 
 
 def test_a_model_that_cannot_be_opened_is_a_data_error_at_once(tmp_path: Path) -> None:
-    births = Births(WorkerConfig(tmp_path / "absent", ENGINE, FLEET))
+    births = RealBirths(WorkerConfig(tmp_path / "absent", ENGINE, FLEET))
 
     async def scenario(fleet: Fleet) -> None:
         with pytest.raises(DataError, match="absent"):
             await fleet.start()
 
-    _run(births, scenario)
+    run_fleet(births, scenario)
 
 
 @pytest.mark.slow
@@ -202,8 +144,8 @@ def test_a_worker_that_dies_at_birth_ends_the_fleet_in_bounded_time(
             await fleet.start()
         assert "the engine must open" in caught.value.why
 
-    births = Births(config)
-    _run(births, scenario)
+    births = RealBirths(config)
+    run_fleet(births, scenario)
     assert len(births.workers) == 2
 
 
@@ -211,7 +153,7 @@ class Owner:
     """A controller in a process of its own, with one worker."""
 
     async def begin(self, config: WorkerConfig) -> tuple[int, list[int]]:
-        births = Births(config)
+        births = RealBirths(config)
         self.fleet = Fleet(config.fleet, births)
         await self.fleet.start()
         return os.getpid(), births.pids()
@@ -222,11 +164,11 @@ def test_a_worker_does_not_outlive_its_controller(tiny_model: Path) -> None:
     config = WorkerConfig(tiny_model, ENGINE, _fleet(num_workers=1))
     owner = ray.remote(Owner).options(num_cpus=0).remote()
     pid, workers = ray.get(owner.begin.remote(config), timeout=120)
-    assert workers and all(map(_is_running, workers))
+    assert workers and all(map(is_running, workers))
 
     os.kill(pid, signal.SIGKILL)
 
     deadline = time.monotonic() + 10
-    while any(map(_is_running, workers)) and time.monotonic() < deadline:
+    while any(map(is_running, workers)) and time.monotonic() < deadline:
         time.sleep(0.1)
-    assert not any(map(_is_running, workers))
+    assert not any(map(is_running, workers))
