@@ -228,6 +228,8 @@ class LearnerLoop:
             numbers = self._learner.step(plan)
         except DivergedError:
             self._keep_batch(plan)
+            if self._accelerator.is_main_process:
+                self._consumed.trim(plan.step)  # not applied: its draws are asked again
             raise
         faults.point("step.applied")
         return numbers

@@ -65,7 +65,11 @@ def make_publisher(loop: FakeLoop, directory: Path, told: list[tuple[int, float]
 
 
 def run_loop(
-    model: Path, loop: FakeLoop, directory: Path, start: int = 0
+    model: Path,
+    loop: FakeLoop,
+    directory: Path,
+    start: int = 0,
+    keep_batch: Callable[[Plan], None] = lambda plan: None,
 ) -> tuple[int, list[Report], Publisher]:
     section = RlSection(
         steps=4,
@@ -84,7 +88,7 @@ def run_loop(
         Accelerator(cpu=True),
         section,
         tell=told.append,
-        keep_batch=lambda plan: None,
+        keep_batch=keep_batch,
         pack=lambda version, trained: learner.model_tensors(),
     )
     version = learner_loop.run(start, loop.pending)
@@ -115,6 +119,23 @@ def test_a_stop_saves_the_version_it_has_and_trains_no_further(
     assert latest is not None
     assert latest.name == "step_000002"
     assert read_books(latest) == {"version": 2}
+
+
+def test_75_a_batch_that_diverges_is_kept_aside_and_not_counted_as_consumed(
+    tiny_model: Path, tmp_path: Path
+) -> None:
+    class Poisoned(FakeLoop):
+        def next_batch(
+            self, step: int, stop: Callable[[], bool]
+        ) -> tuple[Plan, dict[str, float]] | None:
+            logprob = float("nan") if step == 1 else -2.0
+            return make_plan(make_group(step, logprob=logprob), step=step), {}
+
+    kept: list[int] = []
+    with pytest.raises(DivergedError, match="finite"):
+        run_loop(tiny_model, Poisoned(), tmp_path, keep_batch=lambda plan: kept.append(plan.step))
+    assert kept == [1]
+    assert [path.name for path in Consumed(tmp_path / "groups").files()] == ["step_000001.parquet"]
 
 
 def test_of_two_equal_scores_the_later_wins_and_a_restart_remembers_it(tmp_path: Path) -> None:
