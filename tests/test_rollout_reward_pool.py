@@ -219,7 +219,7 @@ def test_a_flood_of_output_blocks_nothing(bad_file: Path):
         ("os._exit(0)", "exit code 0"),
         ("os.kill(os.getpid(), 11)", "SIGSEGV"),
         ("ctypes.string_at(0)", "SIGSEGV"),
-        ("os.closerange(3, 99); time.sleep(0.3)", ""),
+        ("os.closerange(3, 4096); time.sleep(0.3)", ""),
     ],
 )
 def test_an_end_without_a_reply_is_no_success(pool: RewardPool, misdeed: str, cause: str):
@@ -235,7 +235,7 @@ def test_a_forged_reply_is_refused(pool: RewardPool):
 import json
 verdict = {"reward": 9, "passed": True, "parts": {}}
 line = json.dumps({"verdicts": [verdict], "drifted": False, "nonce": "0"})
-for fd in range(3, 20):
+for fd in sorted(map(int, os.listdir("/proc/self/fd")))[3:]:
     try: os.write(fd, line.encode() + b"\\n")
     except OSError: pass
 time.sleep(1)  # until it has been read alone
