@@ -172,8 +172,9 @@ class RlSection(Section):
     """A learner or controller that gives no sign of life for so long hangs: it is killed and the
     loop goes on from its last checkpoint. Signs come every second or two from threads of their own,
     also in the middle of a long step, since kernels run without the interpreter's lock."""
-    lease_seconds: float = Field(default=30.0, gt=0)
-    """Workers and controller end themselves when their owner is silent for so long."""
+    lease_seconds: float = Field(default=150.0, gt=0)
+    """Workers and controller end themselves when their owner is silent for so long. Longer than
+    any load of weights, during which a worker is not asked for signs of life."""
     watchdog_seconds: float = Field(default=120.0, gt=0)
     """When nothing moves for so long, the log says what is waited for and where everybody stands
     (log/stacks); nothing is killed for it."""
@@ -187,6 +188,16 @@ class RlSection(Section):
     @model_validator(mode="after")
     def _room_for_prompts(self) -> Self:
         self.engine.require_room(self.sampling.max_new_tokens, "sampling.max_new_tokens")
+        return self
+
+    @model_validator(mode="after")
+    def _lease_outlasts_silence(self) -> Self:
+        longest = max(self.silent_seconds, self.fleet.publish_deadline_seconds)
+        if self.lease_seconds <= longest:
+            raise ValueError(
+                f"lease_seconds must be above silent_seconds and fleet.publish_deadline_seconds "
+                f"({longest:g}), got {self.lease_seconds:g}"
+            )
         return self
 
     @model_validator(mode="after")

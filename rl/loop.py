@@ -108,7 +108,6 @@ class LearnerLoop:
         """
         version, replayed = cut, list[list[Outcome]]()
         while (plan := self._journaled(version)) is not None:
-            self._guard.check(plan)
             numbers = self._step(plan)
             version += 1
             replayed.append([outcome.without_group for outcome in plan.outcomes])
@@ -155,7 +154,6 @@ class LearnerLoop:
         plan, gauges = received
         if self._accelerator.is_main_process:
             self._tell(phase(f"train step {step}", step))
-        self._guard.check(plan)
         waited, started = time.monotonic() - began, time.time()
         numbers = self._step(plan)
         stepped, ended = time.monotonic(), time.time()
@@ -224,12 +222,15 @@ class LearnerLoop:
         return is_last or version % self._section.checkpoint_every == 0
 
     def _step(self, plan: Plan) -> dict[str, float]:
+        """Take a step. One that ends the run is not applied, and its draws are asked again."""
         try:
+            self._guard.check(plan)
             numbers = self._learner.step(plan)
         except DivergedError:
-            self._keep_batch(plan)
+            if plan.groups:
+                self._keep_batch(plan)
             if self._accelerator.is_main_process:
-                self._consumed.trim(plan.step)  # not applied: its draws are asked again
+                self._consumed.trim(plan.step)
             raise
         faults.point("step.applied")
         return numbers

@@ -7,9 +7,13 @@ fetch → (engine stands still) load → prove → (engine goes on) → acknowle
 from __future__ import annotations
 
 import time
+from collections.abc import Mapping
+
+from torch import Tensor
 
 from ground import faults
-from ground.errors import DataError
+from ground.errors import DataError, ParityError
+from rollout.checksums import checksums
 from rollout.engine import Engine
 from rollout.handover import Inbox
 from rollout.parity import prove
@@ -32,7 +36,8 @@ class Gate:
 
         Raises:
             DataError: the weights are older than the engine's, or of another model.
-            ParityError: the engine does not compute with them; it stands still from now on.
+            ParityError: they were damaged on the way, or the engine does not compute with them;
+                in the second case it stands still from now on.
             InfraError: they cannot be fetched, or are of another version than was said.
         """
         _check_version(version, published, self._engine.version)
@@ -41,11 +46,14 @@ class Gate:
         tensors = self._inbox.open(published)
         fetched = time.monotonic()
         faults.point("weights.load")
+        given = faults.corrupted("weights.loaded", tensors)
         self._engine.pause()
         try:
-            self._engine.load(version, faults.corrupted("weights.loaded", tensors))
-        except BaseException:
+            self._engine.load(version, given)
+        except BaseException as error:
             self._engine.resume()
+            if isinstance(error, DataError):
+                _check_arrival(given, published)  # refused: by whose fault?
             raise
         loaded = time.monotonic()
         proof = prove(self._engine, published, tensors)
@@ -58,6 +66,18 @@ class Gate:
         }
         drift = proof.drift.typical if proof.drift else 0.0
         return Loaded(self._engine.version, seconds, drift)
+
+
+def _check_arrival(given: Mapping[str, Tensor], published: Published) -> None:
+    """Tell weights that were damaged on the way here, this worker's affair, from unfit ones."""
+    arrived = checksums(given)
+    wrong = [name for name, sum_ in published.checksums.items() if arrived.get(name) != sum_]
+    if wrong:
+        raise ParityError(
+            f"weights of version {published.version} must arrive as they were published, "
+            f"{len(wrong)} tensors did not, the first is {wrong[0]}",
+            where="parity gate",
+        )
 
 
 def _check_version(version: int, published: Published, current: int) -> None:

@@ -17,7 +17,6 @@ from ground.signals import Pending
 from rl.books import Plan
 from rl.config import RlSection, ValidationSection
 from rl.consumed import Consumed
-from rl.guards import NoSignalGuard
 from rl.job import Report
 from rl.loop import LearnerLoop
 from rl.publisher import Best, Publisher
@@ -162,18 +161,16 @@ def test_what_fails_in_the_background_fails_the_next_call(tmp_path: Path) -> Non
     assert Checkpoints(tmp_path).steps() == []
 
 
-def test_nothing_to_learn_from_ends_the_run_with_a_histogram() -> None:
-    guard = NoSignalGuard(max_empty_steps=2)
+def test_77_a_run_without_signal_asks_its_last_step_again_when_it_is_resumed(
+    tiny_model: Path, tmp_path: Path
+) -> None:
+    class Flat(FakeLoop):
+        def next_batch(
+            self, step: int, stop: Callable[[], bool]
+        ) -> tuple[Plan, dict[str, float]] | None:
+            return Plan(step, (), {"all-1": 2}, rollouts=8, reward=1.0, pass_rate=1.0), {}
 
-    def empty(**filtered: int) -> Plan:
-        reasons = {name.replace("_", "-"): count for name, count in filtered.items()}
-        return Plan(7, (), reasons, rollouts=8, reward=1.0, pass_rate=1.0)
-
-    guard.check(empty(all_1=3))
-    guard.check(make_plan(make_group(0)))
-    guard.check(empty(all_1=3, all_0=1))
-    with pytest.raises(DivergedError, match="in 2 steps must teach") as caught:
-        guard.check(empty(all_1=2, broken=2))
-    assert caught.value.why == "8 groups were filtered: all-1 5, broken 2, all-0 1"
-    assert caught.value.fix == "give it harder prompts: every answer was right"
-    assert caught.value.exit_code == 5
+    with pytest.raises(DivergedError, match="in 3 steps must teach"):
+        run_loop(tiny_model, Flat(), tmp_path)
+    journaled = [path.name for path in Consumed(tmp_path / "groups").files()]
+    assert journaled == ["step_000001.parquet", "step_000002.parquet"]

@@ -109,6 +109,22 @@ def test_a_fault_keeps_the_engine_from_sampling(handed: Handed) -> None:
     assert len(future.result(10).segment.token_ids) == 3
 
 
+def test_82_a_nan_that_came_in_on_the_way_is_the_workers_affair_and_not_the_runs(
+    handed: Handed, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    handed.gate.load(2, handed.published)
+
+    def damaged(point: str, given: Lent) -> dict[str, Tensor]:
+        return {**given, "model.norm.weight": given["model.norm.weight"] * math.nan}
+
+    with monkeypatch.context() as patch:
+        patch.setattr("rollout.gate.faults.corrupted", damaged)
+        with pytest.raises(ParityError, match=r"1 tensors did not, the first is model\.norm"):
+            handed.gate.load(2, handed.published)
+    assert not wrong_tensors(handed.engine, handed.published.checksums)
+    assert handed.gate.load(2, handed.published).version == 2
+
+
 def test_weights_that_do_not_fit_leave_the_engine_as_it_was(handed: Handed) -> None:
     handed.gate.load(2, handed.published)
     part = {"model.norm.weight": handed.now["model.norm.weight"]}
