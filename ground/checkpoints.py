@@ -89,6 +89,12 @@ class Checkpoints:
         found = [path for path in self.root.iterdir() if _STEP.match(path.name)]
         return sorted(found, key=step_of)
 
+    def forget_after(self, step: int) -> None:
+        """Remove what was committed after a step: it belongs to work that is done again."""
+        for path in reversed(self.steps()):
+            if step_of(path) > step:
+                remove_directory(path)
+
     def _rotate(self, newest: Path) -> None:
         """Remove the oldest beyond `keep`; `newest`, just committed, always stays."""
         others = [path for path in self.steps() if path != newest]

@@ -14,6 +14,20 @@ STAGES = ("herd", "prune", "targets", "sft", "mine", "rl", "dpo")
 SECTIONS = (*STAGES, "evaluate")
 """Top-level keys that belong to a stage rather than to the head."""
 
+OPERATIONAL = frozenset(
+    {
+        *("num_workers", "cpus_per_worker", "min_workers", "spare", "reward_processes"),
+        *("max_restarts", "max_attempts", "backoff_seconds", "start_deadline_seconds"),
+        *("rollout_deadline_seconds", "publish_deadline_seconds", "step_deadline_seconds"),
+        *("ping_every_seconds", "ping_deadline_seconds", "suspect_after_seconds"),
+        *("silent_seconds", "lease_seconds", "watchdog_seconds", "num_slots"),
+        *("checkpoint_every", "checkpoints_kept", "save_every", "keep_checkpoints", "log_every"),
+    }
+)
+"""Keys of stages that say how one runs and not what it makes. They may be changed when a stopped
+stage goes on, for what stopped it may have been one of them. (`num_slots` changes the last bits of
+what is sampled from then on, not its distribution.)"""
+
 
 class Section(BaseModel):
     """A frozen mapping of a recipe; an unknown key is an error.

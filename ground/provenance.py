@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING
 
 import psutil
 
-from ground.config import STAGES, Head
+from ground.config import OPERATIONAL, STAGES, Head
 from ground.manifest import MANIFEST, digest
 from ground.recipe import RecipeDocument
 
@@ -42,13 +42,14 @@ _LIBRARIES = (
 def stage_settings(document: RecipeDocument, run: RunDir, place: str) -> dict[str, str]:
     """Everything that decides what the stage at `place` (`sft`, `sft/evaluation`) makes.
 
-    Keys of the recipe's shared head, the stage's own section, the content of the user's files, and
-    what every finished stage before it has made, as far as the recipe turns that stage on.
+    Keys of the recipe's shared head, the stage's own section (without what is merely
+    `OPERATIONAL`), the content of the user's files, and what every finished stage before it has
+    made, as far as the recipe turns that stage on.
     """
     head = document.head()
     section = "evaluate" if place.endswith("evaluation") else place
     settings = {key: document.fingerprint(key) for key in _SHARED if document.has(key)}
-    settings[section] = document.fingerprint(section)
+    settings[section] = document.fingerprint(section, without=OPERATIONAL)
     settings |= _contents(head)
     for stage in _before(place):
         if document.has(stage) and run.is_done(stage):

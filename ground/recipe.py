@@ -13,7 +13,7 @@ import hashlib
 import json
 import os
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TypeVar
@@ -102,13 +102,16 @@ class RecipeDocument:
         merged = json.loads(json.dumps({**head, **sections}))
         return yaml.dump(merged, Dumper=yaml.SafeDumper, sort_keys=False, allow_unicode=True)
 
-    def fingerprint(self, *keys: str) -> str:
+    def fingerprint(self, *keys: str, without: Collection[str] = ()) -> str:
         """Sixteen hex digits over what the recipe says under `keys` (all keys when none given).
 
         Paths count as written, so that a project that was moved keeps its fingerprints.
+
+        Args:
+            without: names that are left out wherever they stand below `keys`.
         """
         wanted = keys or tuple(sorted(self.values))
-        chosen = {key: self.values[key] for key in wanted if key in self.values}
+        chosen = {key: _pruned(self.values[key], without) for key in wanted if key in self.values}
         payload = json.dumps(chosen, sort_keys=True, ensure_ascii=False)
         return hashlib.sha256(payload.encode()).hexdigest()[:16]
 
@@ -151,6 +154,14 @@ def load_recipe(path: Path, overrides: Sequence[str] = ()) -> RecipeDocument:
             problems.append(Problem(placed.origins[(name,)], text))
     raise_problems(problems)
     return RecipeDocument(path, str(path), placed.values, placed.origins, tuple(overrides))
+
+
+def _pruned(value: Value, names: Collection[str]) -> Value:
+    """A value without the keys of these names, and without the mappings that this leaves empty."""
+    if not names or not isinstance(value, dict):
+        return value
+    kept = {key: _pruned(each, names) for key, each in value.items() if key not in names}
+    return {key: each for key, each in kept.items() if each != {}}
 
 
 def _read_chain(path: Path, shown: str, below: tuple[Path, ...]) -> Placed:

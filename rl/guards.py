@@ -35,7 +35,8 @@ def check_finite(loss: float, grad_norm: float, *, step: int, num_rows: int) -> 
             f"loss and gradient must be finite, got {loss:g} and a gradient norm {grad_norm:g}",
             where=f"rl, step {step}",
             why=f"{num_rows} rollouts were kept in the stage's diverged/ folder",
-            fix="lower rl.optimizer.learning_rate, or look at the saved rollouts",
+            fix="look at the saved rollouts, or lower rl.optimizer.learning_rate and make the "
+            "stage again (--from rl)",
         )
 
 
@@ -76,7 +77,8 @@ class EssBrake:
                 why="learner and samplers are too far apart: old samples, too large steps, or an "
                 "engine that computes other log-probs than the learner",
                 fix="compare mismatch_kl of fresh tokens (staleness_min 0) with that of a start; "
-                "then lower rl.max_staleness or rl.optimizer.learning_rate, or set rl.ess_floor=0",
+                "then lower rl.max_staleness or rl.optimizer.learning_rate, or set rl.ess_floor=0, and "
+                "make the stage again (--from rl)",
             )
         return share / self._floor
 

@@ -93,8 +93,11 @@ class Publisher:
         return version not in self._scores
 
     def forget_after(self, version: int) -> None:
-        """Looks at later versions are going to be taken again."""
+        """Later versions are going to be made again: their scores and weights are of no run."""
         self._scores.forget_after(version)
+        self._kept.forget_after(version)
+        if self.best is not None and self.best.version > version:
+            self.best = None
 
     def finish(self) -> None:
         """Wait for the publication under way, if any, and raise what went wrong in it.

@@ -48,7 +48,7 @@ def sort_failure(error: BaseException, doing: str) -> PacktrainError:
     if isinstance(error, MemoryError) or any(text in got.lower() for text in _MEMORY_TEXTS):
         return InfraError(
             f"{doing} must fit into memory, got {got}",
-            fix="lower rl.engine.num_slots or rl.engine.max_length, or use fewer workers",
+            fix="lower rl.engine.num_slots or rl.fleet.num_workers",
         )
     if isinstance(error, OSError) and error.errno in _SCARCE:
         return InfraError(f"{doing} needs what the machine has too little of, got {got}")

@@ -235,7 +235,7 @@ class Roster:
         left = sum(other.state is not State.RETIRED for other in self.seats)
         if left >= self._section.min_workers:
             return
-        memory = "lower rl.engine.num_slots or rl.engine.max_length, or use fewer workers; "
+        memory = "lower rl.engine.num_slots or rl.fleet.num_workers, "
         self._fail(
             WorkersLostError(
                 f"at least {self._section.min_workers} of {len(self.seats)} rollout workers must "

@@ -494,6 +494,18 @@ def test_settings_follow_recipe_data_and_the_stages_before(tmp_path: Path, run: 
     assert "stage rl" not in settings(text, "base/evaluation")
 
 
+def test_settings_leave_out_how_a_stage_runs(tmp_path: Path, run: RunDir) -> None:
+    def settings(rl: str) -> dict[str, str]:
+        return stage_settings(document(tmp_path, f"name: t\nrl: {rl}\n"), run, "rl")
+
+    before = settings("{steps: 3, engine: {max_length: 64}}")
+    slots = settings("{steps: 3, engine: {max_length: 64, num_slots: 8}, lease_seconds: 9}")
+    fleet = settings("{steps: 3, engine: {max_length: 64}, fleet: {num_workers: 2, spare: false}}")
+    assert before == slots == fleet
+    assert changed(before, settings("{steps: 3, engine: {max_length: 65}}")) == ["rl"]
+    assert changed(before, settings("{steps: 4, engine: {max_length: 64}}")) == ["rl"]
+
+
 def test_settings_follow_the_code_of_the_users_rewards(tmp_path: Path, run: RunDir) -> None:
     (tmp_path / "mine.py").write_text("def mine(): return 0")
     text = "name: t\nrewards: [mine.py]\nrl: {}\n"

@@ -6,15 +6,20 @@ import resource
 import subprocess
 import sys
 from importlib.metadata import PackageNotFoundError
+from inspect import isclass
 from pathlib import Path
+from typing import get_args
 
 import pytest
+from pydantic import BaseModel
 
+from ground.config import OPERATIONAL
 from ground.errors import RecipeError
 from ground.recipe import load_recipe
 from packtrain import recipes
 from packtrain.cli import main, parse
 from packtrain.doctor import check_shadows, check_versions
+from packtrain.recipe import Recipe
 
 ROOT = Path(__file__).parents[1]
 TINY = ROOT / "recipes" / "tiny" / "recipe.yaml"
@@ -157,3 +162,15 @@ def test_the_doctor_sees_folders_that_hide_ours(tmp_path: Path) -> None:
     (found,) = check_shadows(tmp_path)
     assert found.verdict == "fail"
     assert f"{tmp_path / 'ground'}, {tmp_path / 'rl'}" in found.found
+
+
+def test_what_is_called_operational_are_keys_of_stages() -> None:
+    known: set[str] = set()
+    unread: list[type[BaseModel]] = [Recipe]
+    while unread:
+        fields = unread.pop().model_fields
+        known |= fields.keys()
+        for field in fields.values():
+            inner = [field.annotation, *get_args(field.annotation)]
+            unread += [each for each in inner if isclass(each) and issubclass(each, BaseModel)]
+    assert known >= OPERATIONAL

@@ -174,3 +174,18 @@ def test_77_a_run_without_signal_asks_its_last_step_again_when_it_is_resumed(
         run_loop(tiny_model, Flat(), tmp_path)
     journaled = [path.name for path in Consumed(tmp_path / "groups").files()]
     assert journaled == ["step_000001.parquet", "step_000002.parquet"]
+
+
+def test_the_best_of_versions_that_are_made_again_is_forgotten(tmp_path: Path) -> None:
+    told: list[tuple[int, float]] = []
+    publisher = make_publisher(FakeLoop({2: 0.4, 4: 0.9}), tmp_path, told)
+    for version in (2, 4):
+        snapshot = Snapshot(version, {"w": torch.full((1,), float(version))}, {})
+        publisher.publish(snapshot, evaluate=True, save=False)
+    publisher.finish()
+    assert publisher.best == Best(4, 0.9)
+    publisher.forget_after(4)
+    assert publisher.best == Best(4, 0.9)
+    publisher.forget_after(3)
+    assert publisher.best is None and publisher.best_weights() is None
+    assert publisher.owes_look(4) and not publisher.owes_look(2)
