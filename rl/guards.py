@@ -77,8 +77,8 @@ class EssBrake:
                 why="learner and samplers are too far apart: old samples, too large steps, or an "
                 "engine that computes other log-probs than the learner",
                 fix="compare mismatch_kl of fresh tokens (staleness_min 0) with that of a start; "
-                "then lower rl.max_staleness or rl.optimizer.learning_rate, or set rl.ess_floor=0, and "
-                "make the stage again (--from rl)",
+                "then lower rl.max_staleness or rl.optimizer.learning_rate, or set rl.ess_floor=0, "
+                "and make the stage again (--from rl)",
             )
         return share / self._floor
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -18,6 +19,8 @@ from ground.errors import InfraError, PacktrainError
 from rl.books import Plan
 from rl.buffer import Outcome
 from rl.cluster import NAMESPACE
+from rl.config import RlSection
+from rl.controller import groups_in_flight
 from rl.job import Job
 from rollout.handover import Outbox, Parcel
 from rollout.weights import Probes, Published, this_node
@@ -46,6 +49,7 @@ class RemoteLoop:
 
     def __init__(self, job: Job) -> None:
         self._seconds = job.section.step_deadline_seconds + _SLACK_SECONDS
+        self._look_seconds = self._seconds + _look_seconds(job.section)
         self._life = job.incarnation
         with our_errors("find the controller"):
             self._controller = cast(_Actor, ray.get_actor(job.controller_name, NAMESPACE))
@@ -90,12 +94,14 @@ class RemoteLoop:
         self._keep(version, weights)
         faults.point("publish.kept")
         answer = self._controller.publish.remote(self._life, version, evaluate)
-        return cast(float | None, self._call(f"publish version {version}", answer))
+        seconds = self._look_seconds if evaluate else self._seconds
+        return cast(float | None, self._call(f"publish version {version}", answer, seconds))
 
     def evaluate(self, version: int) -> float | None:
         """Look at the version that was published last."""
         answer = self._controller.evaluate.remote(self._life, version)
-        return cast(float | None, self._call(f"evaluate version {version}", answer))
+        purpose = f"evaluate version {version}"
+        return cast(float | None, self._call(purpose, answer, self._look_seconds))
 
     def state(self) -> dict[str, object]:
         """The books as of the last publication."""
@@ -113,12 +119,13 @@ class RemoteLoop:
         parcel = weights if isinstance(weights, Parcel) else self.pack(version, weights)
         self._outbox.send(parcel)
 
-    def _call(self, purpose: str, answer: ray.ObjectRef) -> object:
+    def _call(self, purpose: str, answer: ray.ObjectRef, seconds: float | None = None) -> object:
+        seconds = self._seconds if seconds is None else seconds
         try:
             with our_errors(purpose):
-                return ray.get(answer, timeout=self._seconds)
+                return ray.get(answer, timeout=seconds)
         except TimeoutError:
-            raise _late(purpose, self._seconds) from None
+            raise _late(purpose, seconds) from None
 
     def _check_deadline(self, deadline: float, purpose: str) -> None:
         if time.monotonic() > deadline:
@@ -149,6 +156,12 @@ class _Keeper:
         """See `WeightKeeper.deliver`."""
         answer = self._actor.deliver.remote(published, content)
         self._call(f"keep version {published.version}", answer)
+
+
+def _look_seconds(section: RlSection) -> float:
+    """Longest that a look at the validation slice may take: its groups come in turns."""
+    turns = math.ceil(section.validation.prompts / groups_in_flight(section))
+    return turns * section.fleet.rollout_deadline_seconds
 
 
 @contextmanager
