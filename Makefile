@@ -34,6 +34,10 @@ check: $(INSTALLED)
 bench: $(INSTALLED)
 	$(BIN)/python -m benchmarks.gsm8k_verdicts
 	$(BIN)/python -m benchmarks.judge
+	$(BIN)/python -m benchmarks.logprob_memory
+	$(BIN)/python -m benchmarks.handover
+	$(BIN)/python -m benchmarks.parity
+	$(BIN)/python -m benchmarks.recovery
 	$(BIN)/python -m benchmarks.scale
 	$(BIN)/python -m benchmarks.overlap
 	$(BIN)/python -m benchmarks.chaos

@@ -3,7 +3,7 @@
     plan received → step_000003.parquet written and fsynced → the step is applied
 
 Step n makes version n. From its file the plan can be rebuilt bit for bit, so the learner can repeat
-every step since its last checkpoint, whenever it was killed (rl/replay.py).
+every step since its last checkpoint, whenever it was killed (`LearnerLoop.repeat`).
 """
 
 from __future__ import annotations
