@@ -18,7 +18,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from typing import Literal, TypedDict, cast
 
 from curation.bands import Band, band
@@ -28,6 +28,7 @@ from ground.records import Group, Prompt
 from rl.advantages import group_advantages
 from rl.buffer import LATE, Buffer, Outcome, Slot
 from rl.config import AdvantageSection, BaselineAdvantages
+from rl.groups import outcome_of, row_of
 from rl.ledger import Ledger, State
 from rl.source import Draw, Source
 
@@ -91,7 +92,8 @@ class _SavedSlot(TypedDict):
     version: int
     again: int | None
     """Number of its first draw when that one is asked again."""
-    outcomes: list[tuple[str, dict[str, object] | None]]
+    outcomes: list[dict[str, object]]
+    """Rows of rl/groups.py: what its earlier draws came to belongs to the step's record."""
 
 
 class Books:
@@ -206,7 +208,9 @@ class Books:
         self.publish(step + 1)
 
     def state_dict(self) -> dict[str, object]:
-        """Everything as JSON types. Groups stay out: what was buffered is sampled again."""
+        """Everything as JSON types. What was buffered stays out, for it is sampled again; a filtered
+        group stays in, for its slot has gone on to the next draw.
+        """
         return {
             "version": self.version,
             "curriculum": self.curriculum.state_dict(),
@@ -273,9 +277,8 @@ class Books:
             first = Draw(saved["again"], saved["slot"], 0, saved["version"], prompts[0])
         draws = self.source.draws_of(saved["slot"], saved["version"], prompts, first)
         slot = self.buffer.open(draws)
-        for draw, (reason, seen) in zip(slot.draws, saved["outcomes"], strict=False):
-            observation = Observation(**cast(dict, seen)) if seen else None
-            slot.outcomes.append(Outcome(draw, reason, observation))
+        for draw, row in zip(slot.draws, saved["outcomes"], strict=False):
+            slot.outcomes.append(replace(outcome_of(row), draw=draw))
 
 
 def _outcome(
@@ -306,8 +309,5 @@ def _saved(slot: Slot) -> _SavedSlot:
         "prompts": [draw.prompt.id for draw in slot.draws],
         "version": first.version,
         "again": first.number if first.is_again else None,
-        "outcomes": [
-            (str(outcome.reason), asdict(outcome.observation) if outcome.observation else None)
-            for outcome in kept
-        ],
+        "outcomes": [row_of(outcome, ()) for outcome in kept],
     }

@@ -166,6 +166,8 @@ def test_a_saved_state_goes_on_with_the_same_draws_and_every_open_draw_readmitte
     state = json.loads(json.dumps(books.state_dict()))
     again = make_books(records, pool=pool)
     again.load_state_dict(state, {prompt.id: prompt for prompt in pool})
+    assert again.buffer.take(0)[0].outcomes == books.buffer.take(0)[0].outcomes
+    assert again.buffer.take(0)[0].outcomes[0].group == make_group(draws[0], ALL_WRONG)
     waiting = again.waiting()
     assert [draw.number for draw in waiting] == [1, 2, 4, 6]
     assert waiting[0] == books.buffer.take(0)[0].draw
