@@ -208,8 +208,10 @@ class Books:
         self.publish(step + 1)
 
     def state_dict(self) -> dict[str, object]:
-        """Everything as JSON types. What was buffered stays out, for it is sampled again; a filtered
-        group stays in, for its slot has gone on to the next draw.
+        """Everything as JSON types.
+
+        What was buffered stays out, for it is sampled again; a filtered group stays in, for its slot
+        has gone on to the next draw.
         """
         return {
             "version": self.version,
