@@ -210,8 +210,8 @@ class Books:
     def state_dict(self) -> dict[str, object]:
         """Everything as JSON types.
 
-        What was buffered stays out, for it is sampled again; a filtered group stays in, for its slot
-        has gone on to the next draw.
+        What was buffered stays out, for it is sampled again; a filtered group stays in, for its
+        slot has gone on to the next draw.
         """
         return {
             "version": self.version,
