@@ -33,6 +33,8 @@ class _Seen:
     """Step file of each (prompt, pass, sample) that was trained on."""
     ends: dict[int, str] = field(default_factory=dict)
     """State of each draw that was trained on or filtered."""
+    trained: int = 0
+    """Samples that were trained on, each as often as it was."""
     late: int = 0
     tokens: int = 0
     oldest: int = 0
@@ -63,7 +65,7 @@ def audit_run(directory: Path, section: RlSection) -> dict[str, int]:
         "filtered": sum(state == "filtered" for state in seen.ends.values()),
         "late": seen.late,
         "oldest_token": seen.oldest,
-        "trained_twice": 0,
+        "trained_twice": seen.trained - len(seen.samples),
         "lost": _drawn(directory / "ledger.jsonl") - sum(closed.get(name, 0) for name in _FINAL),
     }
 
@@ -117,6 +119,7 @@ def _faults_of_group(
         if key in seen.samples:
             yield f"prompt, pass and sample {key} were trained on in {seen.samples[key]} too"
         seen.samples[key] = path.name
+        seen.trained += 1
         for segment in segments:
             if segment["source"] != "policy":
                 continue

@@ -95,7 +95,7 @@ def test_no_canary_reaches_the_log_file_or_a_library_s_own_handler(
     file = tmp_path / "log" / "sft.log"
     setup_logging(file)
     stream = io.StringIO()
-    library = logging.getLogger("some.library")
+    library = logging.getLogger("some.package")
     library.addHandler(logging.StreamHandler(stream))
     for name, secret in CANARIES.items():
         library.warning("%s: %s", name, secret)
