@@ -13,15 +13,11 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from curation.config import CurriculumSection
-from curation.curriculum import Curriculum
 from ground.records import Difficulty, Message, Prompt, Segment, Span
 from rl.books import Books, Plan
-from rl.buffer import Buffer
 from rl.config import RlSection
 from rl.controller import Controller, groups_in_flight
 from rl.journal import Journal
-from rl.source import Source
 from rollout.config import FleetSection
 from rollout.fleet import Fleet
 from rollout.seeds import sample_seed
@@ -178,16 +174,7 @@ async def _play(world: _World, ledger: Journal, events: Journal, played: Played)
 
 def make_books(section: RlSection, pool: Sequence[Prompt], seed: int, ledger: Journal) -> Books:
     """Opened books of a run."""
-    curriculum = Curriculum(pool, CurriculumSection(), seed=seed, group_size=section.group_size)
-    source = Source(
-        curriculum,
-        steps=section.steps,
-        groups_per_step=section.groups_per_step,
-        max_staleness=section.max_staleness,
-        max_refills=section.max_refills,
-    )
-    buffer = Buffer(groups_per_step=section.groups_per_step, max_staleness=section.max_staleness)
-    books = Books(source, buffer, ledger.append, section.advantages)
+    books = Books.of(section, pool, seed, ledger.append)
     books.open()
     return books
 

@@ -10,19 +10,17 @@ import ray
 from ray.actor import ActorHandle, ActorProxy
 from ray.exceptions import RayError
 
-from curation.curriculum import Curriculum
 from ground.errors import DataError, InfraError
 from ground.lease import Fence, Lease
 from ground.logs import setup_logging
 from ground.records import Prompt
 from ground.roles import enter_role
 from rl.books import Books, Plan
-from rl.buffer import Buffer, Outcome
+from rl.buffer import Outcome
 from rl.controller import Controller, groups_in_flight
 from rl.job import Job
 from rl.journal import Journal
 from rl.pool import Pool
-from rl.source import Source
 from rollout.fleet import Fleet
 from rollout.ray_worker import RayWorker
 from rollout.systems import draw_system
@@ -47,7 +45,7 @@ class ControllerActor:
         self._ledger = Journal(job.directory / "ledger.jsonl", buffered=True)
         self._events = Journal(job.directory / "events.jsonl")
         self._prompts = {prompt.id: prompt for prompt in pool.training}
-        self._books = make_books(job, pool, self._ledger)
+        self._books = Books.of(section, pool.training, job.seed, self._ledger.append)
         config = WorkerConfig(
             job.model,
             section.engine,
@@ -154,24 +152,6 @@ class ControllerActor:
         if current != version:
             raise DataError(f"the keeper must have version {version}, it has {current}", where="rl")
         return published
-
-
-def make_books(job: Job, pool: Pool, ledger: Journal) -> Books:
-    """The books of a job as they are before the first draw."""
-    section = job.section
-    curriculum = Curriculum(
-        pool.training, section.curriculum, seed=job.seed, group_size=section.group_size
-    )
-    source = Source(
-        curriculum,
-        steps=section.steps,
-        groups_per_step=section.groups_per_step,
-        max_staleness=section.max_staleness,
-        max_refills=section.max_refills,
-    )
-    buffer = Buffer(groups_per_step=section.groups_per_step, max_staleness=section.max_staleness)
-    floor = section.late_floor if section.late == "drop" else 1.0
-    return Books(source, buffer, ledger.append, section.advantages, floor)
 
 
 def restore_books(

@@ -27,7 +27,7 @@ from ground.errors import DataError
 from ground.records import Group, Prompt
 from rl.advantages import group_advantages
 from rl.buffer import LATE, Buffer, Outcome, Slot
-from rl.config import AdvantageSection, BaselineAdvantages
+from rl.config import AdvantageSection, BaselineAdvantages, RlSection
 from rl.groups import outcome_of, row_of
 from rl.ledger import Ledger, State
 from rl.source import Draw, Source
@@ -113,6 +113,35 @@ class Books:
         """Given up by a step that is published, and still without a slot."""
         self.version = 0
         """The last published version, whose draws are being made."""
+
+    @staticmethod
+    def of(
+        section: RlSection,
+        prompts: Sequence[Prompt],
+        seed: int,
+        write: Callable[[Mapping[str, object]], None],
+    ) -> Books:
+        """The books of a run as they are before the first draw.
+
+        Args:
+            prompts: those that are trained on.
+            write: receives the ledger's records.
+        """
+        curriculum = Curriculum(
+            prompts, section.curriculum, seed=seed, group_size=section.group_size
+        )
+        source = Source(
+            curriculum,
+            steps=section.steps,
+            groups_per_step=section.groups_per_step,
+            max_staleness=section.max_staleness,
+            max_refills=section.max_refills,
+        )
+        buffer = Buffer(
+            groups_per_step=section.groups_per_step, max_staleness=section.max_staleness
+        )
+        floor = section.late_floor if section.late == "drop" else 1.0
+        return Books(source, buffer, write, section.advantages, floor)
 
     @property
     def curriculum(self) -> Curriculum:

@@ -24,8 +24,8 @@ from ground.checkpoints import Checkpoints
 from ground.faults import POINTS
 from ground.model import load_model, load_tokenizer
 from ground.records import Group, Message, Prompt, Rollout
-from rl.actors import make_books, restore_books
-from rl.books import Plan
+from rl.actors import restore_books
+from rl.books import Books, Plan
 from rl.buffer import Outcome
 from rl.config import RlSection
 from rl.consumed import Consumed, read_plan
@@ -176,7 +176,7 @@ class LocalLoop:
     def __init__(self, job: Job, pool: Pool, killer: Killer, jitter: float = 0.0) -> None:
         self._job, self._pool, self._killer = job, pool, killer
         self._ledger = Journal(job.directory / "ledger.jsonl", buffered=True)
-        self._books = make_books(job, pool, self._ledger)
+        self._books = Books.of(job.section, pool.training, job.seed, self._ledger.append)
         self._fleet = LocalFleet(job, job.section.fleet.num_workers, jitter, job.incarnation)
         self._controller = Controller(
             self._books,

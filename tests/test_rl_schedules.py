@@ -15,16 +15,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.stats import ks_2samp
 
-from curation.config import CurriculumSection
-from curation.curriculum import Curriculum
 from ground.errors import InfraError
 from ground.records import Difficulty, Message, Prompt
 from rl.books import Books, Plan
-from rl.buffer import LATE, Buffer
+from rl.buffer import LATE
 from rl.config import RlSection
 from rl.controller import Controller
 from rl.ledger import audit_ledger
-from rl.source import Source
 from rollout.simulation import Clock, SimulatedFleet, run_virtual
 from rollout.task import GroupTask
 
@@ -117,19 +114,7 @@ class World:
 
 
 def make_books(section: RlSection, records: list[dict[str, object]]) -> Books:
-    curriculum = Curriculum(POOL, CurriculumSection(), seed=0, group_size=section.group_size)
-    source = Source(
-        curriculum,
-        steps=section.steps,
-        groups_per_step=section.groups_per_step,
-        max_staleness=section.max_staleness,
-        max_refills=section.max_refills,
-    )
-    buffer = Buffer(groups_per_step=section.groups_per_step, max_staleness=section.max_staleness)
-    floor = section.late_floor if section.late == "drop" else 1.0
-    books = Books(
-        source, buffer, lambda record: records.append(dict(record)), section.advantages, floor
-    )
+    books = Books.of(section, POOL, 0, lambda record: records.append(dict(record)))
     books.open()
     return books
 
