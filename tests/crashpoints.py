@@ -12,8 +12,10 @@ from __future__ import annotations
 import ctypes
 import os
 import platform
+import resource
 import signal
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
@@ -121,6 +123,23 @@ def old_then_new(seen: list[tuple[Death, T]], old: T, new: T, *, synced: bool = 
     calls = seen[-1][0].done
     if synced:
         assert "fsync" in calls[: calls.index("rename")], "renamed before anything was synced"
+
+
+@contextmanager
+def limited_file_size(num_bytes: int) -> Iterator[None]:
+    """No file of this process may grow beyond this, as on a disk that is full.
+
+    Put it around the writer alone, never into a fixture: pytest's own output may go to a file, and
+    what it prints between a test and its teardown would meet the limit too.
+    """
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (num_bytes, limits[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+        signal.signal(signal.SIGXFSZ, handler)
 
 
 def run_until(writer: Callable[[], object], count: int) -> Death:

@@ -7,14 +7,12 @@ import json
 import logging
 import os
 import pickle
-import resource
-import signal
 import subprocess
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-from crashpoints import crash_at_each_call, old_then_new
+from crashpoints import crash_at_each_call, limited_file_size, old_then_new
 
 from ground import storage
 from ground.checkpoints import Checkpoints, facts_of
@@ -329,15 +327,9 @@ def test_a_full_disk_that_a_library_reports_as_text_is_recognised(tmp_path: Path
 
 def test_a_file_size_limit_is_said_and_keeps_the_older_file(tmp_path: Path) -> None:
     write_file(tmp_path / "file", "old")
-    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
-    before = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (1024, limits[1]))
-    try:
-        with pytest.raises(SetupError, match="cannot be written") as caught:
-            write_file(tmp_path / "file", "n" * 4096)
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
-        signal.signal(signal.SIGXFSZ, before)
+    refused = pytest.raises(SetupError, match="cannot be written")
+    with refused as caught, limited_file_size(1024):
+        write_file(tmp_path / "file", "n" * 4096)
     assert caught.value.why == (
         "the file is larger than the limit of this user or file system allows"
     )

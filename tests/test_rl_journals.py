@@ -5,12 +5,10 @@ from __future__ import annotations
 import json
 import os
 import random
-import resource
-import signal
 from pathlib import Path
 
 import pytest
-from crashpoints import crash_at_each_call, old_then_new
+from crashpoints import crash_at_each_call, limited_file_size, old_then_new
 from rl_doubles import PROMPT, make_group
 
 from curation.curriculum import Observation
@@ -107,31 +105,18 @@ def test_every_flipped_bit_is_refused_or_harmless(tmp_path: Path) -> None:
     assert caught.value.why == "it is the file of step 3"
 
 
-def test_a_full_disk_stops_the_journal_with_a_type_and_leaves_no_half_step(
-    tmp_path: Path, small_files: None
-) -> None:
+def test_a_full_disk_stops_the_journal_with_a_type_and_leaves_no_half_step(tmp_path: Path) -> None:
     consumed = Consumed(tmp_path / "groups")
-    with pytest.raises(SetupError, match="cannot be written"):
+    with pytest.raises(SetupError, match="cannot be written"), limited_file_size(2000):
         consumed.write(make_plan(0))
     assert list((tmp_path / "groups").iterdir()) == []
     journal = Journal(tmp_path / "ledger.jsonl")
-    with pytest.raises(SetupError):
+    with pytest.raises(SetupError), limited_file_size(2000):
         for number in range(1000):
             journal.append({"draw": number})
     lines = list(read_journal(tmp_path / "ledger.jsonl"))
     assert [line["draw"] for line in lines] == list(range(len(lines))) and len(lines) > 10
     assert (tmp_path / "ledger.jsonl").read_bytes().endswith(b"}\n")
-
-
-@pytest.fixture
-def small_files():
-    """No file may grow beyond two thousand bytes, as on a disk that is full."""
-    before = resource.getrlimit(resource.RLIMIT_FSIZE)
-    handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (2000, before[1]))
-    yield
-    resource.setrlimit(resource.RLIMIT_FSIZE, before)
-    signal.signal(signal.SIGXFSZ, handler)
 
 
 def test_a_torn_line_never_runs_into_the_next_record(tmp_path: Path) -> None:
