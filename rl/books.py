@@ -205,9 +205,9 @@ class Books:
                 self.ledger.move(outcome.draw.number, State.TRAINED)
         self.version = version
         self._late += [outcome.draw for outcome in outcomes if outcome.reason == LATE]
-        self.curriculum.refuse(o.draw.prompt.id for o in outcomes if o.reason == "refused")
         told = [outcome.observation for outcome in outcomes if outcome.observation]
-        self.curriculum.observe(version, told)
+        refused = [each.draw.prompt.id for each in outcomes if each.reason == "refused"]
+        self.curriculum.observe(version, told, refused)
         return self.open()
 
     def replay(self, outcomes: Sequence[Outcome]) -> None:

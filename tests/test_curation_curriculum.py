@@ -96,8 +96,7 @@ def test_a_saved_state_draws_the_same_and_a_foreign_pool_is_refused() -> None:
 def test_a_refused_prompt_is_never_drawn_again_also_after_a_restart() -> None:
     pool = [make_prompt(str(number), 4, 8) for number in range(4)]
     curriculum = make_curriculum(pool)
-    curriculum.refuse([pool[0].id])
-    curriculum.observe(1, [])
+    curriculum.observe(1, [Observation(pool[0].id, 4, 8)], refused=[pool[0].id, pool[0].id])
     again = make_curriculum(pool)
     again.load_state_dict(**json.loads(json.dumps(curriculum.state_dict())))
     for each in (curriculum, again):
