@@ -40,9 +40,9 @@ from rl.loop import LearnerLoop, Loop
 from rl.prober import Prober
 from rl.publisher import Publisher
 from rl.remote import RemoteLoop
-from rl.scores import Scores
 from rl.snapshot import read_books, read_snapshot, restore
 from rl.speaker import Speaker
+from rl.versions import Versions
 
 logger = logging.getLogger("packtrain")
 
@@ -98,7 +98,8 @@ def learn(job: Job, speaker: Voice, join: Callable[[Job], Loop]) -> dict[str, ob
         loop,
         checkpoints,
         Checkpoints(job.best_directory, keep=1),
-        Scores(job.directory / "validation.jsonl"),
+        Versions(job.directory / "digests.jsonl", "digest"),
+        Versions(job.directory / "validation.jsonl", "pass_rate"),
         speaker.score,
     )
     prober = Prober(model, max_length=job.section.engine.max_length, seed=job.seed)

@@ -21,8 +21,9 @@ from torch import Tensor
 from ground import faults
 from ground.checkpoints import Checkpoints
 from ground.manifest import read_manifest
-from rl.scores import Scores
 from rl.snapshot import Snapshot, read_weights, write_cut, write_weights
+from rl.versions import Versions
+from rollout.handover import digest_of
 
 
 class Loop(Protocol):
@@ -61,11 +62,12 @@ class Publisher:
         loop: Loop,
         checkpoints: Checkpoints,
         best: Checkpoints,
-        scores: Scores,
+        digests: Versions[str],
+        scores: Versions[float | None],
         tell_score: Callable[[int, float], None],
     ) -> None:
         self._loop, self._checkpoints, self._kept = loop, checkpoints, best
-        self._scores, self._tell_score = scores, tell_score
+        self._digests, self._scores, self._tell_score = digests, scores, tell_score
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="publish")
         self._current: Future[None] | None = None
         self.best = _read_best(best)
@@ -80,13 +82,22 @@ class Publisher:
         self.finish()
         self._current = self._thread.submit(self._complete, snapshot, evaluate, save)
 
-    def repeat(self, version: int, model: Callable[[], Mapping[str, Tensor]]) -> None:
-        """Tell the score of a version that was looked at before a restart, and judge it by that."""
+    def repeat(self, version: int, model: Callable[[], Mapping[str, Tensor]]) -> bool:
+        """Tell the score of a version that was looked at before a restart, and judge it by that.
+
+        Returns:
+            Whether its weights are those of before, bit for bit. They should be; on another
+            processor, or with other libraries or threads, they are only nearly so.
+        """
         score = self._scores.get(version)
         if score is not None:
             self._tell_score(version, score)
             if self.best is None or version > self.best.version:
                 self._consider(version, score, model)
+        before, now = self._digests.get(version), digest_of(model())
+        if before is None:  # it was trained, and not handed over any more
+            self._digests.record(version, now)
+        return before in (None, now)
 
     def owes_look(self, version: int) -> bool:
         """Whether nobody has written down yet how a version did."""
@@ -94,6 +105,7 @@ class Publisher:
 
     def forget_after(self, version: int) -> None:
         """Later versions are going to be made again: their scores and weights are of no run."""
+        self._digests.forget_after(version)
         self._scores.forget_after(version)
         self._kept.forget_after(version)
         if self.best is not None and self.best.version > version:
@@ -127,6 +139,7 @@ class Publisher:
 
     def _publish(self, snapshot: Snapshot, evaluate: bool, save: bool) -> None:
         faults.point("publish.begin")
+        self._digests.record(snapshot.version, digest_of(snapshot.model))
         score = self._loop.publish(snapshot.version, snapshot.model, evaluate)
         faults.point("publish.done")
         if evaluate:

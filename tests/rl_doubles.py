@@ -10,8 +10,10 @@ from accelerate import Accelerator
 from ground.model import load_model
 from ground.records import Group, Message, Prompt, Rollout, Segment, Span
 from rl.books import Plan
+from rl.buffer import Outcome
 from rl.config import RlSection
 from rl.learner import Learner
+from rl.source import Draw
 
 PROMPT = Prompt.make((Message("user", "2+2="),), capability="sums", reward="exact", answer="4")
 ANSWERS = [((70, 71, 260), 1.0), ((72, 260), 0.0), ((70, 73, 74, 75, 260), 0.0), ((9, 260), 1.0)]
@@ -40,7 +42,10 @@ def make_group(number: int, logprob: float = -2.0, prompt_length: int = 4) -> Gr
 
 
 def make_plan(*groups: Group, step: int = 1) -> Plan:
-    return Plan(step, groups, {}, rollouts=4 * len(groups), reward=0.5, pass_rate=0.5)
+    """A step whose every slot was settled by its first draw."""
+    draws = [Draw(slot, slot, 0, 0, group.prompt) for slot, group in enumerate(groups)]
+    outcomes = [Outcome(draw, "", None, group) for draw, group in zip(draws, groups, strict=True)]
+    return Plan.of(step, outcomes)
 
 
 def make_learner(path: Path, accelerator: Accelerator | None = None, **settings: object) -> Learner:

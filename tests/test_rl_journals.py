@@ -17,8 +17,8 @@ from rl.books import Plan
 from rl.buffer import LATE, Outcome
 from rl.consumed import Consumed, groups_path, read_plan
 from rl.journal import Journal, read_journal
-from rl.scores import Scores
 from rl.source import Draw
+from rl.versions import Versions
 
 
 def make_plan(step: int) -> Plan:
@@ -158,10 +158,10 @@ def test_a_ledger_that_lost_synced_lines_is_refused(tmp_path: Path) -> None:
 
 
 def test_scores_remember_every_look_and_forget_later_ones(tmp_path: Path) -> None:
-    scores = Scores(tmp_path / "validation.jsonl")
+    scores = Versions[float | None](tmp_path / "validation.jsonl", "pass_rate")
     for version, score in ((10, 0.5), (20, None), (30, 0.75)):
         scores.record(version, score)
-    again = Scores(tmp_path / "validation.jsonl")
+    again = Versions[float | None](tmp_path / "validation.jsonl", "pass_rate")
     assert (10 in again, 20 in again, 25 in again) == (True, True, False)
     assert (again.get(10), again.get(20), again.get(30)) == (0.5, None, 0.75)
     again.forget_after(20)

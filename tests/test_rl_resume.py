@@ -83,6 +83,8 @@ def test_asynchronous_training_is_reproduced_from_cut_and_journal(
     run = LocalRun(ram_path, tiny_model, killer, jitter=0.02, **settings)
     lives = [digests_of_steps(monkeypatch, run, killer, aim) for aim in (("step.applied", 6), None)]
     assert [sorted(life) for life in lives] == [[1, 2, 3, 4, 5, 6], [5, 6, 7]]
+    replayed = [r.numbers for r in run.ear.reports if "replayed" in r.numbers]
+    assert [numbers["replay_differs"] for numbers in replayed] == [0.0, 0.0]
     assert [lives[1][version] for version in (5, 6)] == [lives[0][version] for version in (5, 6)]
     facts = audit_run(ram_path, run.section)
     assert (facts["steps"], facts["lost"], facts["trained_twice"]) == (7, 0, 0)
