@@ -14,13 +14,13 @@ from importlib import metadata
 from pathlib import Path
 from typing import Literal
 
-import psutil
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
 from ground.disk import free_bytes, show_bytes
 from ground.errors import SetupError
+from ground.memory import available_bytes
 
 GIB = 1 << 30
 ROOMS = ("ground", "rollout", "curation", "sft", "dpo", "rl", "packtrain")
@@ -132,8 +132,7 @@ def check_space() -> Iterator[Finding]:
         free = shutil.disk_usage(shared).free
         fix = "enlarge it (docker run --shm-size=2g); Ray falls back to /tmp, which is slow"
         yield _at_least("shared memory", free, LEAST_SHARED, "free at /dev/shm", fix, "warn")
-    available = psutil.virtual_memory().available
-    yield _at_least("memory", available, LEAST_MEMORY, "available", "end other programs")
+    yield _at_least("memory", available_bytes(), LEAST_MEMORY, "available", "end other programs")
 
 
 def check_ports() -> Iterator[Finding]:

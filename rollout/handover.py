@@ -13,11 +13,12 @@ from collections import deque
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from mmap import mmap
-from typing import Protocol
+from typing import Protocol, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor
+from xxhash import xxh3_64_hexdigest
 
 from ground.errors import InfraError
 from rollout.checksums import checksums, views
@@ -25,6 +26,11 @@ from rollout.engine import Lent
 from rollout.layout import Layout
 from rollout.shared_memory import Lock, first_free, map_buffer
 from rollout.weights import Probes, Published, fetch
+
+Found = TypeVar("Found")
+
+_ROOM_SECONDS = 60.0
+_POLL_SECONDS = 0.02
 
 
 class Keeper(Protocol):
@@ -42,8 +48,8 @@ class Keeper(Protocol):
         """Take charge of a filled buffer."""
         ...
 
-    def deliver(self, published: Published, content: NDArray[np.uint8]) -> None:
-        """Take bytes that come along."""
+    def deliver(self, published: Published, content: NDArray[np.uint8]) -> bool:
+        """Take bytes that come along; False while there is no room for them."""
         ...
 
 
@@ -62,6 +68,13 @@ class Parcel(Lent):
     ) -> None:
         super().__init__(tensors)
         self.published, self.memory, self._lock = published, memory, lock
+
+
+def digest_of(tensors: Mapping[str, Tensor]) -> str:
+    """One short text for all bytes of a version; a parcel has taken their checksums already."""
+    sums = tensors.published.checksums if isinstance(tensors, Parcel) else checksums(tensors)
+    lines = "\n".join(f"{name} {sums[name]}" for name in sorted(sums))
+    return xxh3_64_hexdigest(lines.encode())
 
 
 class Outbox:
@@ -111,7 +124,7 @@ class Outbox:
             self._keeper.publish(parcel.published)
         else:
             content = np.frombuffer(parcel.memory, dtype=np.uint8)
-            self._keeper.deliver(parcel.published, content)
+            _until_there_is_room(lambda: self._keeper.deliver(parcel.published, content))
 
     def _layout_of(self, tensors: Mapping[str, Tensor]) -> Layout:
         layout = Layout.of(tensors)
@@ -123,14 +136,16 @@ class Outbox:
         """Memory that nobody reads: one of the keeper's buffers, or our own if it is far away."""
         if not self._is_near:
             return "", bytearray(max(layout.size, 1)), None
-        size, known = layout.size, list(self._maps)
-        free = first_free(known)
-        if free is None:
-            known = self._keeper.buffers(size)
-            free = first_free(known) or first_free(self._keeper.buffers(size, len(known) + 1))
-        if free is None:
-            raise InfraError("a new buffer of the weight keeper must be free", where="hand-over")
-        path, lock = free
+        size = layout.size
+
+        def free() -> tuple[str, Lock] | None:
+            found = first_free(self._maps)
+            if found is None:
+                known = self._keeper.buffers(size)
+                found = first_free(known) or first_free(self._keeper.buffers(size, len(known) + 1))
+            return found
+
+        path, lock = _until_there_is_room(free)
         if path not in self._maps:
             self._maps[path] = map_buffer(path, size, writable=True)
         return path, self._maps[path], lock
@@ -139,6 +154,20 @@ class Outbox:
         if path not in self._views:
             self._views[path] = views(self._layout, memory)
         return self._views[path]
+
+
+def _until_there_is_room(look: Callable[[], Found | None]) -> Found:
+    """What `look` gives as soon as that is something: readers let go of old versions."""
+    deadline = time.monotonic() + _ROOM_SECONDS
+    while not (found := look()):
+        if time.monotonic() > deadline:
+            raise InfraError(
+                f"a version of the weights must find a free buffer within {_ROOM_SECONDS:g} s",
+                where="hand-over",
+                why="processes that were given up still read them all, or snapshots are kept",
+            )
+        time.sleep(_POLL_SECONDS)
+    return found
 
 
 class Inbox:

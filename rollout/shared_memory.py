@@ -16,6 +16,7 @@ import weakref
 from collections.abc import Iterable
 
 from ground.errors import InfraError, SetupError
+from ground.memory import available_bytes
 
 
 class SharedBuffer:
@@ -27,18 +28,16 @@ class SharedBuffer:
 
     def __init__(self, size: int) -> None:
         self.size = max(size, 1)
+        available = available_bytes()
+        if self.size > available:  # asked for nevertheless, the kernel would kill somebody for it
+            raise _too_little(self.size, f"{available:,} bytes are available")
         self._fd = os.memfd_create("packtrain-weights", os.MFD_CLOEXEC)
         try:
             # Pages that cannot be had are an error here and now, not a SIGBUS while writing.
             os.posix_fallocate(self._fd, 0, self.size)
         except OSError as error:
             os.close(self._fd)
-            raise SetupError(
-                f"{self.size:,} bytes of shared memory are needed for a version of the weights",
-                where="weight keeper",
-                why=str(error),
-                fix="free memory, or use a smaller model",
-            ) from error
+            raise _too_little(self.size, str(error)) from error
 
     @property
     def path(self) -> str:
@@ -60,6 +59,15 @@ class SharedBuffer:
     def close(self) -> None:
         """Give the pages back as soon as nobody else has them."""
         os.close(self._fd)
+
+
+def _too_little(size: int, why: str) -> SetupError:
+    return SetupError(
+        f"{size:,} bytes of shared memory are needed for a version of the weights",
+        where="weight keeper",
+        why=why,
+        fix="free memory, or use a smaller model",
+    )
 
 
 class Lock:

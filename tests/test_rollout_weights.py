@@ -9,6 +9,8 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import TimeoutError as FutureTimeoutError
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
@@ -21,9 +23,10 @@ from ray.exceptions import RayActorError
 from safetensors.torch import load_file, save_file
 from weight_doubles import Post
 
-from ground.errors import DataError, InfraError
+from ground.errors import DataError, InfraError, SetupError
 from ground.faults import Faults
 from ground.strikes import kill9
+from rollout import handover
 from rollout.checksums import checksums, spread
 from rollout.handover import Inbox, Outbox
 from rollout.layout import Layout, Place
@@ -177,13 +180,27 @@ def test_a_reader_that_lags_behind_costs_a_buffer_not_its_weights() -> None:
     assert len(post.keeper.buffers(768)) == 4
 
 
-def test_memory_is_bounded_when_nobody_lets_go() -> None:
+def test_memory_is_bounded_and_the_next_version_waits_until_somebody_lets_go(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     post = Post()
     parcels = [post.outbox.pack(version, _tensors(1.0)) for version in range(6)]
-    with pytest.raises(InfraError, match="must find one of 6 buffers free"):
-        post.outbox.pack(6, _tensors(1.0))
-    del parcels[2]
-    assert post.outbox.pack(6, _tensors(1.0))
+    with monkeypatch.context() as patch:
+        patch.setattr(handover, "_ROOM_SECONDS", 0.1)
+        with pytest.raises(InfraError, match=r"must find a free buffer within 0\.1 s"):
+            post.outbox.pack(6, _tensors(1.0))
+    with ThreadPoolExecutor(1) as other:
+        waiting = other.submit(post.outbox.pack, 6, _tensors(1.0))
+        with pytest.raises(FutureTimeoutError):
+            waiting.result(0.1)
+        del parcels[2]
+        assert waiting.result(30)
+
+
+def test_memory_that_is_not_there_is_refused_before_it_is_asked_for() -> None:
+    with pytest.raises(SetupError, match="bytes of shared memory are needed") as caught:
+        SharedBuffer(1 << 60)
+    assert "bytes are available" in caught.value.why
 
 
 def test_weights_that_are_gone_or_being_overwritten_are_refused() -> None:
@@ -236,8 +253,8 @@ class _Remote:
     def publish(self, published: Published) -> None:
         _get(self._actor.publish.remote(published))
 
-    def deliver(self, published: Published, content: object) -> None:
-        _get(self._actor.deliver.remote(published, content))
+    def deliver(self, published: Published, content: object) -> bool:
+        return _get(self._actor.deliver.remote(published, content))
 
 
 @pytest.fixture
