@@ -37,6 +37,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from benchmarks.harness import ROOT, Figure, Report, run_benchmark
 from ground.model import live_tensors
+from rl.cluster import SYSTEM
 from rollout.config import EngineSection, FleetSection
 from rollout.handover import Outbox
 from rollout.ray_worker import RayWorker
@@ -184,6 +185,7 @@ def _worker(model: LlamaForCausalLM) -> Iterator[RayWorker]:
             include_dashboard=False,
             log_to_driver=False,
             object_store_memory=128 << 20,
+            _system_config=SYSTEM,
         )
         try:
             engine = EngineSection(num_slots=32, max_length=64)
@@ -219,9 +221,9 @@ class _Keeper:
         """See `WeightKeeper.publish`."""
         ray.get(self._actor.publish.remote(published))
 
-    def deliver(self, published: Published, content: NDArray[np.uint8]) -> None:
+    def deliver(self, published: Published, content: NDArray[np.uint8]) -> bool:
         """See `WeightKeeper.deliver`."""
-        ray.get(self._actor.deliver.remote(published, content))
+        return bool(ray.get(self._actor.deliver.remote(published, content)))
 
 
 def _tell(line: str) -> None:

@@ -38,6 +38,7 @@ from ground.chat import ChatTemplate
 from ground.model import live_tensors, load_model, load_tokenizer, tensors_of
 from ground.records import Group, Message, Prompt, Rollout
 from rl.books import Plan
+from rl.cluster import SYSTEM
 from rl.config import RlSection
 from rl.learner import Learner
 from rl.prober import Prober
@@ -70,7 +71,12 @@ def measure(quick: bool) -> Report:
     """Inject, hand over cleanly, and time."""
     torch.set_num_threads(1)
     logging.getLogger("ray").setLevel(logging.WARNING)
-    ray.init(num_cpus=1, include_dashboard=False, object_store_memory=128 << 20)
+    ray.init(
+        num_cpus=1,
+        include_dashboard=False,
+        object_store_memory=128 << 20,
+        _system_config=SYSTEM,
+    )
     with tempfile.TemporaryDirectory() as folder:
         models = {"herd": _STUDENT, "dense": _dense(Path(folder))}
         cases = _CASES[:2] if quick else _CASES

@@ -29,6 +29,7 @@ import ray
 from benchmarks.harness import ROOT, Figure, Report, run_benchmark
 from ground.model import load_model, tensors_of
 from ground.records import Message, Prompt
+from rl.cluster import SYSTEM
 from rollout.config import EngineSection, FleetSection, SamplingSection
 from rollout.fleet import Fleet
 from rollout.handover import Outbox
@@ -161,7 +162,11 @@ def measure(quick: bool) -> Report:
     """Kill with and without a spare; returns percentiles."""
     kills = _QUICK_KILLS if quick else _KILLS
     ray.init(
-        num_cpus=4, include_dashboard=False, log_to_driver=False, object_store_memory=128 << 20
+        num_cpus=4,
+        include_dashboard=False,
+        log_to_driver=False,
+        object_store_memory=128 << 20,
+        _system_config=SYSTEM,
     )
     try:
         noticed, back = asyncio.run(kill_again_and_again(True, kills))

@@ -16,7 +16,7 @@ from pathlib import Path
 from ground.records import Difficulty, Message, Prompt, Segment, Span
 from rl.books import Books, Plan
 from rl.config import RlSection
-from rl.controller import Controller, groups_in_flight
+from rl.controller import Controller
 from rl.journal import Journal
 from rollout.config import FleetSection
 from rollout.fleet import Fleet
@@ -148,7 +148,7 @@ async def _play(world: _World, ledger: Journal, events: Journal, played: Played)
         seed=world.seed,
         validation=[],
         system_of=lambda prompt, pass_: "",
-        in_flight=groups_in_flight(section),
+        in_flight=section.groups_in_flight,
         note=events.append,
         now=lambda: clock.now,
     )

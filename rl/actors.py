@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import logging
 from collections.abc import Awaitable, Mapping, Sequence
 from typing import cast
@@ -17,7 +18,7 @@ from ground.records import Prompt
 from ground.roles import enter_role
 from rl.books import Books, Plan
 from rl.buffer import Outcome
-from rl.controller import Controller, groups_in_flight
+from rl.controller import Controller
 from rl.job import Job
 from rl.journal import Journal
 from rl.pool import Pool
@@ -56,6 +57,7 @@ class ControllerActor:
         )
         self._fleet = Fleet(section.fleet, lambda: RayWorker(config), self._events.append)
         self._keeper = start_keeper()
+        self._keeper_answer: asyncio.Future[str] | None = None
         self._controller = Controller(
             self._books,
             self._fleet,
@@ -69,7 +71,7 @@ class ControllerActor:
                 prompt_id=prompt.id,
                 pass_=pass_,
             ),
-            in_flight=groups_in_flight(section),
+            in_flight=section.groups_in_flight,
             note=self._events.append,
         )
 
@@ -129,12 +131,7 @@ class ControllerActor:
         """
         self._fence.check(incarnation)
         self._lease.renew()
-        try:
-            await self._keeper.node.remote()
-        except RayError as error:
-            raise InfraError(
-                "the weight keeper must live, it is gone", where="controller", why=str(error)
-            ) from error
+        self._check_keeper()
         return {**self._controller.status(), "fleet": self._fleet.stats()}
 
     async def close(self, incarnation: int, reason: str) -> dict[str, int]:
@@ -145,6 +142,22 @@ class ControllerActor:
         self._ledger.close()
         self._events.close()
         return sums
+
+    def _check_keeper(self) -> None:
+        """Ask the keeper for a sign of life, and look at its answer the next time.
+
+        It may be busy with gigabytes of weights: nobody waits for it here.
+        """
+        before = self._keeper_answer
+        if before is None or before.done():
+            answer = cast(Awaitable[str], self._keeper.node.remote())
+            self._keeper_answer = asyncio.ensure_future(answer)
+        if before is not None and before.done() and isinstance(before.exception(), RayError):
+            raise InfraError(
+                "the weight keeper must live, it is gone",
+                where="controller",
+                why=str(before.exception()),
+            )
 
     async def _weights(self, version: int) -> Published:
         answer = cast(Awaitable[tuple[int, Published]], self._keeper.current.remote())

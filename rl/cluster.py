@@ -21,6 +21,9 @@ _MODELS_KEPT = 1
 """Room for a version that goes to another machine; here weights lie in the keeper's own memory."""
 _OTHER_BYTES = 128 << 20
 
+SYSTEM = {"worker_niceness": 0}
+"""Ray's default is 15: beside any other busy program its actors would get a thirtieth of a core."""
+
 
 class ClusterStartError(InfraError):
     """Ray did not come up, as happens on a machine that is too busy: no fault of the run."""
@@ -59,6 +62,7 @@ def cluster(
             logging_level=logging.WARNING,
             namespace=NAMESPACE,
             _temp_dir=str(folder),
+            _system_config=SYSTEM,
         )
     except ValueError as error:
         raise SetupError("Ray refuses these settings", where="rl", why=str(error)) from error

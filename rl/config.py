@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Annotated, Literal, Self
 
 from pydantic import BeforeValidator, Field, model_validator
@@ -178,6 +179,24 @@ class RlSection(Section):
     watchdog_seconds: float = Field(default=120.0, gt=0)
     """When nothing moves for so long, the log says what is waited for and where everybody stands
     (log/stacks); nothing is killed for it."""
+
+    @property
+    def groups_in_flight(self) -> int:
+        """Groups that the fleet is given at a time: twice what the engines have places for, and one
+        more each.
+
+        Of a group whose answers differ in length most places are free before it ends; with as many
+        groups as places a fifth of the fleet idles under heavy skew (benchmarks/overlap.py).
+        """
+        per_worker = 2 * math.ceil(self.engine.num_slots / self.group_size) + 1
+        return per_worker * self.fleet.num_workers
+
+    @property
+    def publication_seconds(self) -> float:
+        """Longest that a publication may take with its look, whose groups come in turns and wait
+        for a place as long as they then sample."""
+        turns = math.ceil(self.validation.prompts / self.groups_in_flight)
+        return self.step_deadline_seconds + 2 * turns * self.fleet.rollout_deadline_seconds
 
     @model_validator(mode="after")
     def _samples_from_the_policy(self) -> Self:

@@ -17,7 +17,6 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import math
 import time
 from collections.abc import Callable, Coroutine, Mapping, Sequence
 from dataclasses import replace
@@ -292,16 +291,6 @@ class Controller:
     def _raise_failure(self) -> None:
         if self._failure is not None:
             raise self._failure
-
-
-def groups_in_flight(section: RlSection) -> int:
-    """Twice the groups that the engines have places for, and one more each.
-
-    Of a group whose answers differ in length most places are free before it ends; with as many
-    groups as places a fifth of the fleet idles under heavy skew (benchmarks/overlap.py).
-    """
-    per_worker = 2 * math.ceil(section.engine.num_slots / section.group_size) + 1
-    return per_worker * section.fleet.num_workers
 
 
 class BusyClock:

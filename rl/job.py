@@ -70,9 +70,13 @@ class Report(BaseModel):
     facts: dict[str, object] = Field(default_factory=dict)
 
 
-def phase(doing: str, step: int = 0) -> Report:
-    """What the learner's main thread does from now on; the supervisor holds it to a deadline."""
-    return Report(kind="phase", step=step, facts={"doing": doing})
+def phase(doing: str, step: int = 0, seconds: float = 0.0) -> Report:
+    """What the learner's main thread does from now on; the supervisor holds it to a deadline.
+
+    Args:
+        seconds: the deadline, if that of a step is not what it hangs on.
+    """
+    return Report(kind="phase", step=step, facts={"doing": doing, "seconds": seconds})
 
 
 class Voice(Protocol):

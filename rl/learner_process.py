@@ -45,7 +45,7 @@ class LearnerProcess:
                 start_new_session=True,
             )
         self._phase, self._phase_since = "start", time.monotonic()
-        self._phase_seconds = job.section.step_deadline_seconds + _PHASE_SLACK_SECONDS
+        self._phase_seconds = self._step_seconds = job.section.step_deadline_seconds
         self._lines: queue.SimpleQueue[str | InfraError] = queue.SimpleQueue()
         self._patience = _FIRST_WORD_SECONDS
         self.heard_at = time.time()
@@ -115,8 +115,9 @@ class LearnerProcess:
         """Note what the main thread does; a heart that beats in a stuck process is not enough."""
         if report.kind not in ("alive", "validation"):
             self._phase = str(report.facts.get("doing", f"go on after step {report.step}"))
+            self._phase_seconds = float(str(report.facts.get("seconds") or self._step_seconds))
             self._phase_since, self.last_report = time.monotonic(), report
-        elif time.monotonic() - self._phase_since > self._phase_seconds:
+        elif time.monotonic() - self._phase_since > self._phase_seconds + _PHASE_SLACK_SECONDS:
             self._on_silence()
             raise self._lost(f"took longer than {self._phase_seconds:g} s to {self._phase}")
 

@@ -39,6 +39,11 @@ Value = TypeVar("Value")
 
 logger = logging.getLogger("packtrain")
 
+_NOT_THE_SAME = (
+    "version %d, made again from the journal, is not bit for bit the one of before: processor, "
+    "libraries or rl.threads have changed. Training goes on, for log-probs were recorded as sampled"
+)
+
 
 class Plans(Protocol):
     """Where plans come from: the controller, wherever that runs."""
@@ -112,8 +117,11 @@ class LearnerLoop:
             version += 1
             replayed.append([outcome.without_group for outcome in plan.outcomes])
             if self._accelerator.is_main_process:
-                self._publisher.repeat(version, self._learner.model_tensors)
-                measured = {**_of_plan(plan), **numbers, "replayed": 1.0}
+                is_same = self._publisher.repeat(version, self._learner.model_tensors)
+                if not is_same:
+                    logger.warning(_NOT_THE_SAME, version)
+                replay = {"replayed": 1.0, "replay_differs": float(not is_same)}
+                measured = {**_of_plan(plan), **numbers, **replay}
                 self._tell(Report(kind="step", step=version, numbers=measured))
         if self._accelerator.is_main_process:
             self._consumed.trim(version)
@@ -140,6 +148,7 @@ class LearnerLoop:
         while version < self._section.steps and self._one_step(version, pending):
             version += 1
         if self._accelerator.is_main_process:
+            self._tell(self._publication(version))
             self._publisher.finish()
             if version < self._section.steps:
                 self._publisher.save(self._snapshot(version, with_optimizer=True))
@@ -182,8 +191,14 @@ class LearnerLoop:
         packed = time.monotonic()
         optimizer = self._learner.optimizer_tensors() if save else {}
         snapshot = Snapshot(version, weights, optimizer)
+        self._tell(self._publication(version - 1))
         self._publisher.publish(snapshot, evaluate=evaluate, save=save)
         return {"pack_seconds": packed - began}
+
+    def _publication(self, version: int) -> Report:
+        """We wait until a version is out, the look at it included if there is one."""
+        seconds = self._section.publication_seconds
+        return phase(f"have version {version} published", version, seconds)
 
     def _next_plan(self, step: int, pending: Pending) -> tuple[Plan, dict[str, float]] | None:
         """Rank 0 asks and keeps; all ranks get the same plan, or the same order to stop."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -19,8 +18,6 @@ from ground.errors import InfraError, PacktrainError
 from rl.books import Plan
 from rl.buffer import Outcome
 from rl.cluster import NAMESPACE
-from rl.config import RlSection
-from rl.controller import groups_in_flight
 from rl.job import Job
 from rollout.handover import Outbox, Parcel
 from rollout.weights import Probes, Published, this_node
@@ -49,7 +46,7 @@ class RemoteLoop:
 
     def __init__(self, job: Job) -> None:
         self._seconds = job.section.step_deadline_seconds + _SLACK_SECONDS
-        self._look_seconds = self._seconds + _look_seconds(job.section)
+        self._look_seconds = job.section.publication_seconds + _SLACK_SECONDS
         self._life = job.incarnation
         with our_errors("find the controller"):
             self._controller = cast(_Actor, ray.get_actor(job.controller_name, NAMESPACE))
@@ -152,16 +149,10 @@ class _Keeper:
         answer = self._actor.publish.remote(published)
         self._call(f"keep version {published.version}", answer)
 
-    def deliver(self, published: Published, content: NDArray[np.uint8]) -> None:
+    def deliver(self, published: Published, content: NDArray[np.uint8]) -> bool:
         """See `WeightKeeper.deliver`."""
         answer = self._actor.deliver.remote(published, content)
-        self._call(f"keep version {published.version}", answer)
-
-
-def _look_seconds(section: RlSection) -> float:
-    """Longest that a look at the validation slice may take: its groups come in turns."""
-    turns = math.ceil(section.validation.prompts / groups_in_flight(section))
-    return turns * section.fleet.rollout_deadline_seconds
+        return bool(self._call(f"keep version {published.version}", answer))
 
 
 @contextmanager

@@ -21,6 +21,10 @@ class EngineSection(Section):
     threads: int = Field(default=1, ge=1)
     """CPU threads of the engine's process."""
 
+    def with_slots(self, share: float) -> Self:
+        """The same with a share of the slots."""
+        return self.model_copy(update={"num_slots": max(1, round(share * self.num_slots))})
+
     def require_room(self, max_new_tokens: int, key: str = "max_new_tokens") -> None:
         """Refuse completions that leave no room for a prompt.
 

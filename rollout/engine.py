@@ -100,6 +100,10 @@ class Engine(Protocol):
         only with the engine itself (its cause is in the error)."""
         ...
 
+    def waiting(self) -> frozenset[str]:
+        """Ids of requests that wait for a place: nothing was computed for them yet."""
+        ...
+
     def abort(self, ids: Collection[str]) -> None:
         """End these requests now: they complete as "aborted" with the tokens they have.
         Unknown ids are ignored, they may just have finished."""

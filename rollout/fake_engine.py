@@ -91,6 +91,10 @@ class FakeEngine:
             self._changed.notify_all()
         return future
 
+    def waiting(self) -> frozenset[str]:
+        """None ever: there is a place for every request."""
+        return frozenset()
+
     def abort(self, ids: Collection[str]) -> None:
         """Complete these requests as they stand."""
         with self._changed:

@@ -9,9 +9,10 @@ caller waits until a worker is there.
 
 from __future__ import annotations
 
+import math
 import time
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 
 from ground.errors import InfraError
@@ -165,7 +166,7 @@ class Fleet:
                 self._section.rollout_deadline_seconds,
                 f"group {task.id}",
                 seat.worker.rollout(task, attempt),
-                more=lambda: self._scoring_seconds(seat, task, attempt),
+                more=self._put_offs(seat, task, attempt),
             )
             _check_is_ours(result, task, attempt)
         except InfraError as error:
@@ -181,13 +182,19 @@ class Fleet:
         self._mark(seat, started, task, attempt, result)
         return result.group
 
-    def _scoring_seconds(self, seat: Seat, task: GroupTask, attempt: int) -> float:
-        """What verifiers may take, its turn included, of a group that is sampled: hanging answers
-        are killed one by one, and a sound worker must not be blamed for them."""
-        if f"{task.id}#{attempt}" not in seat.pong.scoring:
-            return 0.0
-        turns = 1 + seat.in_flight // self._section.reward_processes
-        return turns * (len(task.seeds) + 1) * self._section.reward_deadline_seconds
+    def _put_offs(self, seat: Seat, task: GroupTask, attempt: int) -> Iterator[float]:
+        """Seconds that a group still has when its deadline has passed.
+
+        The deadline is for sampling and begins with its first place in the engine. Then verifiers
+        may take their time, its turn included: hanging answers are killed one by one, and a sound
+        worker must not be blamed for them.
+        """
+        id_, section = f"{task.id}#{attempt}", self._section
+        while (left := _left(seat, id_, section.rollout_deadline_seconds)) > 0:
+            yield max(left, section.ping_every_seconds)
+        if id_ in seat.pong.scoring:
+            turns = 1 + seat.in_flight // section.reward_processes
+            yield turns * (len(task.seeds) + 1) * section.reward_deadline_seconds
 
     def _count_failure(self, seat: Seat, error: InfraError) -> None:
         """A worker may answer pings and still do no work: too many in a row end its life."""
@@ -212,6 +219,11 @@ class Fleet:
         event |= {"start": started, "end": now, "group": task.id, "attempt": attempt}
         event |= {"tokens": result.num_tokens, "version": result.group.oldest_version}
         self._note(event)
+
+
+def _left(seat: Seat, attempt_id: str, deadline_seconds: float) -> float:
+    """What an attempt has left of its sampling time, as of the worker's last ping."""
+    return deadline_seconds - seat.pong.sampling.get(attempt_id, math.inf)
 
 
 def _check_is_ours(result: GroupResult, task: GroupTask, attempt: int) -> None:

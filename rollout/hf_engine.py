@@ -95,6 +95,11 @@ class HfEngine:
             self._changed.notify_all()
         return future
 
+    def waiting(self) -> frozenset[str]:
+        """Ids of requests that have no slot yet."""
+        with self._changed:
+            return frozenset(self._waiting)
+
     def abort(self, ids: Collection[str]) -> None:
         """Complete these requests as "aborted" with the tokens they have."""
         wanted = set(ids)

@@ -56,11 +56,11 @@ class RayWorker:
         """See `Worker.prepare`; remembers the process, so that it can be killed when it hangs."""
         self._process = await self._sorted(self._actor.prepare.remote())
 
-    async def open(self, index: int) -> None:
+    async def open(self, index: int, slots_share: float = 1.0) -> None:
         """See `Worker.open`."""
         if not self._process:
             await self.prepare()
-        await self._sorted(self._actor.open.remote(index))
+        await self._sorted(self._actor.open.remote(index, slots_share))
 
     async def ping(self) -> Pong:
         """See `Worker.ping`."""

@@ -19,7 +19,7 @@ from contextlib import suppress
 
 from ground.errors import InfraError, PacktrainError, WorkersLostError
 from rollout.config import FleetSection
-from rollout.seat import OutOfMemoryError, Seat, State, Worker
+from rollout.seat import Seat, State, Worker
 from rollout.spare import Spare
 
 logger = logging.getLogger(__name__)
@@ -49,7 +49,6 @@ class Roster:
         self._changed = asyncio.Event()
         self._weights: tuple[int, object] | None = None
         self._failure: PacktrainError | None = None
-        self._has_no_memory = False
         self.restarts = 0
 
     async def start(self) -> None:
@@ -149,7 +148,9 @@ class Roster:
         try:
             seat.worker = self._spare.take() or self._spawn()
             await seat.within(
-                self._section.start_deadline_seconds, "starting", seat.worker.open(seat.index)
+                self._section.start_deadline_seconds,
+                "starting",
+                seat.worker.open(seat.index, seat.slots_share),
             )
             await self._become_healthy(seat)
             if seat.failures:
@@ -158,9 +159,6 @@ class Roster:
                 await self._ping(seat)
                 if seat.state is State.SUSPECT:
                     await self._become_healthy(seat)
-        except OutOfMemoryError as error:
-            self._has_no_memory = True
-            seat.lose(error.what)
         except InfraError as error:
             seat.lose(error.what)
 
@@ -227,6 +225,8 @@ class Roster:
             seat.worker.kill()
             seat.worker = None
         logger.warning("%s is lost (%d in a row): %s", seat.name, seat.failures, cause)
+        if seat.memory_losses:
+            logger.warning("%s has half of rl.engine.num_slots from now on", seat.name)
         self._move(seat, State.DEAD)
         self._mark("lost", seat, time.time(), cause=cause)
 
@@ -235,7 +235,9 @@ class Roster:
         left = sum(other.state is not State.RETIRED for other in self.seats)
         if left >= self._section.min_workers:
             return
-        memory = "lower rl.engine.num_slots or rl.fleet.num_workers, "
+        lacked_memory = any(seat.memory_losses for seat in self.seats)
+        fix = "lower rl.engine.num_slots or rl.fleet.num_workers"
+        fix = fix if lacked_memory else "mend the cause"
         self._fail(
             WorkersLostError(
                 f"at least {self._section.min_workers} of {len(self.seats)} rollout workers must "
@@ -244,8 +246,7 @@ class Roster:
                 why="; ".join(
                     f"{each.name}: {each.causes[-1]}" for each in self.seats if each.causes
                 ),
-                fix=f"{memory if self._has_no_memory else 'mend the cause, '}"
-                "then go on with --resume",
+                fix=f"{fix}, then go on with --resume",
             )
         )
 

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Iterable
 from dataclasses import dataclass, field
 from enum import StrEnum
+from itertools import chain
 from typing import Protocol, TypeVar
 
 from ground.errors import InfraError
@@ -41,8 +42,12 @@ class Worker(Protocol):
         """Return when its process is there and has its libraries."""
         ...
 
-    async def open(self, index: int) -> None:
-        """Return when it can take weights and tasks, as the worker of that seat."""
+    async def open(self, index: int, slots_share: float = 1.0) -> None:
+        """Return when it can take weights and tasks, as the worker of that seat.
+
+        Args:
+            slots_share: how many of the engine's slots it opens with, to need less memory.
+        """
         ...
 
     async def ping(self) -> Pong:
@@ -86,6 +91,8 @@ class Seat:
     failed_tasks: int = 0
     """Tasks in a row that failed in this life, while it answered pings."""
     causes: list[str] = field(default_factory=list)
+    memory_losses: int = 0
+    """Lives that ended because memory ran out."""
     pong: Pong = field(default_factory=Pong)
     """Its newest answer to a ping."""
 
@@ -93,6 +100,11 @@ class Seat:
     def name(self) -> str:
         """How messages and events call it."""
         return f"worker {self.index}"
+
+    @property
+    def slots_share(self) -> float:
+        """Of the engine's slots, with which a life begins: the same would end the same."""
+        return 0.5 if self.memory_losses else 1.0
 
     @property
     def is_serving(self) -> bool:
@@ -108,12 +120,12 @@ class Seat:
         seconds: float,
         doing: str,
         call: Awaitable[Value],
-        more: Callable[[], float] = lambda: 0.0,
+        more: Iterable[float] = (),
     ) -> Value:
         """Wait for a call to this life, but no longer than its deadline, nor than it lives.
 
         Args:
-            more: asked when the deadline passes; seconds by which it is put off, once.
+            more: asked each time when the deadline passes; seconds by which it is put off.
 
         Raises:
             InfraError: the deadline passed (which ends this life) or the life was lost.
@@ -121,17 +133,18 @@ class Seat:
         life = self.lost  # by the time we wake up there may be a new one, which is not to blame
         task = asyncio.ensure_future(call)
         try:
-            if not life.done():
-                both = {task, life}
-                done, _ = await asyncio.wait(both, timeout=seconds, return_when="FIRST_COMPLETED")
-                if not done and (put_off := more()):
-                    seconds += put_off
-                    await asyncio.wait(both, timeout=put_off, return_when="FIRST_COMPLETED")
+            spent = 0.0
+            for span in chain([seconds], more):
+                if task.done() or life.done():
+                    break
+                await asyncio.wait({task, life}, timeout=span, return_when="FIRST_COMPLETED")
+                spent += span
             if task.done():
                 return task.result()
-            _complete(life, f"{doing} must be done within {seconds:g} s")
+            _complete(life, f"{doing} must be done within {spent:g} s")
             raise InfraError(life.result(), where=self.name)
         except WorkerDiedError as error:
+            self.memory_losses += isinstance(error, OutOfMemoryError) and not life.done()
             _complete(life, error.what)
             raise
         finally:

@@ -156,7 +156,7 @@ class SimulatedWorker:
     async def prepare(self) -> None:
         """It is there."""
 
-    async def open(self, index: int) -> None:
+    async def open(self, index: int, slots_share: float = 1.0) -> None:
         """It can take work."""
 
     async def ping(self) -> Pong:

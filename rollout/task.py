@@ -76,11 +76,14 @@ class Pong:
     """A worker's answer to a ping.
 
     Example:
-        Pong(scoring=("9c1f.0#0",), verdicts={"texts": 800, "reward_timeout": 3})
+        Pong(sampling={"7b02.0#0": 1.5}, scoring=("9c1f.0#0",), verdicts={"texts": 800})
     """
 
+    sampling: dict[str, float] = field(default_factory=dict)
+    """Seconds since each attempt (`task id#attempt`) got its first place in the engine; 0 while it
+    waits for one."""
     scoring: tuple[str, ...] = ()
-    """Attempts (`task id#attempt`) that are sampled and wait for their verdicts."""
+    """Attempts that are sampled and wait for their verdicts."""
     verdicts: dict[str, int] = field(default_factory=dict)
     """Counters of the reward pool since the worker's birth, failures by kind."""
 

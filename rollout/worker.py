@@ -16,6 +16,7 @@ import platform
 import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from ground import faults
@@ -23,6 +24,7 @@ from ground.errors import InfraError
 from ground.lease import Fence, Lease
 from ground.records import Group
 from ground.roles import enter_role
+from rollout.config import EngineSection
 from rollout.engine import Completion, Engine, Request
 from rollout.failures import sorted_failures
 from rollout.reward_pool import RewardPool
@@ -37,6 +39,20 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 
+@dataclass(slots=True)
+class _Sampling:
+    """An attempt that the engine has: its requests, and when the first of them got a place."""
+
+    requests: Sequence[str]
+    began: float | None = None
+
+    def seconds(self, waiting: frozenset[str], now: float) -> float:
+        """Since it has a place, as far as was looked; 0 while all its requests wait for one."""
+        if self.began is None and not waiting.issuperset(self.requests):
+            self.began = now
+        return 0.0 if self.began is None else now - self.began
+
+
 class RolloutWorker:
     """Samples and scores groups; wrapped by `ray.remote` in rollout/ray_worker.py.
 
@@ -48,6 +64,7 @@ class RolloutWorker:
     def __init__(self, config: WorkerConfig) -> None:
         self._config, self._fence = config, Fence(config.incarnation)
         self._lease: Lease | None = None
+        self._sampling: dict[str, _Sampling] = {}
         self._awaiting_verdicts: set[str] = set()
 
     async def prepare(self) -> tuple[str, int]:
@@ -56,7 +73,7 @@ class RolloutWorker:
             self._import_libraries()
         return platform.node(), os.getpid()
 
-    async def open(self, index: int) -> tuple[str, int]:
+    async def open(self, index: int, slots_share: float = 1.0) -> tuple[str, int]:
         """Load the model and make ready; returns this machine's name and the process id.
 
         Not part of the constructor, because Ray keeps only the text of what a constructor raises.
@@ -65,7 +82,8 @@ class RolloutWorker:
         config, fleet = self._config, self._config.fleet
         with sorted_failures("opening the engine"):
             faults.point("open")
-            self._engine, self._template, self._gate = self._open_engine()
+            engine = config.engine.with_slots(slots_share)
+            self._engine, self._template, self._gate = self._open_engine(engine)
         self._pool = RewardPool(
             fleet.reward_processes, fleet.reward_deadline_seconds, config.reward_files
         )
@@ -81,7 +99,9 @@ class RolloutWorker:
         if not self._lease:  # a spare: nothing is open yet
             return Pong()
         self._lease.renew()
-        return Pong(tuple(self._awaiting_verdicts), self._pool.stats())
+        waiting, now = self._engine.waiting(), time.monotonic()
+        sampling = {id_: each.seconds(waiting, now) for id_, each in self._sampling.items()}
+        return Pong(sampling, tuple(self._awaiting_verdicts), self._pool.stats())
 
     async def load(self, incarnation: int, version: int, published: Published) -> Loaded:
         """Swap weights in flight; returns what the engine has now, and proven to have."""
@@ -112,10 +132,14 @@ class RolloutWorker:
         started = time.time()
         faults.point("gen.begin")
         prompt_ids = tuple(self._template.encode_prompt(task.messages))
-        completions = await self._sample(self._requests(task, prompt_ids, attempt))
+        requests, attempt_id = self._requests(task, prompt_ids, attempt), f"{task.id}#{attempt}"
+        self._sampling[attempt_id] = _Sampling([request.id for request in requests])
+        try:
+            completions = await self._sample(requests)
+        finally:
+            del self._sampling[attempt_id]
         sampled = time.time()
         texts = texts_of(completions, self._template)
-        attempt_id = f"{task.id}#{attempt}"
         self._awaiting_verdicts.add(attempt_id)
         try:
             scored = await asyncio.get_running_loop().run_in_executor(
@@ -134,15 +158,14 @@ class RolloutWorker:
         import rollout.engines
         import rollout.gate  # noqa: F401
 
-    def _open_engine(self) -> tuple[Engine, ChatTemplate, Gate]:
+    def _open_engine(self, section: EngineSection) -> tuple[Engine, ChatTemplate, Gate]:
         from rollout.engines import open_engine
         from rollout.gate import Gate
         from rollout.handover import Inbox
         from rollout.weights import this_node
 
-        config = self._config
         try:
-            engine, template = open_engine(config.model_path, config.engine, version=-1)
+            engine, template = open_engine(self._config.model_path, section, version=-1)
         except (OSError, RuntimeError) as error:
             what = f"the engine must open, got {type(error).__name__}: {error}"
             raise InfraError(what) from error

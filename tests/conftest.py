@@ -143,12 +143,15 @@ def armed(ray_local: None, tmp_path: Path) -> Iterator[Callable[[Faults], Faults
 def _start_ray() -> None:
     import ray
 
+    from rl.cluster import SYSTEM
+
     ray.init(
         num_cpus=4,
         include_dashboard=False,
         log_to_driver=False,
         object_store_memory=256 << 20,
         namespace="tests",
+        _system_config=SYSTEM,
     )
 
 

@@ -13,7 +13,7 @@ from typing import Any
 
 from ground import faults
 from ground.records import Group, Message, Prompt
-from rollout.config import SamplingSection
+from rollout.config import EngineSection, SamplingSection
 from rollout.fake_engine import FakeEngine
 from rollout.fleet import Fleet
 from rollout.ray_worker import RayWorker
@@ -79,7 +79,7 @@ class PretendingWorker(RolloutWorker):
     def _import_libraries(self) -> None:
         return
 
-    def _open_engine(self) -> Any:
+    def _open_engine(self, section: EngineSection) -> Any:
         engine = PretendingEngine()
         return engine, Letters(), OpenGate(engine)
 

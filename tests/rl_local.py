@@ -29,7 +29,7 @@ from rl.books import Books, Plan
 from rl.buffer import Outcome
 from rl.config import RlSection
 from rl.consumed import Consumed, read_plan
-from rl.controller import Controller, groups_in_flight
+from rl.controller import Controller
 from rl.job import Job, Report
 from rl.journal import Journal, read_journal
 from rl.learn import learn
@@ -185,7 +185,7 @@ class LocalLoop:
             seed=job.seed,
             validation=pool.validation,
             system_of=lambda prompt, pass_: "",
-            in_flight=groups_in_flight(job.section),
+            in_flight=job.section.groups_in_flight,
             note=lambda event: None,
         )
         self._loop = asyncio.new_event_loop()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
@@ -20,8 +21,8 @@ from rl.consumed import Consumed
 from rl.job import Report
 from rl.loop import LearnerLoop
 from rl.publisher import Best, Publisher
-from rl.scores import Scores
 from rl.snapshot import Snapshot, read_books
+from rl.versions import Versions
 
 
 class FakeLoop:
@@ -58,7 +59,8 @@ def make_publisher(loop: FakeLoop, directory: Path, told: list[tuple[int, float]
         loop,
         Checkpoints(directory, keep=2),
         Checkpoints(directory / "best", keep=1),
-        Scores(directory / "validation.jsonl"),
+        Versions(directory / "digests.jsonl", "digest"),
+        Versions(directory / "validation.jsonl", "pass_rate"),
         lambda version, score: told.append((version, score)),
     )
 
@@ -70,16 +72,29 @@ def run_loop(
     start: int = 0,
     keep_batch: Callable[[Plan], None] = lambda plan: None,
 ) -> tuple[int, list[Report], Publisher]:
+    told: list[Report] = []
+    publisher = make_publisher(loop, directory, [])
+    learner_loop = make_loop(model, loop, publisher, directory, told, keep_batch)
+    version = learner_loop.run(start, loop.pending)
+    return version, [report for report in told if report.kind == "step"], publisher
+
+
+def make_loop(
+    model: Path,
+    loop: FakeLoop,
+    publisher: Publisher,
+    directory: Path,
+    told: list[Report],
+    keep_batch: Callable[[Plan], None] = lambda plan: None,
+) -> LearnerLoop:
     section = RlSection(
         steps=4,
         groups_per_step=1,
         checkpoint_every=3,
         validation=ValidationSection(evaluate_every=2),
     )
-    told: list[Report] = []
-    publisher = make_publisher(loop, directory, [])
     learner = make_learner(model)
-    learner_loop = LearnerLoop(
+    return LearnerLoop(
         learner,
         loop,
         publisher,
@@ -90,8 +105,24 @@ def run_loop(
         keep_batch=keep_batch,
         pack=lambda version, trained: learner.model_tensors(),
     )
-    version = learner_loop.run(start, loop.pending)
-    return version, [report for report in told if report.kind == "step"], publisher
+
+
+def test_a_replay_tells_which_versions_are_not_made_again_bit_for_bit(
+    tiny_model: Path, tmp_path: Path
+) -> None:
+    run_loop(tiny_model, FakeLoop(), tmp_path)
+    log = tmp_path / "digests.jsonl"
+    digests = [json.loads(line) for line in log.read_text().splitlines()]
+    assert [each["version"] for each in digests] == [1, 2, 3, 4]
+    assert len({each["digest"] for each in digests}) == 4
+    digests[2]["digest"] = digests[1]["digest"]
+    log.write_text("".join(json.dumps(each) + "\n" for each in digests[:3]))
+    told: list[Report] = []
+    publisher = make_publisher(FakeLoop(), tmp_path, [])
+    make_loop(tiny_model, FakeLoop(), publisher, tmp_path, told).repeat(0)
+    steps = [report.numbers["replay_differs"] for report in told if report.kind == "step"]
+    assert steps == [0.0, 0.0, 1.0, 0.0]
+    assert [json.loads(line) for line in log.read_text().splitlines()][3]["version"] == 4
 
 
 def test_every_version_is_published_and_the_last_is_saved_and_judged(

@@ -66,6 +66,7 @@ def test_a_killed_learner_or_controller_costs_only_the_way_back(run: Run, title:
 
 
 def test_a_terminated_run_saves_where_it_is_and_can_go_on(run: Run) -> None:
+    """#12: SIGTERM, and Ray has replaced our handlers meanwhile."""
     run.wait_for_step(3)
     run.process.send_signal(signal.SIGTERM)
     output = run.finish()

@@ -129,6 +129,11 @@ def test_a_learner_whose_heart_beats_but_whose_work_stands_still_is_given_up(
     say(learner, phase("train step 3", 3))
     say(learner, Report(kind="step", step=4))
     assert learner.hear().step == 4 and learner.doing == "go on after step 4"
+    say(learner, phase("have version 3 published", 4, seconds=60.0))
+    time.sleep(0.5)
+    say(learner, Report(kind="alive"))
+    say(learner, Report(kind="step", step=4))
+    assert learner.hear().step == 4, "a publication has a deadline of its own"
     say(learner, phase("train step 4", 4))
     beats = 0
     with pytest.raises(InfraError, match=r"took longer than 0\.4 s to train step 4"):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import Awaitable, Callable, Coroutine
 from dataclasses import dataclass, field
 from itertools import pairwise
@@ -13,7 +14,7 @@ from ground.errors import DataError, InfraError, PacktrainError, WorkersLostErro
 from ground.records import Group, Message, Prompt, Rollout, Segment, Span
 from rollout.config import FleetSection, SamplingSection
 from rollout.fleet import Event, Fleet
-from rollout.seat import WorkerDiedError
+from rollout.seat import OutOfMemoryError, WorkerDiedError
 from rollout.task import GroupResult, GroupTask, Loaded, Pong
 
 SECTION = FleetSection(
@@ -56,21 +57,24 @@ class ScriptedWorker:
     loading: Call = _at_once
     sampling: Call = _at_once
     killed: bool = False
+    slots_share: float = 0.0
     loads: list[int] = field(default_factory=list)
     tasks: list[tuple[str, int]] = field(default_factory=list)
     ack_lag: int = 0
+    seconds_sampled: Callable[[], dict[str, float]] = dict
     scoring: tuple[str, ...] = ()
     other_answer: bool = False
 
     async def prepare(self) -> None:
         return
 
-    async def open(self, index: int) -> None:
+    async def open(self, index: int, slots_share: float = 1.0) -> None:
+        self.slots_share = slots_share
         await self.opening(self)
 
     async def ping(self) -> Pong:
         await self.pinging(self)
-        return Pong(self.scoring, {"texts": 2, "reward_timeout": 1})
+        return Pong(self.seconds_sampled(), self.scoring, {"texts": 2, "reward_timeout": 1})
 
     async def load(self, version: int, weights: object) -> Loaded:
         assert weights == f"weights {version}"
@@ -532,6 +536,23 @@ def test_the_first_restart_is_made_at_once_and_the_next_ones_after_longer_pauses
     assert pauses[0] < 0.1 <= pauses[1] < 0.2 <= pauses[2]
 
 
+def test_a_worker_that_memory_runs_out_on_comes_back_with_half_its_slots() -> None:
+    """#8: once; another end for want of memory only costs a life."""
+    script = Script(
+        worker0=_set(sampling=_failing(OutOfMemoryError("the kernel ended it"))),
+        worker1=_set(opening=_failing(OutOfMemoryError("the kernel ended it"))),
+        worker2=_set(opening=_failing(WorkerDiedError("killed"))),
+    )
+    section = SECTION.model_copy(update={"num_workers": 1, "max_restarts": 3})
+
+    async def scenario(fleet: Fleet) -> None:
+        await _begin(fleet)
+        assert (await fleet.rollout(_task("g"))).rollouts[0].text == "3"
+        assert [worker.slots_share for worker in script.born] == [1.0, 0.5, 0.5, 0.5]
+
+    _run(script, scenario, section)
+
+
 def test_the_fleet_stops_when_fewer_are_left_than_it_needs() -> None:
     """#7: the floor."""
     script = Script(others=_set(opening=_failing(InfraError("no such kernel"))), worker1=_set())
@@ -585,6 +606,36 @@ def test_a_group_that_waits_for_its_verdicts_is_given_the_time_that_they_may_tak
         with pytest.raises(InfraError) as caught:
             await fleet.rollout(_task("unscored"))
         assert "group unscored must be done within 0.1 s" in caught.value.why
+
+    _run(script, scenario, section)
+
+
+def test_the_deadline_of_a_group_begins_with_its_first_place_in_the_engine() -> None:
+    """0.2 s to sample in: it waits for 0.5 s and samples for 0.1, then it never ends."""
+    section = SECTION.model_copy(
+        update={
+            "num_workers": 1, "rollout_deadline_seconds": 0.2, "ping_every_seconds": 0.02,
+            "max_attempts": 1,
+        }
+    )  # fmt: skip
+
+    async def waits_then_samples(worker: ScriptedWorker) -> None:
+        began = time.monotonic() + 0.5
+        worker.seconds_sampled = lambda: {"g#0": max(time.monotonic() - began, 0.0)}
+        await asyncio.sleep(0.6)
+
+    script = Script(others=_set(sampling=waits_then_samples))
+
+    async def scenario(fleet: Fleet) -> None:
+        await _begin(fleet)
+        script.born[0].seconds_sampled = lambda: {"g#0": 0.0}
+        await asyncio.sleep(0.1)
+        assert (await fleet.rollout(_task("g"))).id == "g"
+        script.born[0].sampling, began = _forever, time.monotonic()
+        script.born[0].seconds_sampled = lambda: {"g#0": time.monotonic() - began}
+        await asyncio.sleep(0.1)
+        with pytest.raises(InfraError, match="must be done in 1 attempts"):
+            await asyncio.wait_for(fleet.rollout(_task("g")), timeout=5)
 
     _run(script, scenario, section)
 

@@ -335,6 +335,19 @@ def test_death_of_the_decode_thread_is_told_to_everyone(
     engine.close()
 
 
+def test_who_waits_for_a_slot_is_told(path: Path) -> None:
+    engine = _engine(path)
+    engine.pause()
+    requests = [Request(str(n), (5,), 4, 1.0, 0, ()) for n in range(20)]
+    futures = [engine.submit(request) for request in requests]
+    assert engine.waiting() == {request.id for request in requests}
+    engine.resume()
+    for future in futures:
+        future.result(60)
+    assert engine.waiting() == frozenset()
+    engine.close()
+
+
 def test_close_fails_what_is_in_flight(path: Path) -> None:
     engine = _engine(path)
     future = engine.submit(Request("a", (5,), 90, 1.0, 0, ()))

@@ -17,6 +17,7 @@ from ground.errors import DataError, WorkersLostError
 from rollout.config import EngineSection, FleetSection
 from rollout.fleet import Fleet
 from rollout.task import WorkerConfig
+from rollout.worker import _Sampling
 
 pytestmark = pytest.mark.usefixtures("ray_local")
 
@@ -69,6 +70,13 @@ def test_a_worker_samples_scores_and_swaps_weights(tiny_model: Path) -> None:
             await fleet.publish(2, births.post.publish(2, {}))
 
     run_fleet(births, scenario)
+
+
+def test_sampling_time_begins_with_the_first_request_that_has_a_place() -> None:
+    attempt = _Sampling(["a/0", "a/1"])
+    assert attempt.seconds(frozenset({"a/0", "a/1", "b/0"}), now=10.0) == 0.0
+    assert attempt.seconds(frozenset({"a/1", "b/0"}), now=12.0) == 0.0
+    assert attempt.seconds(frozenset({"a/1"}), now=15.5) == 3.5
 
 
 def _fleet(**changes: object) -> FleetSection:
