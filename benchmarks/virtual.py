@@ -98,7 +98,8 @@ def run_steps(
         ledger = Journal(Path(folder) / "ledger", buffered=True)
         events = Journal(Path(folder) / "events")
         began = time.process_time()
-        plans = run_virtual(_play(world, ledger, events, played), world.clock)
+        # Not the plans are its result, for asyncio writes a result out for a message of its own.
+        run_virtual(_play(world, ledger, events, played, plans := []), world.clock)
         played.cpu_seconds = time.process_time() - began
         played.work = {plan.step: world.work(plan) for plan in plans}
         ledger.close()
@@ -138,7 +139,9 @@ class _World:
         ]
 
 
-async def _play(world: _World, ledger: Journal, events: Journal, played: Played) -> list[Plan]:
+async def _play(
+    world: _World, ledger: Journal, events: Journal, played: Played, plans: list[Plan]
+) -> None:
     section, clock = world.section, world.clock
     fleet = Fleet(section.fleet, world.worker, events.append)
     controller = Controller(
@@ -154,7 +157,7 @@ async def _play(world: _World, ledger: Journal, events: Journal, played: Played)
     )
     await fleet.start()
     await controller.begin(0, "weights")
-    began, plans = clock.now, list[Plan]()
+    began = clock.now
     publication: asyncio.Task[float | None] | None = None
     for step in range(section.steps):
         plan, _ = await controller.next_batch(step)
@@ -169,7 +172,6 @@ async def _play(world: _World, ledger: Journal, events: Journal, played: Played)
     played.seconds = clock.now - began
     await controller.close("end")
     await fleet.close()
-    return plans
 
 
 def make_books(section: RlSection, pool: Sequence[Prompt], seed: int, ledger: Journal) -> Books:

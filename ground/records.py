@@ -7,12 +7,16 @@ from __future__ import annotations
 
 import hashlib
 import json
+from array import array
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 Role = Literal["system", "user", "assistant", "tool"]
 Label = Literal["easy", "medium", "hard"]
 Finish = Literal["stop", "length", "aborted"]
+
+_ID_CODE = "i"
+_ID_BYTES = array(_ID_CODE).itemsize
 
 LABELS: tuple[Label, ...] = ("easy", "medium", "hard")
 
@@ -124,6 +128,9 @@ class Span:
 class Segment:
     """Tokens from one source: the policy, or its environment (tool results; no log-probs).
 
+    Between processes tokens travel as bytes, and become numbers again where somebody reads them:
+    whoever only passes a segment on, as the controller does, pays for copying 12 bytes a token.
+
     Example:
         Segment("policy", token_ids=(17, 4, 2), logprobs=(-0.1, -0.7, 0.0), versions=(Span(3, 3),))
     """
@@ -134,6 +141,46 @@ class Segment:
     logprobs: tuple[float, ...] = ()
     """[T], natural log under the distribution that was sampled from (after temperature)."""
     versions: tuple[Span, ...] = ()
+    _bytes: tuple[bytes, bytes] | None = field(default=None, init=False, repr=False, compare=False)
+    """Token ids (int32) and log-probs (float64) of a segment that came from another process."""
+
+    @property
+    def num_tokens(self) -> int:
+        """T"""
+        packed = self._bytes
+        return len(packed[0]) // _ID_BYTES if packed else len(self.token_ids)
+
+    def __reduce__(self) -> tuple[object, ...]:
+        ids, logprobs = self._bytes or (
+            array(_ID_CODE, self.token_ids).tobytes(),
+            array("d", self.logprobs).tobytes(),
+        )
+        return _arrived, (self.source, ids, logprobs, self.versions)
+
+    if not TYPE_CHECKING:  # only fields that were not set come here, and they have their types
+
+        def __getattr__(self, name: str) -> object:
+            if name not in ("token_ids", "logprobs"):
+                raise AttributeError(name)
+            if (packed := self._bytes) is not None:  # else another thread was faster
+                object.__setattr__(self, "token_ids", tuple(array(_ID_CODE, packed[0])))
+                object.__setattr__(self, "logprobs", tuple(array("d", packed[1])))
+                object.__setattr__(self, "_bytes", None)
+            return object.__getattribute__(self, name)
+
+
+def _arrived(
+    source: Literal["policy", "environment"],
+    ids: bytes,
+    logprobs: bytes,
+    versions: tuple[Span, ...],
+) -> Segment:
+    """A segment as it comes out of a pickle."""
+    segment = object.__new__(Segment)
+    object.__setattr__(segment, "source", source)
+    object.__setattr__(segment, "versions", versions)
+    object.__setattr__(segment, "_bytes", (ids, logprobs))
+    return segment
 
 
 @dataclass(frozen=True, slots=True)
@@ -160,7 +207,7 @@ class Rollout:
     @property
     def num_tokens(self) -> int:
         """Tokens of all segments."""
-        return sum(len(segment.token_ids) for segment in self.segments)
+        return sum(segment.num_tokens for segment in self.segments)
 
 
 @dataclass(frozen=True, slots=True)

@@ -24,6 +24,7 @@ from packtrain.verdict import NAMES, evaluated
 
 SHARES = {"kept_share": "trained on", "flat_share": "flat"}
 ERRORS = {"error_share": "errors"}
+GAPS = {"fresh_gap_mean": "mean", "fresh_gap_max": "largest"}
 IDLE = {"learner_idle_share": "trainer", "rollout_idle_share": "rollout workers"}
 FINAL = ("trained", "filtered", "withdrawn")
 REASONS = {"all-0": "all wrong", "all-1": "all right", "flat": "equal rewards", "broken": "broken"}
@@ -123,6 +124,7 @@ def training(run: Path) -> list[Figure]:
             _lines("RL: pass rate on its validation slice", looks, solved, "mean"),
             _lines("RL: entropy", rl, {"entropy": "entropy"}, "nats per token"),
             _lines("RL: mismatch of sampler and learner", rl, {"mismatch_kl": "KL"}, "nats"),
+            _lines("RL: engine against learner, fresh tokens", rl, GAPS, "nats"),
             _lines("RL: effective sample size", rl, {"ess": "ESS / n"}, "share"),
             _lines("RL: shares of the drawn groups", rl, SHARES, "share of the draws"),
             _lines("RL: answers that ended in an error", rl, ERRORS, "share of the answers"),

@@ -289,12 +289,11 @@ class Books:
         return refill
 
     def _may_go_on(self, step: int) -> bool:
-        waiting = self.buffer.waiting(step)
-        if not waiting:
+        if not (num_waiting := self.buffer.num_waiting(step)):
             return True
-        share = 1 - len(waiting) / self.buffer.groups_per_step
+        share = 1 - num_waiting / self.buffer.groups_per_step
         is_dropping = share >= self._late_floor and self.source.opens(step + 1)
-        return is_dropping and not any(slot.draw.is_again for slot in waiting)
+        return is_dropping and not any(slot.draw.is_again for slot in self.buffer.waiting(step))
 
     def _draw_at(self, slot: int, turn: int) -> Draw | None:
         """A slot's draw by the order in which they are asked."""
@@ -307,9 +306,8 @@ class Books:
         if saved["again"] is not None:
             first = Draw(saved["again"], saved["slot"], 0, saved["version"], prompts[0])
         draws = self.source.draws_of(saved["slot"], saved["version"], prompts, first)
-        slot = self.buffer.open(draws)
-        for draw, row in zip(slot.draws, saved["outcomes"], strict=False):
-            slot.outcomes.append(replace(outcome_of(row), draw=draw))
+        spent = zip(draws, saved["outcomes"], strict=False)
+        self.buffer.open(draws, [replace(outcome_of(row), draw=draw) for draw, row in spent])
 
 
 def _outcome(

@@ -19,7 +19,8 @@ step 1's); 1 comes in → take(0) gives 0 and 1; version 1 is published → free
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
 
 from curation.curriculum import Observation
@@ -85,17 +86,24 @@ class Buffer:
         self.groups_per_step, self.max_staleness = groups_per_step, max_staleness
         self.capacity = (max_staleness + 1) * groups_per_step
         self._slots: dict[int, Slot] = {}
+        self._unsettled: Counter[int] = Counter()
+        """Slots by step; so that nobody has to look at them all whenever one is settled."""
 
     def __len__(self) -> int:
         """Slots that are held."""
         return len(self._slots)
 
-    def open(self, draws: Sequence[Draw]) -> Slot:
-        """Hold a slot from now until `free`."""
+    def open(self, draws: Sequence[Draw], outcomes: Iterable[Outcome] = ()) -> Slot:
+        """Hold a slot from now until `free`.
+
+        Args:
+            outcomes: what became of its first draws already, in a run that is resumed.
+        """
         number = draws[0].slot
         if len(self._slots) >= self.capacity or number in self._slots:
             raise ValueError(f"slot {number}: {len(self)} of {self.capacity} slots are held")
-        slot = self._slots[number] = Slot(number, draws)
+        slot = self._slots[number] = Slot(number, draws, list(outcomes))
+        self._unsettled[self._step(slot)] += not slot.is_settled
         return slot
 
     def put(self, outcome: Outcome) -> Draw | None:
@@ -105,6 +113,7 @@ class Buffer:
             number = outcome.draw.number
             raise ValueError(f"slot {outcome.draw.slot} does not wait for draw {number}")
         slot.outcomes.append(outcome)
+        self._unsettled[self._step(slot)] -= slot.is_settled
         return None if slot.is_settled else slot.draw
 
     def waits_for(self, draw: Draw) -> bool:
@@ -118,7 +127,11 @@ class Buffer:
 
     def is_ready(self, step: int) -> bool:
         """Whether every slot of a step is settled."""
-        return not self.waiting(step)
+        return not self.num_waiting(step)
+
+    def num_waiting(self, step: int) -> int:
+        """How many slots of a step are still waited for."""
+        return self._unsettled[step]
 
     def waiting(self, step: int) -> list[Slot]:
         """The slots of a step that are still waited for."""
@@ -136,6 +149,7 @@ class Buffer:
             raise ValueError(f"step {step} has unsettled slots")
         for slot in slots:
             del self._slots[slot.number]
+        del self._unsettled[step]
         return slots
 
     def slots(self) -> list[Slot]:
@@ -145,4 +159,7 @@ class Buffer:
     @property
     def num_settled(self) -> int:
         """Slots whose group is in or given up: the buffer's fill."""
-        return sum(slot.is_settled for slot in self._slots.values())
+        return len(self._slots) - self._unsettled.total()
+
+    def _step(self, slot: Slot) -> int:
+        return slot.number // self.groups_per_step

@@ -57,7 +57,9 @@ class EssBrake:
     """
 
     def __init__(self, floor: float, max_steps: int) -> None:
-        self._floor, self._max_steps, self._steps = floor, max_steps, 0
+        self._floor, self._max_steps = floor, max_steps
+        self.steps = 0
+        """Braked steps in a row, which a cut keeps."""
 
     def factor(self, share: float, step: int) -> float:
         """What to multiply the step's learning rate with; call it before the update.
@@ -66,17 +68,17 @@ class EssBrake:
             DivergedError: this is the last of `max_steps` braked steps in a row.
         """
         if share >= self._floor:
-            self._steps = 0
+            self.steps = 0
             return 1.0
-        self._steps += 1
-        if self._steps >= self._max_steps:
+        self.steps += 1
+        if self.steps >= self._max_steps:
             raise DivergedError(
                 f"the effective share of a step's tokens must not be below {self._floor:g} "
                 f"{self._max_steps} times in a row, got {share:.3f}",
                 where=f"rl, step {step}",
                 why="learner and samplers are too far apart: old samples, too large steps, or an "
                 "engine that computes other log-probs than the learner",
-                fix="compare mismatch_kl of fresh tokens (staleness_min 0) with that of a start; "
+                fix="look at fresh_gap_mean, which is a rounding when engine and learner agree; "
                 "then lower rl.max_staleness or rl.optimizer.learning_rate, or set rl.ess_floor=0, "
                 "and make the stage again (--from rl)",
             )
@@ -94,6 +96,14 @@ class NoSignalGuard:
     def __init__(self, max_empty_steps: int) -> None:
         self._max_empty_steps, self._empty_steps = max_empty_steps, 0
         self._reasons: Counter[str] = Counter()
+
+    def state_dict(self) -> dict[str, object]:
+        """Steps and reasons so far, as JSON types."""
+        return {"empty_steps": self._empty_steps, "reasons": dict(self._reasons)}
+
+    def load_state_dict(self, empty_steps: int, reasons: dict[str, int]) -> None:
+        """Go back to a saved state."""
+        self._empty_steps, self._reasons = empty_steps, Counter(reasons)
 
     def check(self, plan: Plan) -> None:
         """Count a step; a group that teaches begins the count anew."""

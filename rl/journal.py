@@ -20,6 +20,7 @@ from ground.disk import disk_errors
 from ground.errors import DataError
 
 _BLOCK = 4096
+_written = json.JSONEncoder(ensure_ascii=False).encode
 
 
 class Journal:
@@ -47,7 +48,7 @@ class Journal:
 
     def append(self, record: Mapping[str, object]) -> None:
         """Add one line."""
-        self._lines.append(json.dumps(record, ensure_ascii=False).encode() + b"\n")
+        self._lines.append(_written(record).encode() + b"\n")
         if not self._is_buffered:
             self.flush()
 

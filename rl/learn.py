@@ -40,7 +40,7 @@ from rl.loop import LearnerLoop, Loop
 from rl.prober import Prober
 from rl.publisher import Publisher
 from rl.remote import RemoteLoop
-from rl.snapshot import read_books, read_snapshot, restore
+from rl.snapshot import Cut, read_books, read_snapshot, restore
 from rl.speaker import Speaker
 from rl.versions import Versions
 
@@ -83,17 +83,12 @@ def learn(job: Job, speaker: Voice, join: Callable[[Job], Loop]) -> dict[str, ob
     model, tokenizer = load_model(job.model), load_tokenizer(job.model)
     learner = Learner(model, accelerator, job.section, ChatTemplate(tokenizer).pad_id)
     checkpoints = Checkpoints(job.checkpoints_directory, job.section.checkpoints_kept)
-    folder, version, saved = checkpoints.latest(), 0, None
-    if folder is not None:
-        version, saved = step_of(folder), read_books(folder)
-        snapshot = read_snapshot(folder, version)
-        learner.load(snapshot.model, snapshot.optimizer)
-        logger.info("going on from %s", folder)
-    logger.info("loaded %s at version %d", job.model, version)
+    cut = _newest_cut(checkpoints, learner)
+    logger.info("loaded %s at version %d", job.model, cut.version)
     speaker.say(phase("find the controller"))
     loop = join(job)
     logger.info("joined; the workers are coming up")
-    speaker.say(Report(kind="begun", step=version))
+    speaker.say(Report(kind="begun", step=cut.version))
     publisher = Publisher(
         loop,
         checkpoints,
@@ -118,19 +113,7 @@ def learn(job: Job, speaker: Voice, join: Callable[[Job], Loop]) -> dict[str, ob
         keep_batch=lambda plan: _keep_batch(job, plan),
         pack=pack,
     )
-    try:
-        # Signals are held from here on, since joining Ray replaces their handlers.
-        with held_signals() as pending:
-            cut, (version, replayed) = version, steps.repeat(version)
-            speaker.say(phase("give the workers their first weights", version))
-            loop.begin(version, pack(version), saved, replayed)
-            logger.info("the workers have version %d", version)
-            steps.catch_up(cut, version)
-            version = steps.run(version, pending)
-    except (PacktrainError, Interrupted) as error:
-        with suppress(PacktrainError):
-            loop.close("interrupted" if isinstance(error, Interrupted) else "failed")
-        raise
+    version = _train(steps, loop, cut, pack, speaker)
     speaker.say(phase("close the loop and export", version))
     ledger = loop.close("run ended")
     best = publisher.best_weights()
@@ -143,6 +126,46 @@ def learn(job: Job, speaker: Voice, join: Callable[[Job], Loop]) -> dict[str, ob
         export_model(model, tokenizer, staging, facts)
     score = publisher.best.score if publisher.best else None
     return {**facts, "validation_pass_rate": score, "ledger": ledger}
+
+
+def _newest_cut(checkpoints: Checkpoints, learner: Learner) -> Cut:
+    """Bring the learner to the newest whole cut, if there is one."""
+    folder = checkpoints.latest()
+    if folder is None:
+        return Cut()
+    version = step_of(folder)
+    snapshot = read_snapshot(folder, version)
+    learner.load(snapshot.model, snapshot.optimizer)
+    logger.info("going on from %s", folder)
+    return Cut(version, read_books(folder), snapshot.guards)
+
+
+def _train(
+    steps: LearnerLoop,
+    loop: Loop,
+    cut: Cut,
+    pack: Callable[[int], dict[str, Tensor]],
+    speaker: Voice,
+) -> int:
+    """Repeat what the journal has, begin, train; returns the last version.
+
+    An error closes the loop, so that its ledger is whole.
+    """
+    if cut.guards is not None:
+        steps.load_guards(cut.guards)
+    try:
+        # Signals are held from here on, since joining Ray replaces their handlers.
+        with held_signals() as pending:
+            version, replayed = steps.repeat(cut.version)
+            speaker.say(phase("give the workers their first weights", version))
+            loop.begin(version, pack(version), cut.books, replayed)
+            logger.info("the workers have version %d", version)
+            steps.catch_up(cut.version, version)
+            return steps.run(version, pending)
+    except (PacktrainError, Interrupted) as error:
+        with suppress(PacktrainError):
+            loop.close("interrupted" if isinstance(error, Interrupted) else "failed")
+        raise
 
 
 def join_ray(job: Job) -> RemoteLoop:

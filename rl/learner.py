@@ -25,7 +25,7 @@ from rl.batch import Batch, Row, Sequenced, collate, micro_batches, pack, rows_o
 from rl.books import Plan
 from rl.config import RlSection
 from rl.guards import EssBrake, check_finite
-from rl.loss import effective_share, mismatch
+from rl.loss import effective_share, fresh_gap, mismatch
 from rl.objective import Tokens, policy_loss
 from rl.routing import RouterLoad
 from rl.snapshot import restore
@@ -53,7 +53,7 @@ class Learner:
         )
         self._reference = _frozen(model, accelerator) if section.loss.reference_kl else None
         self._routers = RouterLoad(model)
-        self._brake = EssBrake(section.ess_floor, section.max_braked_steps)
+        self.brake = EssBrake(section.ess_floor, section.max_braked_steps)
         module, wrapped = accelerator.prepare(LogprobModel(model.train()), optimizer)
         self._module = cast(nn.Module, module)
         self._optimizer = cast(torch.optim.Optimizer, wrapped)
@@ -76,7 +76,7 @@ class Learner:
                 loss, measured = self._accumulate(rows, num_tokens)
             grad_norm = self._clipped_grad_norm()
             check_finite(loss, grad_norm, step=plan.step, num_rows=len(rows))
-            brake = self._brake.factor(measured["ess_applied"], plan.step)
+            brake = self.brake.factor(measured["ess_applied"], plan.step)
             self._set_learning_rate(plan.step, brake)
             self._optimizer.step()
         finally:
@@ -179,6 +179,7 @@ class Learner:
         _, logprobs_N, behavior_N, entropy_N, ages_N, weights_N, clipped_N, kept_N = numbers
         return {
             **mismatch(logprobs_N, behavior_N),
+            **fresh_gap(logprobs_N, behavior_N, ages_N),
             "ess_applied": effective_share(weights_N),
             "clip_share": clipped_N.mean().item(),
             "masked_share": 1 - kept_N.mean().item(),

@@ -13,7 +13,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable, Mapping, Sequence
-from typing import Protocol, TypeVar
+from typing import Any, Protocol, TypeVar
 
 from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
@@ -104,6 +104,15 @@ class LearnerLoop:
         self._tell, self._keep_batch, self._pack = tell, keep_batch, pack
         self._guard = NoSignalGuard(section.max_empty_steps)
 
+    def guards(self) -> dict[str, Any]:
+        """What the guards have counted so far, as JSON types: part of a cut."""
+        return {"braked_steps": self._learner.brake.steps, "no_signal": self._guard.state_dict()}
+
+    def load_guards(self, saved: Mapping[str, Any]) -> None:
+        """Go on counting where a cut was made."""
+        self._learner.brake.steps = saved["braked_steps"]
+        self._guard.load_state_dict(**saved["no_signal"])
+
     def repeat(self, cut: int) -> tuple[int, list[list[Outcome]]]:
         """Take the journaled steps since a cut again; returns the version that they lead to.
 
@@ -190,7 +199,7 @@ class LearnerLoop:
         weights = self._pack(version, trained)
         packed = time.monotonic()
         optimizer = self._learner.optimizer_tensors() if save else {}
-        snapshot = Snapshot(version, weights, optimizer)
+        snapshot = Snapshot(version, weights, optimizer, self.guards())
         self._tell(self._publication(version - 1))
         self._publisher.publish(snapshot, evaluate=evaluate, save=save)
         return {"pack_seconds": packed - began}
@@ -252,7 +261,7 @@ class LearnerLoop:
 
     def _snapshot(self, version: int, *, with_optimizer: bool) -> Snapshot:
         optimizer = self._learner.optimizer_tensors() if with_optimizer else {}
-        return Snapshot(version, self._learner.model_tensors(), optimizer)
+        return Snapshot(version, self._learner.model_tensors(), optimizer, self.guards())
 
 
 def _of_plan(plan: Plan) -> dict[str, float]:

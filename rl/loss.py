@@ -148,6 +148,19 @@ def mismatch(logprobs_N: Tensor, behavior_N: Tensor) -> dict[str, float]:
     }
 
 
+def fresh_gap(logprobs_N: Tensor, behavior_N: Tensor, ages_N: Tensor) -> dict[str, float]:
+    """Nats between engine and learner on tokens that this very version has sampled.
+
+    They should be roundings: nothing was learned in between. So it shows what the parity gate's
+    probes cannot, whether an engine computes as the learner does while it decodes. Empty where no
+    token is fresh.
+    """
+    off_N = (logprobs_N - behavior_N).detach().abs()[ages_N == 0]
+    if not len(off_N):
+        return {}
+    return {"fresh_gap_mean": off_N.mean().item(), "fresh_gap_max": off_N.max().item()}
+
+
 def _quantiles(values_N: Tensor, levels: tuple[float, ...]) -> list[float]:
     """Linear quantiles by sorting: torch.quantile refuses more than 2^24 values."""
     ordered_N = values_N.sort().values

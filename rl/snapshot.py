@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from ground.errors import DataError
 
-_MODEL, _OPTIMIZER, _BOOKS = "model.safetensors", "optimizer.safetensors", "books.json"
+_MODEL, _OPTIMIZER = "model.safetensors", "optimizer.safetensors"
+_GUARDS, _BOOKS = "guards.json", "books.json"
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,18 +28,35 @@ class Snapshot:
     version: int
     model: dict[str, Tensor]
     optimizer: dict[str, Tensor]
+    guards: dict[str, Any] = field(default_factory=dict)
+    """What the guards have counted, see `LearnerLoop.guards`."""
+
+
+@dataclass(frozen=True, slots=True)
+class Cut:
+    """Where a life goes on from, weights and moments aside; with nothing saved, the beginning.
+
+    Example:
+        Cut(version=10, books={"version": 10, …}, guards={"braked_steps": 0, …})
+    """
+
+    version: int = 0
+    books: dict[str, object] | None = None
+    guards: dict[str, Any] | None = None
 
 
 def write_cut(folder: Path, snapshot: Snapshot, books: Mapping[str, object]) -> None:
-    """Fill a checkpoint's folder: weights, moments and RNG as safetensors, the books as JSON."""
+    """Fill a checkpoint's folder: weights, moments and RNG as safetensors, the rest as JSON."""
     save_file(snapshot.model, folder / _MODEL)
     save_file(snapshot.optimizer, folder / _OPTIMIZER)
+    (folder / _GUARDS).write_text(json.dumps(snapshot.guards), encoding="utf-8")
     (folder / _BOOKS).write_text(json.dumps(books), encoding="utf-8")
 
 
 def read_snapshot(folder: Path, version: int) -> Snapshot:
     """The learner's part of a verified checkpoint."""
-    return Snapshot(version, load_file(folder / _MODEL), load_file(folder / _OPTIMIZER))
+    guards = json.loads((folder / _GUARDS).read_text(encoding="utf-8"))
+    return Snapshot(version, load_file(folder / _MODEL), load_file(folder / _OPTIMIZER), guards)
 
 
 def read_books(folder: Path) -> dict[str, object]:

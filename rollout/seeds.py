@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 _GAMMA = np.uint64(0x9E3779B97F4A7C15)
 _MIX_1 = np.uint64(0xBF58476D1CE4E5B9)
 _MIX_2 = np.uint64(0x94D049BB133111EB)
+_written = json.JSONEncoder(separators=(",", ":")).encode
 
 
 def sample_seed(run_seed: int, prompt_id: str, pass_: int | str, sample: int) -> int:
@@ -23,7 +24,7 @@ def sample_seed(run_seed: int, prompt_id: str, pass_: int | str, sample: int) ->
         pass_: which draw of the prompt it is, or the name of an occasion ("evaluate sft").
         sample: position in the group.
     """
-    identity = json.dumps([run_seed, prompt_id, pass_, sample], separators=(",", ":"))
+    identity = _written([run_seed, prompt_id, pass_, sample])
     digest = hashlib.sha256(identity.encode()).digest()
     return int.from_bytes(digest[:8], "big") >> 1
 

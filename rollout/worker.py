@@ -12,12 +12,13 @@ from __future__ import annotations
 import asyncio
 import logging
 import os
+import pickle
 import platform
 import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 from ground import faults
 from ground.errors import InfraError
@@ -113,15 +114,20 @@ class RolloutWorker:
 
         return await asyncio.get_running_loop().run_in_executor(self._orders, load)
 
-    async def rollout(self, incarnation: int, task: GroupTask, attempt: int) -> GroupResult:
+    async def rollout(self, asked: bytes) -> bytes:
         """Sample and score one group.
 
         Args:
-            attempt: how many workers were lost under this group before; keeps ids apart.
+            asked: pickle of the incarnation, the `GroupTask` and how many workers were lost under
+                this group before, which keeps ids apart.
+
+        Returns:
+            Pickle of the `GroupResult`.
         """
+        incarnation, task, attempt = cast(tuple[int, GroupTask, int], pickle.loads(asked))
         self._fence.check(incarnation)
         with sorted_failures(f"group {task.id}"):
-            return await self._rollout(task, attempt)
+            return pickle.dumps(await self._rollout(task, attempt))
 
     async def close(self) -> None:
         """End engine and pool; their children are gone when this returns."""

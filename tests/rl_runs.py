@@ -39,6 +39,19 @@ def same(prompts, completions, **columns):
     return [1.0] * len(completions)
 '''
 STEPS = 12
+RL: dict[str, object] = {
+    "steps": STEPS,
+    "groups_per_step": 4,
+    "group_size": 4,
+    "max_refills": 1,
+    "sampling": {"max_new_tokens": 40},
+    "engine": {"num_slots": 8, "max_length": 128},
+    "optimizer": {"learning_rate": 1e-3},
+    "validation": {"prompts": 4, "samples": 1, "evaluate_every": 6},
+    "checkpoint_every": 2,
+    "fleet": {"backoff_seconds": 0.1, "spare": False},
+    "silent_seconds": 20,
+}
 
 
 class Run:
@@ -67,25 +80,13 @@ class Run:
         ]
         (directory / "prompts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
         (directory / "rewards.py").write_text(REWARDS)
+        self.rl = RL | dict(rl or {})
         recipe = {
             "name": "toy",
             "model": {"path": str(model)},
             "data": {"prompts": "prompts.jsonl"},
             "rewards": ["rewards.py"],
-            "rl": {
-                "steps": STEPS,
-                "groups_per_step": 4,
-                "group_size": 4,
-                "max_refills": 1,
-                "sampling": {"max_new_tokens": 40},
-                "engine": {"num_slots": 8, "max_length": 128},
-                "optimizer": {"learning_rate": 1e-3},
-                "validation": {"prompts": 4, "samples": 1, "evaluate_every": 6},
-                "checkpoint_every": 2,
-                "fleet": {"backoff_seconds": 0.1, "spare": False},
-                "silent_seconds": 20,
-                **(rl or {}),
-            },
+            "rl": self.rl,
         }
         self.shared = _shared_memory()
         (directory / "recipe.yaml").write_text(json.dumps(recipe))

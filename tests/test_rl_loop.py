@@ -21,7 +21,7 @@ from rl.consumed import Consumed
 from rl.job import Report
 from rl.loop import LearnerLoop
 from rl.publisher import Best, Publisher
-from rl.snapshot import Snapshot, read_books
+from rl.snapshot import Snapshot, read_books, read_snapshot, write_cut
 from rl.versions import Versions
 
 
@@ -105,6 +105,18 @@ def make_loop(
         keep_batch=keep_batch,
         pack=lambda version, trained: learner.model_tensors(),
     )
+
+
+def test_a_cut_keeps_what_the_guards_have_counted(tiny_model: Path, tmp_path: Path) -> None:
+    _, _, publisher = run_loop(tiny_model, FakeLoop(), tmp_path)
+    before = make_loop(tiny_model, FakeLoop(), publisher, tmp_path, [])
+    before.load_guards({"braked_steps": 3, "no_signal": {"empty_steps": 2, "reasons": {"x": 9}}})
+    snapshot = Snapshot(4, {"w": torch.zeros(1)}, {}, before.guards())
+    write_cut(tmp_path, snapshot, {})
+    after = make_loop(tiny_model, FakeLoop(), publisher, tmp_path, [])
+    assert after.guards()["braked_steps"] == 0
+    after.load_guards(read_snapshot(tmp_path, 4).guards)
+    assert after.guards() == before.guards()
 
 
 def test_a_replay_tells_which_versions_are_not_made_again_bit_for_bit(

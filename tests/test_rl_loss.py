@@ -15,6 +15,7 @@ from rl.loss import (
     clip,
     decoupled,
     effective_share,
+    fresh_gap,
     icepop_mask,
     interpolated,
     mismatch,
@@ -180,6 +181,13 @@ def test_mismatch_of_hand_made_ratios() -> None:
     assert measured["rho_max"] == pytest.approx(6.0)
     assert measured["ess"] == pytest.approx(64 / (3 * 38.5))
     assert measured["mismatch_kl"] == pytest.approx(sum(r - 1 - math.log(r) for r in rho) / 3)
+
+
+def test_the_gap_of_fresh_tokens_leaves_older_ones_out() -> None:
+    logprobs, behavior = torch.tensor([-1.0, -2.0, -3.0]), torch.tensor([-1.5, -2.25, -9.0])
+    gap = fresh_gap(logprobs, behavior, torch.tensor([0, 0, 1]))
+    assert gap == {"fresh_gap_mean": 0.375, "fresh_gap_max": 0.5}
+    assert fresh_gap(logprobs, behavior, torch.tensor([2, 1, 1])) == {}
 
 
 def test_on_policy_there_is_no_mismatch() -> None:

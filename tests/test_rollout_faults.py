@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import os
+import pickle
 import signal
 import subprocess
 import sys
@@ -302,7 +303,7 @@ def test_messages_of_another_life_of_the_run_are_refused() -> None:
         await one_fleet(births)(fleet)
         for call in (
             births.workers[0]._actor.ping.remote(1),
-            births.workers[0]._actor.rollout.remote(1, make_task("n"), 0),
+            births.workers[0]._actor.rollout.remote(pickle.dumps((1, make_task("n"), 0))),
             births.workers[0]._actor.load.remote(1, 5, births.publish(5)),
         ):
             with pytest.raises(InfraError, match="of life 2 of the run are taken, got one of"):
