@@ -132,9 +132,9 @@ class Curriculum:
         return {"active": active, "retired": retired, "deferred": deferred, "refused": refused}
 
     def state_dict(self) -> dict[str, object]:
-        """Version and the evidence on observed prompts, as JSON types: the rest was mined.
+        """Version and evidence on observed or refused prompts, as JSON types: the rest was mined.
 
-        Evidence and refused prompts are in the order in which they came: draws depend on it.
+        They are in the order in which they came, for draws depend on it.
         """
         evidence = {
             self._pool[number].id: [float(self._successes[own]), float(self._trials[own])]
@@ -195,8 +195,11 @@ class Curriculum:
         )
 
     def _refuse(self, prompt_ids: Iterable[str]) -> None:
+        """Leave prompts in strata of their own, out of which they are taken: so the order in which
+        prompts left those that they were mined into is that of `_own` alone."""
         numbers = dict.fromkeys(self._index[prompt_id] for prompt_id in prompt_ids)
         fresh = [number for number in numbers if number not in self._refused]
+        self._separate(fresh)
         self._strata.remove(fresh)
         self._refused |= dict.fromkeys(fresh)
 

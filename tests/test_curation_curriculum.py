@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import random
 from collections import Counter
 
 import numpy as np
@@ -102,6 +103,24 @@ def test_a_refused_prompt_is_never_drawn_again_also_after_a_restart() -> None:
     for each in (curriculum, again):
         assert pool[0] not in [each.draw(1, "sums", n) for n in range(8)]
         assert each.counts() == {"active": 3, "retired": 0, "deferred": 0, "refused": 1}
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_whatever_has_happened_a_saved_state_draws_the_same(seed: int) -> None:
+    """Prompts are observed and refused in turns, which moves the members of their strata about."""
+    chance = random.Random(seed)
+    pool = [make_prompt(str(n), n % 3, 4, "sums" if n % 2 else "logic") for n in range(40)]
+    curriculum = make_curriculum(pool, seed=seed)
+    for version in range(1, 8):
+        seen = [Observation(each.id, chance.randrange(5), 4) for each in chance.choices(pool, k=3)]
+        refused = [each.id for each in chance.choices(pool, k=chance.randrange(3))]
+        curriculum.observe(version, seen, refused)
+        again = make_curriculum(pool, seed=seed)
+        again.load_state_dict(**json.loads(json.dumps(curriculum.state_dict())))
+        assert again.shares() == curriculum.shares() and again.counts() == curriculum.counts()
+        for capability in ("sums", "logic"):
+            drawn = [curriculum.draw(version, capability, n) for n in range(25)]
+            assert drawn == [again.draw(version, capability, n) for n in range(25)]
 
 
 def test_draws_of_another_version_and_an_empty_pool_are_refused() -> None:
