@@ -285,22 +285,27 @@ def test_a_process_that_hangs_with_the_interpreters_lock_still_tells_where(tmp_p
     assert collect(folder) == []
 
 
-LEASED = (
-    "from ground.lease import Lease; import time; lease = Lease('fleet', 0.2); {}; time.sleep(60)"
-)
+LEASED = """
+import time
+from ground.lease import Lease
+lease = Lease("fleet", {seconds})
+for _ in range({renewals}):
+    time.sleep(0.05)
+    lease.renew()
+print("owned for", 0.05 * {renewals})
+time.sleep(60)
+"""
 
 
 def test_a_lease_ends_a_process_whose_owner_is_silent() -> None:
-    renewing = "[(lease.renew(), time.sleep(0.05)) for _ in range(12)]"
-    began = time.monotonic()
-    runs = [
-        subprocess.Popen([sys.executable, "-c", LEASED.format(work)], cwd=Path(__file__).parents[1])
-        for work in ("pass", renewing)
-    ]
-    assert runs[0].wait(20) == ABANDONED
-    abandoned = time.monotonic() - began
-    assert runs[1].wait(20) == ABANDONED
-    assert time.monotonic() - began > abandoned + 0.3
+    """Renewed 30 times, it outlives its lease, and ends once that has stopped."""
+    for renewals in (0, 30):
+        code = LEASED.format(seconds=1.0, renewals=renewals)
+        line = [sys.executable, "-uc", code]
+        done = subprocess.run(
+            line, cwd=Path(__file__).parents[1], stdout=subprocess.PIPE, text=True, timeout=50
+        )
+        assert (done.returncode, done.stdout) == (ABANDONED, f"owned for {0.05 * renewals}\n")
 
 
 def test_a_fence_refuses_messages_of_other_lives() -> None:
