@@ -41,8 +41,6 @@ RATE = 1000
 TOKENS = 500
 """Of a rollout."""
 _STEPS, _GROUPS, _SIZE = 7, 256, 8
-_IN_FLIGHT = 17
-"""Groups of a worker with 64 slots, as `RlSection.groups_in_flight` has it."""
 
 
 class CannedWorker(RolloutWorker):
@@ -103,7 +101,8 @@ def controller_share(workers: int) -> Share:
         _system_config=SYSTEM,
     )
     try:
-        section, in_flight = _section(workers), min(_IN_FLIGHT * workers, 2 * _GROUPS)
+        section = _section(workers)
+        in_flight = min(section.groups_in_flight, 2 * _GROUPS)
         kind = type("Canned", (CannedWorker,), {"seconds": in_flight * _SIZE / RATE})
         config = WorkerConfig(Path("none"), section.engine, section.fleet, lease_seconds=3600)
         crew = [RayWorker(config, kind) for _ in range(workers)]
@@ -133,19 +132,34 @@ async def _call(crew: Sequence[RayWorker], in_flight: int) -> float:
         await worker.open(index)
         await worker.load(0, "weights")
     [prompt] = make_pool(1)
-    turns = iter(range(_STEPS * _GROUPS))
+    turns, meter = iter(range(_STEPS * _GROUPS)), _Meter()
 
     async def calls(worker: RayWorker) -> None:
         for turn in turns:
+            if turn == _GROUPS:  # all before is warming up
+                meter.start(turn)
             task = GroupTask(f"g{turn}", prompt, "", SamplingSection(), (turn * 97,) * _SIZE)
             asked = pickle.dumps((0, task, 0))
             await cast(Awaitable[bytes], worker._actor.rollout.remote(asked))
 
-    cpu = time.process_time()
     await asyncio.gather(*(calls(crew[number % len(crew)]) for number in range(in_flight)))
-    spent = time.process_time() - cpu
+    share, _ = meter.stop(_STEPS * _GROUPS)
     await asyncio.gather(*(worker.close() for worker in crew))
-    return spent / (_STEPS * _GROUPS * _SIZE) * RATE
+    return share
+
+
+class _Meter:
+    """Processor share and rate between two counts of groups."""
+
+    def start(self, groups: int) -> None:
+        """From now on, so many being done already."""
+        self._groups, self._clock, self._cpu = groups, time.monotonic(), time.process_time()
+
+    def stop(self, groups: int) -> tuple[float, float]:
+        """Share of a core at `RATE`, and rollouts a second that were seen."""
+        rollouts = (groups - self._groups) * _SIZE
+        spent, seconds = time.process_time() - self._cpu, time.monotonic() - self._clock
+        return spent / rollouts * RATE, rollouts / seconds
 
 
 async def _play(
@@ -168,17 +182,16 @@ async def _play(
         )
         await crew.start()
         await controller.begin(0, "weights")
-        clock, cpu, rollouts = time.monotonic(), time.process_time(), 0
+        meter = _Meter()
         for step in range(_STEPS):
-            if step == 1:  # the first one has the workers' warming up in it
-                clock, cpu, rollouts = time.monotonic(), time.process_time(), 0
+            if step == 1:
+                meter.start(crew.stats().groups)
             plan, _ = await controller.next_batch(step)
             pickle.dumps(plan)
-            rollouts += plan.rollouts
             await controller.publish(step + 1, "weights")
-        seconds, spent = time.monotonic() - clock, time.process_time() - cpu
+        share, rate = meter.stop(crew.stats().groups)
         await controller.close("end")
         await crew.close()
         ledger.close()
         events.close()
-    return spent / rollouts * RATE, rollouts / seconds
+    return share, rate

@@ -221,9 +221,13 @@ class _Keeper:
         """See `WeightKeeper.publish`."""
         ray.get(self._actor.publish.remote(published))
 
-    def deliver(self, published: Published, content: NDArray[np.uint8]) -> bool:
+    def has_room(self, size: int) -> bool:
+        """See `WeightKeeper.has_room`."""
+        return bool(ray.get(self._actor.has_room.remote(size)))
+
+    def deliver(self, published: Published, content: NDArray[np.uint8]) -> None:
         """See `WeightKeeper.deliver`."""
-        return bool(ray.get(self._actor.deliver.remote(published, content)))
+        ray.get(self._actor.deliver.remote(published, content))
 
 
 def _tell(line: str) -> None:

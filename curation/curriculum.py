@@ -4,8 +4,8 @@
                                ▲                                                          │
                                └──────────── observe(v + 1, outcomes) ◀───────────────────┘
 
-The n-th draw of a version in a capability is a pure function of (seed, version, evidence at that
-version): draws never depend on which group happened to finish first.
+The n-th draw of a version in a capability is a pure function of the seed, the version and what was
+observed and refused before it, in order: it never depends on which group happened to finish first.
 
 Prompts of a capability with the same mined evidence share a stratum, and only observed ones have
 one of their own: a version costs as much as what was observed, however large the pool.

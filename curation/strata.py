@@ -131,8 +131,8 @@ class SumTree:
     """
 
     def __init__(self, values: Sequence[float] | Floats) -> None:
-        level = np.asarray(values, dtype=np.float64)
-        self._levels = [level.copy()]
+        level = np.array(values, dtype=np.float64)
+        self._levels = [level]
         while len(level) > 1:
             level = np.append(level, 0.0) if len(level) % 2 else level
             self._levels[-1] = level

@@ -6,16 +6,34 @@ from pathlib import Path
 
 import psutil
 
-_GROUP = Path("/sys/fs/cgroup")
+_ROOT, _OWN = Path("/sys/fs/cgroup"), Path("/proc/self/cgroup")
 
 
-def available_bytes(group: Path = _GROUP) -> int:
+def available_bytes(root: Path = _ROOT, own: Path = _OWN) -> int:
     """Bytes that can be taken before something is swapped out or killed.
 
     Args:
-        group: our control group (version 2); where there is none, the machine's memory counts.
+        root: where control groups (version 2) are; where there are none, the machine counts alone.
+        own: tells which of them we are in; those above it limit us as well.
     """
     available = psutil.virtual_memory().available
+    for group in _groups(root, own):
+        available = min(available, _left_of(group, available))
+    return available
+
+
+def _groups(root: Path, own: Path) -> list[Path]:
+    """The control group that we are in and those above it."""
+    try:
+        lines = own.read_text().splitlines()
+    except OSError:
+        return []
+    ours = next((line[3:] for line in lines if line.startswith("0::")), "/")
+    group = root / ours.strip("/")
+    return [each for each in (group, *group.parents) if each == root or root in each.parents]
+
+
+def _left_of(group: Path, available: int) -> int:
     try:
         limit = (group / "memory.max").read_text().strip()
         used = int((group / "memory.current").read_text())
@@ -29,4 +47,4 @@ def available_bytes(group: Path = _GROUP) -> int:
         for place, name in enumerate(pages)
         if name in ("inactive_file", "active_file")
     )
-    return min(available, max(int(limit) - used + cached, 0))
+    return max(int(limit) - used + cached, 0)

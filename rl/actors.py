@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import time
 from collections.abc import Awaitable, Mapping, Sequence
 from typing import cast
 
 import ray
 from ray.actor import ActorHandle, ActorProxy
-from ray.exceptions import RayError
 
 from ground.errors import DataError, InfraError
 from ground.lease import Fence, Lease
@@ -57,7 +57,7 @@ class ControllerActor:
         )
         self._fleet = Fleet(section.fleet, lambda: RayWorker(config), self._events.append)
         self._keeper = start_keeper()
-        self._keeper_answer: asyncio.Future[str] | None = None
+        self._keeper_check = KeeperCheck(self._keeper, section.silent_seconds)
         self._controller = Controller(
             self._books,
             self._fleet,
@@ -131,7 +131,7 @@ class ControllerActor:
         """
         self._fence.check(incarnation)
         self._lease.renew()
-        self._check_keeper()
+        self._keeper_check.look()
         return {**self._controller.status(), "fleet": self._fleet.stats()}
 
     async def close(self, incarnation: int, reason: str) -> dict[str, int]:
@@ -143,28 +143,44 @@ class ControllerActor:
         self._events.close()
         return sums
 
-    def _check_keeper(self) -> None:
-        """Ask the keeper for a sign of life, and look at its answer the next time.
-
-        It may be busy with gigabytes of weights: nobody waits for it here.
-        """
-        before = self._keeper_answer
-        if before is None or before.done():
-            answer = cast(Awaitable[str], self._keeper.node.remote())
-            self._keeper_answer = asyncio.ensure_future(answer)
-        if before is not None and before.done() and isinstance(before.exception(), RayError):
-            raise InfraError(
-                "the weight keeper must live, it is gone",
-                where="controller",
-                why=str(before.exception()),
-            )
-
     async def _weights(self, version: int) -> Published:
         answer = cast(Awaitable[tuple[int, Published]], self._keeper.current.remote())
         current, published = await answer
         if current != version:
             raise DataError(f"the keeper must have version {version}, it has {current}", where="rl")
         return published
+
+
+class KeeperCheck:
+    """Asks the keeper for a sign of life and looks at its answer the next time.
+
+    It may be busy with gigabytes of weights, so nobody waits for it here; but not for ever.
+    """
+
+    def __init__(self, keeper: ActorProxy[WeightKeeper], silent_seconds: float) -> None:
+        self._keeper, self._silent_seconds = keeper, silent_seconds
+        self._answer: asyncio.Future[str] | None = None
+        self._asked = 0.0
+
+    def look(self) -> None:
+        """Look at the last answer, and ask again.
+
+        Raises:
+            InfraError: the keeper is gone, or silent for too long.
+        """
+        answer = self._answer
+        if answer is not None and not answer.done():
+            silent = time.monotonic() - self._asked
+            if silent > self._silent_seconds:
+                raise self._lost(f"it was silent for {silent:.0f} s")
+            return
+        if answer is not None and (answer.cancelled() or answer.exception()):
+            raise self._lost("cancelled" if answer.cancelled() else str(answer.exception()))
+        self._asked = time.monotonic()
+        self._answer = asyncio.ensure_future(cast(Awaitable[str], self._keeper.node.remote()))
+
+    def _lost(self, why: str) -> InfraError:
+        return InfraError("the weight keeper must live, it is gone", where="controller", why=why)
 
 
 def restore_books(

@@ -193,10 +193,10 @@ class RlSection(Section):
 
     @property
     def publication_seconds(self) -> float:
-        """Longest that a publication may take with its look, whose groups come in turns and wait
-        for a place as long as they then sample."""
+        """Longest that a publication may take with its files and its look, whose groups come in
+        turns and wait for a place as long as they then sample."""
         turns = math.ceil(self.validation.prompts / self.groups_in_flight)
-        return self.step_deadline_seconds + 2 * turns * self.fleet.rollout_deadline_seconds
+        return 2 * self.step_deadline_seconds + 2 * turns * self.fleet.rollout_deadline_seconds
 
     @model_validator(mode="after")
     def _samples_from_the_policy(self) -> Self:

@@ -25,7 +25,7 @@ from rl.batch import Batch, Row, Sequenced, collate, micro_batches, pack, rows_o
 from rl.books import Plan
 from rl.config import RlSection
 from rl.guards import EssBrake, check_finite
-from rl.loss import effective_share, fresh_gap, mismatch
+from rl.loss import effective_share, fresh_gap, mismatch, oldest_of_rows
 from rl.objective import Tokens, policy_loss
 from rl.routing import RouterLoad
 from rl.snapshot import restore
@@ -141,7 +141,7 @@ class Learner:
         return collate(shortest, self._pad_id).without_loss().to(self._accelerator.device)
 
     def _backward(self, batch: Batch, scale: float) -> Tensor:
-        """One pass; returns the numbers of its tokens, [8, N]."""
+        """One pass; returns the numbers of its tokens, [9, N]."""
         mask_BT, temperature = batch.loss_mask_BT, self._section.sampling.temperature
         inputs = (batch.tokens_BT, batch.segments_BT, mask_BT, temperature)
         faults.point("step.forward")
@@ -171,15 +171,17 @@ class Learner:
             losses.weights_N,
             losses.clipped_N,
             losses.kept_N,
+            oldest_of_rows(tokens.ages_N, tokens.rows_N),
         )
         return torch.stack([number.detach().double() for number in numbers])
 
     def _measured(self, numbers: Tensor) -> dict[str, float]:
         """The metrics of a step from the numbers of all its tokens."""
-        _, logprobs_N, behavior_N, entropy_N, ages_N, weights_N, clipped_N, kept_N = numbers
+        _, logprobs_N, behavior_N, entropy_N, ages_N, *applied, oldest_N = numbers
+        weights_N, clipped_N, kept_N = applied
         return {
             **mismatch(logprobs_N, behavior_N),
-            **fresh_gap(logprobs_N, behavior_N, ages_N),
+            **fresh_gap(logprobs_N, behavior_N, oldest_N),
             "ess_applied": effective_share(weights_N),
             "clip_share": clipped_N.mean().item(),
             "masked_share": 1 - kept_N.mean().item(),

@@ -148,14 +148,28 @@ def mismatch(logprobs_N: Tensor, behavior_N: Tensor) -> dict[str, float]:
     }
 
 
-def fresh_gap(logprobs_N: Tensor, behavior_N: Tensor, ages_N: Tensor) -> dict[str, float]:
-    """Nats between engine and learner on tokens that this very version has sampled.
+def oldest_of_rows(ages_N: Tensor, rows_N: Tensor) -> Tensor:
+    """[N] age of the oldest token in each token's row.
+
+    Args:
+        rows_N: number of each token's row, from 0.
+    """
+    oldest_R = ages_N.new_zeros(int(rows_N.max()) + 1 if len(rows_N) else 0)
+    return oldest_R.scatter_reduce(0, rows_N.long(), ages_N, "amax")[rows_N.long()]
+
+
+def fresh_gap(logprobs_N: Tensor, behavior_N: Tensor, oldest_N: Tensor) -> dict[str, float]:
+    """Nats between engine and learner on answers that this very version has sampled from the start.
 
     They should be roundings: nothing was learned in between. So it shows what the parity gate's
-    probes cannot, whether an engine computes as the learner does while it decodes. Empty where no
-    token is fresh.
+    probes cannot, whether an engine computes as the learner does while it decodes. (A token that
+    follows older ones differs by right: the engine has read those under older weights.) Empty
+    where no answer is fresh.
+
+    Args:
+        oldest_N: see `oldest_of_rows`.
     """
-    off_N = (logprobs_N - behavior_N).detach().abs()[ages_N == 0]
+    off_N = (logprobs_N - behavior_N).detach().abs()[oldest_N == 0]
     if not len(off_N):
         return {}
     return {"fresh_gap_mean": off_N.mean().item(), "fresh_gap_max": off_N.max().item()}

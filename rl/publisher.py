@@ -95,7 +95,7 @@ class Publisher:
             if self.best is None or version > self.best.version:
                 self._consider(version, score, model)
         before, now = self._digests.get(version), digest_of(model())
-        if before is None:  # it was trained, and not handed over any more
+        if before != now:
             self._digests.record(version, now)
         return before in (None, now)
 

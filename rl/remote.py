@@ -149,10 +149,14 @@ class _Keeper:
         answer = self._actor.publish.remote(published)
         self._call(f"keep version {published.version}", answer)
 
-    def deliver(self, published: Published, content: NDArray[np.uint8]) -> bool:
+    def has_room(self, size: int) -> bool:
+        """See `WeightKeeper.has_room`."""
+        return bool(self._call("make room for weights", self._actor.has_room.remote(size)))
+
+    def deliver(self, published: Published, content: NDArray[np.uint8]) -> None:
         """See `WeightKeeper.deliver`."""
         answer = self._actor.deliver.remote(published, content)
-        return bool(self._call(f"keep version {published.version}", answer))
+        self._call(f"keep version {published.version}", answer)
 
 
 @contextmanager

@@ -8,6 +8,9 @@ from pydantic import Field, model_validator
 
 from ground.config import Section
 
+SLOT_STEP = 8
+"""Slots come in multiples of this: with odd numbers of rows kernels treat the last ones apart."""
+
 
 class EngineSection(Section):
     """One engine: its kind and its shape. Equal shapes give equal bits."""
@@ -22,8 +25,13 @@ class EngineSection(Section):
     """CPU threads of the engine's process."""
 
     def with_slots(self, share: float) -> Self:
-        """The same with a share of the slots."""
-        return self.model_copy(update={"num_slots": max(1, round(share * self.num_slots))})
+        """The same with a share of the slots, in steps of `SLOT_STEP`, one at least.
+
+        Example:
+            num_slots 40, share 0.5 → 16
+        """
+        steps = max(int(share * self.num_slots) // SLOT_STEP, 1)
+        return self if share == 1 else self.model_copy(update={"num_slots": steps * SLOT_STEP})
 
     def require_room(self, max_new_tokens: int, key: str = "max_new_tokens") -> None:
         """Refuse completions that leave no room for a prompt.
@@ -61,7 +69,8 @@ class FleetSection(Section):
     start_deadline_seconds: float = Field(default=120.0, gt=0)
     """From creating a worker to its first acknowledged weights."""
     rollout_deadline_seconds: float = Field(default=300.0, gt=0)
-    """One group, sampled and scored, on one worker; then the worker is replaced."""
+    """For sampling one group on one worker, from its first place in the engine; then the worker is
+    replaced. Verifiers have `reward_deadline_seconds` besides."""
     publish_deadline_seconds: float = Field(default=120.0, gt=0)
     """From handing over weights to a worker's acknowledgement; then the worker is replaced."""
     ping_every_seconds: float = Field(default=1.0, gt=0)

@@ -189,7 +189,7 @@ class Fleet:
         may take their time, its turn included: hanging answers are killed one by one, and a sound
         worker must not be blamed for them.
         """
-        id_, section = f"{task.id}#{attempt}", self._section
+        id_, section = task.attempt_id(attempt), self._section
         while (left := _left(seat, id_, section.rollout_deadline_seconds)) > 0:
             yield max(left, section.ping_every_seconds)
         if id_ in seat.pong.scoring:

@@ -48,8 +48,12 @@ class Keeper(Protocol):
         """Take charge of a filled buffer."""
         ...
 
-    def deliver(self, published: Published, content: NDArray[np.uint8]) -> bool:
-        """Take bytes that come along; False while there is no room for them."""
+    def has_room(self, size: int) -> bool:
+        """Whether it could take so many bytes now."""
+        ...
+
+    def deliver(self, published: Published, content: NDArray[np.uint8]) -> None:
+        """Take bytes that come along."""
         ...
 
 
@@ -124,7 +128,8 @@ class Outbox:
             self._keeper.publish(parcel.published)
         else:
             content = np.frombuffer(parcel.memory, dtype=np.uint8)
-            _until_there_is_room(lambda: self._keeper.deliver(parcel.published, content))
+            _until_there_is_room(lambda: self._keeper.has_room(len(content)))
+            self._keeper.deliver(parcel.published, content)
 
     def _layout_of(self, tensors: Mapping[str, Tensor]) -> Layout:
         layout = Layout.of(tensors)

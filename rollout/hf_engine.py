@@ -27,6 +27,7 @@ from transformers import PreTrainedModel
 from ground import faults
 from ground.errors import DataError, DivergedError, InfraError, PacktrainError
 from ground.records import Finish, Segment
+from rollout.config import SLOT_STEP
 from rollout.engine import Completion, Request, Scores, check_request
 from rollout.failures import sort_failure
 from rollout.hf_model import SlotModel
@@ -34,8 +35,6 @@ from rollout.hf_slots import Slots
 
 Result = TypeVar("Result")
 
-_ROW_STEP = 8
-"""Slots come in multiples of this: with odd numbers of rows kernels treat the last ones apart."""
 _LOOK_AHEAD = 64
 """Waiting requests among which prompts are looked for that can be prefilled in one batch."""
 _ORDER_SECONDS = 600.0
@@ -61,7 +60,7 @@ class HfEngine:
         pad_id: int,
         version: int = 0,
     ) -> None:
-        num_slots = -(-num_slots // _ROW_STEP) * _ROW_STEP
+        num_slots = -(-num_slots // SLOT_STEP) * SLOT_STEP
         self._model = SlotModel(model, num_slots=num_slots, max_length=max_length, pad_id=pad_id)
         self._slots = Slots(num_slots, max_length)
         self._max_length, self._version = max_length, version

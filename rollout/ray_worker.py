@@ -66,7 +66,9 @@ class RayWorker:
 
     async def ping(self) -> Pong:
         """See `Worker.ping`."""
-        return await self._sorted(self._actor.ping.remote(self._incarnation))
+        pong = await self._sorted(self._actor.ping.remote(self._incarnation))
+        self._memory_kills = memory_kills()  # what was killed before now was somebody else
+        return pong
 
     @property
     def pid(self) -> int | None:

@@ -143,6 +143,7 @@ class Roster:
     async def _live(self, seat: Seat, began: float) -> None:
         """One life, from birth to the loss; returns when it is over."""
         seat.lost, seat.version, seat.failed_tasks = asyncio.Future(), -1, 0
+        seat.lacked_memory = False
         seat.lives += 1
         self._move(seat, State.STARTING)
         try:
@@ -225,7 +226,8 @@ class Roster:
             seat.worker.kill()
             seat.worker = None
         logger.warning("%s is lost (%d in a row): %s", seat.name, seat.failures, cause)
-        if seat.memory_losses:
+        seat.memory_losses += seat.lacked_memory
+        if seat.memory_losses == 1 and seat.lacked_memory:
             logger.warning("%s has half of rl.engine.num_slots from now on", seat.name)
         self._move(seat, State.DEAD)
         self._mark("lost", seat, time.time(), cause=cause)

@@ -91,8 +91,10 @@ class Seat:
     failed_tasks: int = 0
     """Tasks in a row that failed in this life, while it answered pings."""
     causes: list[str] = field(default_factory=list)
+    lacked_memory: bool = False
+    """Whether this life was ended because memory ran out."""
     memory_losses: int = 0
-    """Lives that ended because memory ran out."""
+    """Lives that were."""
     pong: Pong = field(default_factory=Pong)
     """Its newest answer to a ping."""
 
@@ -144,7 +146,8 @@ class Seat:
             _complete(life, f"{doing} must be done within {spent:g} s")
             raise InfraError(life.result(), where=self.name)
         except WorkerDiedError as error:
-            self.memory_losses += isinstance(error, OutOfMemoryError) and not life.done()
+            if life is self.lost and not life.done():
+                self.lacked_memory = isinstance(error, OutOfMemoryError)
             _complete(life, error.what)
             raise
         finally:

@@ -26,6 +26,10 @@ class GroupTask:
     seeds: tuple[int, ...]
     """Sampling seed of each rollout (`seeds.sample_seed`); their number is the group's size."""
 
+    def attempt_id(self, attempt: int) -> str:
+        """Name of one asking of a worker, as `Pong` has it."""
+        return f"{self.id}#{attempt}"
+
     @property
     def applied_system(self) -> str:
         """The instruction that is put in front, empty when there is none."""

@@ -17,9 +17,9 @@ from ray.actor import ActorHandle, ActorProxy
 from ray.exceptions import RayError
 
 from ground import faults
-from ground.errors import DataError, InfraError
+from ground.errors import DataError, InfraError, SetupError
 from rollout.layout import Layout
-from rollout.shared_memory import SharedBuffer, first_free
+from rollout.shared_memory import Lock, SharedBuffer, first_free
 
 _KEPT = 2
 _FETCH_SECONDS = 600.0
@@ -95,7 +95,12 @@ class WeightKeeper:
         """
         fitting = [path for path, buffer in self._buffers.items() if buffer.size == max(size, 1)]
         while len(fitting) < min(at_least, _MAX_BUFFERS):
-            buffer = SharedBuffer(size)
+            try:
+                buffer = SharedBuffer(size)
+            except SetupError:
+                if len(fitting) > _KEPT:
+                    break  # more would be comfortable; these do
+                raise
             self._buffers[buffer.path] = buffer
             fitting.append(buffer.path)
         return fitting
@@ -123,23 +128,31 @@ class WeightKeeper:
             self._buffers[self._published.pop(old).path].release()
             self._carried.pop(old, None)
 
-    def deliver(self, published: Published, content: NDArray[np.uint8]) -> bool:
+    def has_room(self, size: int) -> bool:
+        """Whether `deliver` would find a free buffer of this size."""
+        if free := self._free(size):
+            free[1].release()
+        return free is not None
+
+    def deliver(self, published: Published, content: NDArray[np.uint8]) -> None:
         """`publish` for a learner on another machine, which sends the bytes along.
 
-        Returns:
-            Whether there was a free buffer; if not, nothing has happened.
+        Raises:
+            InfraError: there is no free buffer (`has_room`).
         """
-        paths = self.buffers(published.layout.size)
-        free = first_free(paths) or first_free(self.buffers(published.layout.size, len(paths) + 1))
+        free = self._free(published.layout.size)
         if free is None:
-            return False
+            raise InfraError("a buffer must be free for weights that arrive", where="weight keeper")
         path, lock = free
         memory = np.frombuffer(self._buffers[path].map(), dtype=np.uint8)
         memory[: len(content)] = content
         lock.share()
         self.publish(replace(published, node=self.node(), path=path))
         lock.release()
-        return True
+
+    def _free(self, size: int) -> tuple[str, Lock] | None:
+        paths = self.buffers(size)
+        return first_free(paths) or first_free(self.buffers(size, len(paths) + 1))
 
     def current(self) -> tuple[int, Published]:
         """Newest version and what is said of it."""

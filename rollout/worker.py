@@ -138,7 +138,7 @@ class RolloutWorker:
         started = time.time()
         faults.point("gen.begin")
         prompt_ids = tuple(self._template.encode_prompt(task.messages))
-        requests, attempt_id = self._requests(task, prompt_ids, attempt), f"{task.id}#{attempt}"
+        requests, attempt_id = self._requests(task, prompt_ids, attempt), task.attempt_id(attempt)
         self._sampling[attempt_id] = _Sampling([request.id for request in requests])
         try:
             completions = await self._sample(requests)

@@ -346,6 +346,7 @@ class LocalRun:
         return {
             "hashes": [hashlib.sha256(file.read_bytes()).hexdigest() for file in files],
             "books": books,
+            "guards": json.loads((cut / "guards.json").read_text()),
             "sums": sums,
             "scores": list(read_journal(self.directory / "validation.jsonl")),
             "plans": [read_plan(path) for path in Consumed(self.directory / "groups").files()],

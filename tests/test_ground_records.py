@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import pickle
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from threading import Barrier
 
 import pytest
 
@@ -34,7 +36,15 @@ def test_a_segment_has_no_other_names() -> None:
     assert (empty.num_tokens, empty.token_ids, empty.logprobs) == (0, (), ())
 
 
-def test_two_readers_of_an_arrived_segment_see_the_same() -> None:
-    arrived = pickle.loads(pickle.dumps(make_segment()))
-    assert arrived.logprobs == make_segment().logprobs
-    assert arrived.token_ids == make_segment().token_ids
+def test_many_readers_of_an_arrived_segment_see_the_same() -> None:
+    sent = Segment("policy", tuple(range(5000)), (-0.5,) * 5000, (Span(0, 5000),))
+    with ThreadPoolExecutor(8) as readers:
+        for _ in range(50):
+            arrived, start = pickle.loads(pickle.dumps(sent)), Barrier(8)
+
+            def read(number: int, arrived: Segment = arrived, start: Barrier = start) -> object:
+                start.wait()
+                return arrived.logprobs if number % 2 else arrived.token_ids
+
+            seen = list(readers.map(read, range(8)))
+            assert seen[0::2] == [sent.token_ids] * 4 and seen[1::2] == [sent.logprobs] * 4

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 from collections.abc import Mapping
 
 import pytest
@@ -364,7 +365,12 @@ class BooksMachine(RuleBasedStateMachine):
     def sums_close(self) -> None:
         counts = self.books.ledger.counts()
         assert counts.pop("drawn") == sum(counts.values())
-        assert len(self.books.buffer) <= self.books.buffer.capacity
+        buffer = self.books.buffer
+        assert len(buffer) <= buffer.capacity
+        settled = Counter(slot.number // 2 for slot in buffer.slots() if slot.is_settled)
+        assert buffer.num_settled == settled.total()
+        for step in {slot.number // 2 for slot in buffer.slots()}:
+            assert buffer.num_waiting(step) == len(buffer.waiting(step)) == 2 - settled[step]
         assert len(self.trained) == len(set(self.trained)) == counts.get("trained", 0)
 
     def teardown(self) -> None:

@@ -19,6 +19,7 @@ from rl.loss import (
     icepop_mask,
     interpolated,
     mismatch,
+    oldest_of_rows,
     reference_kl,
     sequence_mask,
 )
@@ -188,6 +189,9 @@ def test_the_gap_of_fresh_tokens_leaves_older_ones_out() -> None:
     gap = fresh_gap(logprobs, behavior, torch.tensor([0, 0, 1]))
     assert gap == {"fresh_gap_mean": 0.375, "fresh_gap_max": 0.5}
     assert fresh_gap(logprobs, behavior, torch.tensor([2, 1, 1])) == {}
+    ages, rows = torch.tensor([0, 0, 2, 0, 1]), torch.tensor([1, 1, 0, 0, 2])
+    assert oldest_of_rows(ages, rows).tolist() == [0, 0, 2, 2, 1]
+    assert oldest_of_rows(ages[:0], rows[:0]).tolist() == []
 
 
 def test_on_policy_there_is_no_mismatch() -> None:

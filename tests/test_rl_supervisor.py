@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import os
 import signal
@@ -10,6 +11,7 @@ import sys
 import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import Any, cast
 
 import pytest
 
@@ -18,6 +20,7 @@ from ground.errors import InfraError, SetupError, WorkersLostError
 from ground.lease import ABANDONED, Fence
 from ground.stacks import collect
 from rl import learner_process
+from rl.actors import KeeperCheck
 from rl.cluster import ClusterStartError
 from rl.config import RlSection
 from rl.job import Job, Report, phase
@@ -295,6 +298,40 @@ for _ in range({renewals}):
 print("owned for", 0.05 * {renewals})
 time.sleep(60)
 """
+
+
+class Keeper:
+    """A weight keeper that answers when it is told to."""
+
+    def __init__(self) -> None:
+        self.node, self.answers = self, list[asyncio.Future[str]]()
+
+    def remote(self) -> asyncio.Future[str]:
+        self.answers.append(asyncio.get_running_loop().create_future())
+        return self.answers[-1]
+
+
+def test_a_keeper_may_be_busy_for_a_while_but_not_gone_nor_silent_for_ever() -> None:
+    async def scenario() -> None:
+        busy = Keeper()
+        check = KeeperCheck(cast(Any, busy), silent_seconds=60.0)
+        check.look()
+        check.look()
+        assert len(busy.answers) == 1, "nobody waits, nor asks twice"
+        busy.answers[0].set_result("node")
+        check.look()
+        busy.answers[1].set_exception(RuntimeError("killed"))
+        with pytest.raises(InfraError, match="weight keeper must live") as caught:
+            check.look()
+        assert caught.value.why == "killed" and len(busy.answers) == 2
+        silent = KeeperCheck(cast(Any, Keeper()), silent_seconds=0.0)
+        silent.look()
+        await asyncio.sleep(0.01)
+        with pytest.raises(InfraError, match="weight keeper must live") as caught:
+            silent.look()
+        assert "it was silent for" in caught.value.why
+
+    asyncio.run(scenario())
 
 
 def test_a_lease_ends_a_process_whose_owner_is_silent() -> None:

@@ -253,8 +253,11 @@ class _Remote:
     def publish(self, published: Published) -> None:
         _get(self._actor.publish.remote(published))
 
-    def deliver(self, published: Published, content: object) -> bool:
-        return _get(self._actor.deliver.remote(published, content))
+    def has_room(self, size: int) -> bool:
+        return _get(self._actor.has_room.remote(size))
+
+    def deliver(self, published: Published, content: object) -> None:
+        _get(self._actor.deliver.remote(published, content))
 
 
 @pytest.fixture

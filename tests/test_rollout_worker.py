@@ -79,6 +79,34 @@ def test_sampling_time_begins_with_the_first_request_that_has_a_place() -> None:
     assert attempt.seconds(frozenset({"a/1"}), now=15.5) == 3.5
 
 
+def test_a_real_worker_tells_which_groups_wait_for_a_place(tiny_model: Path) -> None:
+    """Sixteen long answers for eight slots: one group samples, the other has had no place yet."""
+    births = RealBirths(WorkerConfig(tiny_model, ENGINE, _fleet(num_workers=1)))
+    tasks = [make_task(name, tokens=200, size=8) for name in ("first", "second")]
+    names = [task.attempt_id(0) for task in tasks]
+
+    async def scenario(fleet: Fleet) -> None:
+        await fleet.start()
+        await fleet.publish(0, births.publish(0))
+        running = [asyncio.create_task(fleet.rollout(task)) for task in tasks]
+        seen: list[dict[str, float]] = []
+        while not all(task.done() for task in running):
+            pong = await births.workers[0].ping()
+            seen.append(pong.sampling)
+        assert any(each.get(names[1]) == 0.0 and each.get(names[0], 0) > 0 for each in seen)
+        assert any(each.get(names[1], 0) > 0 for each in seen)
+        await asyncio.gather(*running)
+        assert (await births.workers[0].ping()).sampling == {}
+
+    run_fleet(births, scenario)
+
+
+def test_half_the_slots_are_whole_steps_of_the_engine() -> None:
+    halves = [EngineSection(num_slots=slots).with_slots(0.5).num_slots for slots in (8, 24, 40, 64)]
+    assert halves == [8, 8, 16, 32]
+    assert EngineSection(num_slots=7).with_slots(1.0).num_slots == 7
+
+
 def _fleet(**changes: object) -> FleetSection:
     return FLEET.model_copy(update=changes)
 
