@@ -24,7 +24,7 @@ import ray
 
 from benchmarks.virtual import make_books, make_pool, make_section
 from ground.records import Segment, Span
-from rl.cluster import SYSTEM
+from rl.cluster import system_config
 from rl.config import RlSection
 from rl.controller import Controller
 from rl.journal import Journal
@@ -98,7 +98,7 @@ def controller_share(workers: int) -> Share:
         include_dashboard=False,
         log_to_driver=False,
         object_store_memory=256 << 20,
-        _system_config=SYSTEM,
+        _system_config=system_config(),
     )
     try:
         section = _section(workers)

@@ -37,7 +37,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from benchmarks.harness import ROOT, Figure, Report, run_benchmark
 from ground.model import live_tensors
-from rl.cluster import SYSTEM
+from rl.cluster import system_config
 from rollout.config import EngineSection, FleetSection
 from rollout.handover import Outbox
 from rollout.ray_worker import RayWorker
@@ -185,7 +185,7 @@ def _worker(model: LlamaForCausalLM) -> Iterator[RayWorker]:
             include_dashboard=False,
             log_to_driver=False,
             object_store_memory=128 << 20,
-            _system_config=SYSTEM,
+            _system_config=system_config(),
         )
         try:
             engine = EngineSection(num_slots=32, max_length=64)

@@ -38,7 +38,7 @@ from ground.chat import ChatTemplate
 from ground.model import live_tensors, load_model, load_tokenizer, tensors_of
 from ground.records import Group, Message, Prompt, Rollout
 from rl.books import Plan
-from rl.cluster import SYSTEM
+from rl.cluster import system_config
 from rl.config import RlSection
 from rl.learner import Learner
 from rl.prober import Prober
@@ -75,7 +75,7 @@ def measure(quick: bool) -> Report:
         num_cpus=1,
         include_dashboard=False,
         object_store_memory=128 << 20,
-        _system_config=SYSTEM,
+        _system_config=system_config(),
     )
     with tempfile.TemporaryDirectory() as folder:
         models = {"herd": _STUDENT, "dense": _dense(Path(folder))}

@@ -29,7 +29,7 @@ import ray
 from benchmarks.harness import ROOT, Figure, Report, run_benchmark
 from ground.model import load_model, tensors_of
 from ground.records import Message, Prompt
-from rl.cluster import SYSTEM
+from rl.cluster import system_config
 from rollout.config import EngineSection, FleetSection, SamplingSection
 from rollout.fleet import Fleet
 from rollout.handover import Outbox
@@ -166,7 +166,7 @@ def measure(quick: bool) -> Report:
         include_dashboard=False,
         log_to_driver=False,
         object_store_memory=128 << 20,
-        _system_config=SYSTEM,
+        _system_config=system_config(),
     )
     try:
         noticed, back = asyncio.run(kill_again_and_again(True, kills))

@@ -21,9 +21,6 @@ _MODELS_KEPT = 1
 """Room for a version that goes to another machine; here weights lie in the keeper's own memory."""
 _OTHER_BYTES = 128 << 20
 
-SYSTEM = {"worker_niceness": 0}
-"""Ray's default is 15: beside any other busy program its actors would get a thirtieth of a core."""
-
 
 class ClusterStartError(InfraError):
     """Ray did not come up, as happens on a machine that is too busy: no fault of the run."""
@@ -62,7 +59,7 @@ def cluster(
             logging_level=logging.WARNING,
             namespace=NAMESPACE,
             _temp_dir=str(folder),
-            _system_config=SYSTEM,
+            _system_config=system_config(),
         )
     except ValueError as error:
         raise SetupError("Ray refuses these settings", where="rl", why=str(error)) from error
@@ -78,6 +75,14 @@ def cluster(
     finally:
         ray.shutdown()
         install_signals()
+
+
+def system_config() -> dict[str, object]:
+    """Ray's own settings, a new mapping for each start, since Ray adds to what it is given.
+
+    Its workers' niceness is 15 otherwise: beside any other busy program, a thirtieth of a core.
+    """
+    return {"worker_niceness": 0}
 
 
 def _store_bytes(model: Path) -> int:

@@ -143,7 +143,7 @@ def armed(ray_local: None, tmp_path: Path) -> Iterator[Callable[[Faults], Faults
 def _start_ray() -> None:
     import ray
 
-    from rl.cluster import SYSTEM
+    from rl.cluster import system_config
 
     ray.init(
         num_cpus=4,
@@ -151,7 +151,7 @@ def _start_ray() -> None:
         log_to_driver=False,
         object_store_memory=256 << 20,
         namespace="tests",
-        _system_config=SYSTEM,
+        _system_config=system_config(),
     )
 
 
