@@ -73,11 +73,35 @@ class Order:
         return shlex.join([*words, *flags])
 
 
+@dataclass(frozen=True, slots=True)
+class Wish:
+    """How a recipe is to be run.
+
+    Example:
+        Wish(Path("runs/tiny"), resume=True)
+    """
+
+    directory: Path | None = None
+    """The run directory; `runs/<name>` by default."""
+    resume: bool = False
+    start: str = ""
+    """Stage from which all is discarded and made again."""
+    overwrite: bool = False
+    accelerate: Path | None = None
+    """File with which sft and dpo are started through `accelerate launch`."""
+
+
 def command(arguments: argparse.Namespace) -> int:
+    """`packtrain run`, see `run_recipe`."""
+    given = arguments.run, arguments.resume, arguments.start, arguments.overwrite
+    wish = Wish(*given, accelerate=arguments.accelerate)
+    return run_recipe(load_recipe(arguments.recipe, arguments.overrides), wish)
+
+
+def run_recipe(document: RecipeDocument, wish: Wish) -> int:
     """Run what is left of a recipe; the exit code is that of the stage that failed."""
-    document = load_recipe(arguments.recipe, arguments.overrides)
     recipe = read_recipe(document)
-    run = RunDir(arguments.run or Path("runs") / recipe.name)
+    run = RunDir(wish.directory or Path("runs") / recipe.name)
     hidden = shadows(Path.cwd())
     if hidden:
         raise SetupError(
@@ -85,12 +109,12 @@ def command(arguments: argparse.Namespace) -> int:
             fix="start packtrain from another folder, or rename them",
         )
     steps = tuple(plan(document))
-    start = STARTS[0] if arguments.overwrite else arguments.start
-    check_words(steps, arguments.start, arguments.accelerate)
+    start = STARTS[0] if wish.overwrite else wish.start
+    check_words(steps, wish.start, wish.accelerate)
     discarded = folders_from(start) if start else ()
-    order = Order(document, run, steps, arguments.accelerate, discarded)
+    order = Order(document, run, steps, wish.accelerate, discarded)
     check_inputs(document, recipe)
-    require_resumable(order, arguments.resume or bool(start))
+    require_resumable(order, wish.resume or bool(start))
     with run.open() as lock:
         discard(order)
         run.describe(document)
