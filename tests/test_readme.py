@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from pathlib import Path
 
@@ -29,6 +30,15 @@ def test_every_make_target_that_is_named_exists() -> None:
     targets = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
     texts = README + (ROOT / "CONTRIBUTING.md").read_text() + (ROOT / ".ci" / "run").read_text()
     assert set(re.findall(r"make ([a-z-]+)(?: |$|`)", texts, re.MULTILINE)) <= targets
+
+
+def test_every_figure_is_that_of_a_committed_result() -> None:
+    rows = re.findall(r"^\| [^|]*\| (-?[0-9.]+)[^|]*\| (\w+): ([^|]+) \|$", README, re.MULTILINE)
+    assert len(rows) > 15
+    for shown, name, figure in rows:
+        result = json.loads((ROOT / "benchmarks" / "results" / f"{name}.json").read_text())
+        digits = len(shown.partition(".")[2])
+        assert f"{result['figures'][figure]['value']:.{digits}f}" == shown, figure
 
 
 def test_the_recipe_of_the_readme_is_valid() -> None:
