@@ -43,6 +43,7 @@ from rl.remote import RemoteLoop
 from rl.snapshot import Cut, read_books, read_snapshot, restore
 from rl.speaker import Speaker
 from rl.versions import Versions
+from rollout.failures import sort_failure
 
 logger = logging.getLogger("packtrain")
 
@@ -61,10 +62,9 @@ def main() -> int:
     except PacktrainError as error:
         return speaker.fail(error)
     except Exception as error:
-        logger.exception("a defect of packtrain")
-        what = f"a defect of packtrain: {type(error).__name__}: {error}"
-        fix = f"please report it with {job.log_directory / 'rl.learner.log'}"
-        return speaker.fail(PacktrainError(what, where="learner", fix=fix))
+        logger.exception("training failed")
+        lower = "lower rl.micro_batch_tokens"
+        return speaker.fail(sort_failure(error, "training", memory_fix=lower))
     return 0
 
 
@@ -110,7 +110,7 @@ def learn(job: Job, speaker: Voice, join: Callable[[Job], Loop]) -> dict[str, ob
         accelerator,
         job.section,
         tell=speaker.say,
-        keep_batch=lambda plan: _keep_batch(job, plan),
+        keep_batch=lambda plan: keep_batch(job, plan),
         pack=pack,
     )
     version = _train(steps, loop, cut, pack, speaker)
@@ -191,7 +191,7 @@ def _leave_at_end(lines: TextIO) -> None:
     os._exit(1)
 
 
-def _keep_batch(job: Job, plan: Plan) -> None:
+def keep_batch(job: Job, plan: Plan) -> None:
     """Save the rollouts that a step diverged on."""
     rows = rows_of(plan.groups, job.section.advantages, plan.step)
     batch = collate([[row] for row in rows], pad_id=0)

@@ -23,7 +23,7 @@ from ground import faults
 from ground.errors import DataError, DivergedError
 from ground.records import Group
 from ground.signals import Pending
-from rl.books import Plan
+from rl.books import MISVERSIONED, Plan
 from rl.buffer import LATE, Outcome
 from rl.config import RlSection
 from rl.consumed import Consumed
@@ -269,7 +269,10 @@ def _of_plan(plan: Plan) -> dict[str, float]:
     """Reward and the fate of the step's draws."""
     flat = sum(plan.filtered.get(reason, 0) for reason in ("all-0", "all-1", "flat"))
     draws = len(plan.groups) + sum(plan.filtered.values())
-    late = plan.filtered.get(LATE, 0)
+    late, refused, misversioned = (
+        plan.filtered.get(reason, 0) for reason in (LATE, "refused", MISVERSIONED)
+    )
+    named = flat + late + refused + misversioned + len(plan.groups)
     return {
         "reward": plan.reward,
         "pass_rate": plan.pass_rate,
@@ -280,5 +283,7 @@ def _of_plan(plan: Plan) -> dict[str, float]:
         "all_0_share": plan.filtered.get("all-0", 0) / draws,
         "all_1_share": plan.filtered.get("all-1", 0) / draws,
         "late_share": late / draws,
-        "broken_share": (draws - flat - late - len(plan.groups)) / draws,
+        "refused_share": refused / draws,
+        "misversioned_share": misversioned / draws,
+        "broken_share": (draws - named) / draws,
     }

@@ -22,6 +22,7 @@ _SCARCE = {
 }  # fmt: skip
 """What an OSError says of the machine; any other one is a defect."""
 _MEMORY_TEXTS = ("out of memory", "can't allocate memory", "failed to allocate", "bad_alloc")
+_MEMORY_FIX = "lower rl.engine.num_slots or rl.fleet.num_workers"
 _MAX_TEXT = 2000
 
 
@@ -40,15 +41,21 @@ def sorted_failures(doing: str) -> Iterator[None]:
         raise sort_failure(error, doing) from None
 
 
-def sort_failure(error: BaseException, doing: str) -> PacktrainError:
-    """Any exception as an error of ours."""
+def sort_failure(
+    error: BaseException, doing: str, *, memory_fix: str = _MEMORY_FIX
+) -> PacktrainError:
+    """Any exception as an error of ours: the machine's (`InfraError`), or a defect of ours.
+
+    Args:
+        memory_fix: what to do when it is memory that lacks.
+    """
     if isinstance(error, PacktrainError):
         return error
     got = f"{type(error).__name__}: {_text(error)}".removesuffix(": ")
     if isinstance(error, MemoryError) or any(text in got.lower() for text in _MEMORY_TEXTS):
         return InfraError(
             f"{doing} must fit into memory, got {got}",
-            fix="lower rl.engine.num_slots or rl.fleet.num_workers",
+            fix=memory_fix,
         )
     if isinstance(error, OSError) and error.errno in _SCARCE:
         return InfraError(f"{doing} needs what the machine has too little of, got {got}")

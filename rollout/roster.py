@@ -60,7 +60,7 @@ class Roster:
         self.seats = [Seat(index) for index in range(self._section.num_workers)]
         works = [(self._tend(seat), seat.name) for seat in self.seats]
         if self._section.spare:
-            works.append((self._spare.run(), "spare worker"))
+            works.append((self._keep_spare(), "spare worker"))
         self._background = [asyncio.create_task(work, name=name) for work, name in works]
         await self.until(lambda: all(seat.state not in _UNBORN for seat in self.seats))
 
@@ -134,6 +134,14 @@ class Roster:
             self._fail(error)
         except Exception as error:
             self._fail(PacktrainError(f"{seat.name}: {type(error).__name__}: {error}"))
+            raise
+
+    async def _keep_spare(self) -> None:
+        """Nothing that a fleet runs in the background may end unseen."""
+        try:
+            await self._spare.run()
+        except Exception as error:
+            self._fail(PacktrainError(f"the spare worker: {type(error).__name__}: {error}"))
             raise
 
     def _pause_seconds(self, failures: int) -> float:

@@ -9,16 +9,19 @@ from pathlib import Path
 import pytest
 import torch
 from accelerate import Accelerator
-from rl_doubles import make_group, make_learner, make_plan
+from rl_doubles import ANSWERS, make_group, make_learner, make_plan
+from safetensors.torch import load_file
 from torch import Tensor
 
 from ground.checkpoints import Checkpoints
 from ground.errors import DivergedError, InfraError
 from ground.signals import Pending
+from ground.storage import verify_directory
 from rl.books import Plan
 from rl.config import RlSection, ValidationSection
 from rl.consumed import Consumed
-from rl.job import Report
+from rl.job import Job, Report
+from rl.learn import keep_batch
 from rl.loop import LearnerLoop
 from rl.publisher import Best, Publisher
 from rl.snapshot import Snapshot, read_books, read_snapshot, write_cut
@@ -105,6 +108,24 @@ def make_loop(
         keep_batch=keep_batch,
         pack=lambda version, trained: learner.model_tensors(),
     )
+
+
+def test_75_the_rollouts_of_a_poisoned_step_are_kept_to_be_looked_at(tmp_path: Path) -> None:
+    job = Job(
+        section=RlSection(steps=4),
+        seed=0,
+        run_name="toy",
+        incarnation=0,
+        model=tmp_path,
+        directory=tmp_path,
+        log_directory=tmp_path,
+    )
+    keep_batch(job, make_plan(make_group(0), step=7))
+    assert verify_directory(tmp_path / "diverged").facts["step"] == 7
+    kept = load_file(tmp_path / "diverged" / "batch.safetensors")
+    trained = kept["tokens"][kept["loss_mask"]].tolist()
+    assert sorted(trained) == sorted(token for tokens, _ in ANSWERS for token in tokens)
+    assert kept["advantages"][kept["loss_mask"]].unique().tolist() == [-0.5, 0.5]
 
 
 def test_a_cut_keeps_what_the_guards_have_counted(tiny_model: Path, tmp_path: Path) -> None:

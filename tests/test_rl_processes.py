@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import subprocess
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -13,6 +14,7 @@ from rl_runs import STEPS, Run, nothing_left
 
 from ground.checkpoints import Checkpoints, step_of
 from ground.faults import Faults
+from ground.storage import verify_directory
 from ground.strikes import Action, delay, hang_gil, kill9, stop
 from rl.journal import read_journal
 from rl.ledger import audit_ledger
@@ -145,15 +147,42 @@ def test_the_whole_fleet_dead_ends_the_run_with_its_ledger_saved(
         assert {name for name, count in totals.items() if count} == {"withdrawn"}
 
 
-def test_a_second_signal_ends_the_run_at_once(run: Run) -> None:
-    """#13: two SIGTERMs; what was committed before is whole, and the run can go on."""
-    run.wait_for_step(5)
-    run.process.send_signal(signal.SIGTERM)
-    run.process.send_signal(signal.SIGTERM)
-    assert run.process.wait(timeout=10) == 143
-    run.process.communicate()
-    run.check_nothing_is_left()
-    run.start("--resume")
-    output = run.finish()
-    assert run.process.returncode == 0, output
-    run.check_finished()
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+def test_a_second_signal_ends_the_run_at_once(
+    tmp_path: Path, tiny_model: Path, number: signal.Signals, code: int
+) -> None:
+    """#13: in a step that lasts, the first waits for its end, the second does not; what was
+    committed before is whole, and the run can go on."""
+    lasts = Faults(tmp_path).at("learner", "step.forward", nth=5).do(delay(60))
+    with nothing_left(Run(tmp_path, tiny_model, faults=lasts)) as run:
+        lasts.wait(240)
+        run.process.send_signal(number)
+        with pytest.raises(subprocess.TimeoutExpired):
+            run.process.wait(timeout=1)
+        run.process.send_signal(number)
+        assert run.process.wait(timeout=10) == code
+        run.process.communicate()
+        run.check_nothing_is_left()
+        run.faults = None
+        run.start("--resume")
+        output = run.finish()
+        assert run.process.returncode == 0, output
+        run.check_finished()
+
+
+def test_a_run_that_is_terminated_while_it_saves_saves(tmp_path: Path, tiny_model: Path) -> None:
+    """#12: in the middle of a checkpoint; every one that is there is whole."""
+    slow = Faults(tmp_path).at("learner", "cut.staged", nth=2).do(delay(2))
+    with nothing_left(Run(tmp_path, tiny_model, faults=slow)) as run:
+        slow.wait(240)
+        run.process.send_signal(signal.SIGTERM)
+        output = run.finish()
+        assert run.process.returncode == 143, output
+        cuts = Checkpoints(run.stage / "checkpoints").steps()
+        for cut in cuts:
+            verify_directory(cut)
+        assert step_of(cuts[-1]) == run.version
+        run.start("--resume")
+        output = run.finish()
+        assert run.process.returncode == 0, output
+        run.check_finished()

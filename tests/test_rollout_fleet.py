@@ -648,6 +648,25 @@ def test_the_deadline_of_a_group_begins_with_its_first_place_in_the_engine() -> 
     _run(script, scenario, section)
 
 
+def test_a_defect_of_the_spares_keeper_does_not_go_unseen() -> None:
+    """#28: it is a background task like the others."""
+
+    async def defect() -> None:
+        raise KeyError("no such thing")
+
+    script = Script(worker1=_set(prepare=defect))
+    section = SECTION.model_copy(update={"spare": True, "num_workers": 1})
+
+    async def scenario(fleet: Fleet) -> None:
+        await _begin(fleet)
+        with pytest.raises(PacktrainError, match="the spare worker: KeyError: 'no such thing'"):
+            while True:
+                await fleet.rollout(_task("g"))
+                await asyncio.sleep(0.1)
+
+    _run(script, scenario, section)
+
+
 def test_a_spare_takes_the_place_of_a_lost_worker_and_is_replaced_itself() -> None:
     script = Script()
     section = SECTION.model_copy(update={"spare": True, "num_workers": 1})
