@@ -35,7 +35,7 @@ QUICK = (
     "evaluate.greedy=false",
     "evaluate.max_prompts=300",
 )
-"""A quick run does the whole of one trail and its control, and only measures them less often."""
+"""A quick run does the whole of one trail, and only asks its models less often."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,8 +52,8 @@ class Model:
 
 
 def measure(quick: bool) -> Report:
-    """One seed, the better control and fewer answers with --quick; three seeds otherwise."""
-    seeds, rates = (SEEDS[:1], CONTROL_RATES[1:]) if quick else (SEEDS, CONTROL_RATES)
+    """Three seeds with their controls; with --quick one seed, fewer answers and no control."""
+    seeds, rates = (SEEDS[:1], ()) if quick else (SEEDS, CONTROL_RATES)
     parts: dict[str, list[Model]] = {name: [] for name in ("base", "sft", "rl", "dpo", "control")}
     details: dict[str, object] = {}
     seconds: list[float] = []
@@ -67,56 +67,43 @@ def measure(quick: bool) -> Report:
                 parts[name].append(_evaluated(run / name / "evaluation", seed))
             controls = {rate: _control(run, seed, rate) for rate in rates}
             details[f"seed {seed}"] = _facts(run, {rate: m.mean for rate, m in controls.items()})
-            rates = (max(controls, key=lambda rate: controls[rate].mean),)
-            parts["control"].append(controls[rates[0]])
-    models = {name: _joined(each) for name, each in parts.items()}
-    gain, control_gain = (
-        _difference(models["rl"], models["sft"]),
-        _difference(models["rl"], models["control"]),
-    )
-    cost = _difference(models["rl"], models["dpo"])
-    details["rl - sft by seed, in points"] = [
+            if controls:
+                rates = (max(controls, key=lambda rate: controls[rate].mean),)
+                parts["control"].append(controls[rates[0]])
+    models = {name: _joined(each) for name, each in parts.items() if each}
+    gaps = {f"rl over {name}": _difference(models["rl"], models[name]) for name in models}
+    by_label = {
+        f"rl over sft, {label}": _difference(models["rl"], models["sft"], label)
+        for label in ("easy", "medium", "hard")
+    }
+    details["rl over sft by seed, in points"] = [
         rl.mean - sft.mean for rl, sft in zip(parts["rl"], parts["sft"], strict=True)
     ]
-    details["differences in points: mean, low, high"] = {
-        "rl - sft": gain,
-        "rl - control": control_gain,
-        "rl - dpo": cost,
-        **{
-            f"rl - sft, {label}": _difference(models["rl"], models["sft"], label)
-            for label in ("easy", "medium", "hard")
-        },
-    }
-    return Report(_figures(models, gain, control_gain, cost, seconds), details)
+    details["differences in points: mean, low, high"] = gaps | by_label
+    return Report(_figures(models, gaps, by_label, max(seconds)), details)
 
 
 def _figures(
     models: Mapping[str, Model],
-    gain: Sequence[float],
-    control_gain: Sequence[float],
-    cost: Sequence[float],
-    seconds: Sequence[float],
+    gaps: Mapping[str, Sequence[float]],
+    by_label: Mapping[str, Sequence[float]],
+    seconds: float,
 ) -> list[Figure]:
-    by_label = {
-        label: _difference(models["rl"], models["sft"], label)[0]
-        for label in ("easy", "medium", "hard")
-    }
-    points = "points"
+    figures = [Figure(f"pass@1 of {name}", model.mean, "%") for name, model in models.items()]
+    for name, goal in (("rl over sft", 15), ("rl over control", 10)):
+        if name in gaps:
+            mean, low, _ = gaps[name]
+            figures.append(Figure(name, mean, "points", goal=goal, tolerance=6))
+            figures.append(Figure(f"{name}, low", low, "points"))
+    easy, medium, hard = (mean for mean, _, _ in by_label.values())
     return [
-        *(Figure(f"pass@1 of {name}", model.mean, "%") for name, model in models.items()),
-        Figure("rl over sft", gain[0], points, goal=15, tolerance=6),
-        Figure("rl over sft, low", gain[1], points),
-        Figure("rl over control", control_gain[0], points, goal=10, tolerance=6),
-        Figure("rl over control, low", control_gain[1], points),
-        Figure("dpo's cost", cost[0], points, goal=1, better="lower", tolerance=1.5),
-        *(Figure(f"rl over sft, {label}", value, points) for label, value in by_label.items()),
+        *figures,
         Figure(
-            "medium and hard over easy",
-            (by_label["medium"] + by_label["hard"]) / 2 - by_label["easy"],
-            points,
-            goal=0.001,
+            "dpo's cost", gaps["rl over dpo"][0], "points", goal=1, better="lower", tolerance=1.5
         ),
-        Figure("seconds of the whole trail", max(seconds), "s", goal=480, better="lower"),
+        *(Figure(name, mean, "points") for name, (mean, _, _) in by_label.items()),
+        Figure("medium and hard over easy", (medium + hard) / 2 - easy, "points", goal=0.001),
+        Figure("seconds of the whole trail", seconds, "s", goal=480, better="lower"),
     ]
 
 
