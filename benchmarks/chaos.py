@@ -59,6 +59,8 @@ class Soak:
     ledger: Mapping[str, int]
     digests: Mapping[str, str]
     """sha256 of weights, moments and RNG of the last cut, and of the exported model."""
+    differing: int
+    """Versions that a new life made again from the journal with other bytes than before."""
 
 
 def soak(
@@ -96,10 +98,8 @@ def soak(
         time.monotonic() - start,
         summary["consumed"],
         summary["audited"],
-        {
-            str(path.relative_to(stage)): hashlib.sha256(path.read_bytes()).hexdigest()
-            for path in newest
-        },
+        {str(path.relative_to(stage)): _sha256(path) for path in newest},
+        (folder / "run" / "log" / "rl.learner.log").read_text().count("is not bit for bit"),
     )
 
 
@@ -171,6 +171,7 @@ def measure(quick: bool) -> Report:
         Figure("points covered", len(points), goal=min(kills * 0.9, 30)),
         Figure("prompts lost", found.consumed["lost"], goal=0, better="lower"),
         Figure("samples trained twice", found.consumed["trained_twice"], goal=0, better="lower"),
+        Figure("versions not replayed bit for bit", found.differing, goal=0, better="lower"),
         Figure("oldest token", found.consumed["oldest_token"], "versions", goal=1, better="lower"),
         Figure("seconds per kill", found.seconds / max(sum(found.kills.values()), 1), "s"),
     ]
