@@ -24,6 +24,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from benchmarks.harness import ROOT, Figure, Report, run_benchmark
+from benchmarks.processes import EARLY
 from ground.errors import InfraError
 from ground.faults import POINTS, Faults
 from ground.manifest import read_manifest
@@ -33,16 +34,6 @@ KILLS, QUICK_KILLS, SEED = 50, 12, 0
 _SUPERVISOR_GONE = -9
 _RUN_SECONDS = 1200.0
 _FREQUENT = ("rollout", "learner", "controller", "supervisor")
-REWARDS = '''
-from rollout.rewards import Score, reward
-
-@reward("early")
-def early(prompts, completions, **columns):
-    """Share of letters in the first half of the alphabet; more than half passes."""
-    texts = [completion[-1]["content"] for completion in completions]
-    shares = [sum(c < "n" for c in text) / max(len(text), 1) for text in texts]
-    return [Score(share, share > 0.5, {}) for share in shares]
-'''
 
 
 @dataclass(frozen=True, slots=True)
@@ -133,7 +124,7 @@ def _write_recipe(folder: Path, model: Path, steps: int, staleness: int) -> Path
         for number in range(64)
     ]
     (folder / "prompts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    (folder / "rewards.py").write_text(REWARDS)
+    (folder / "rewards.py").write_text(EARLY)
     recipe = {
         "name": "chaos",
         "model": {"path": str(model)},

@@ -21,6 +21,7 @@ import tempfile
 from pathlib import Path
 
 from benchmarks.harness import ROOT, Figure, Report, run_benchmark
+from benchmarks.processes import EARLY
 from benchmarks.virtual import lower_bound, make_pool, make_section, run_steps
 from ground.errors import InfraError
 from ground.metrics import read_metrics
@@ -79,7 +80,7 @@ def _write_recipe(folder: Path, steps: int, *, staleness: int, threads: int) -> 
         for number in range(256)
     ]
     (folder / "prompts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    (folder / "rewards.py").write_text(_REWARDS)
+    (folder / "rewards.py").write_text(EARLY)
     recipe = {
         "name": "overlap",
         "model": {"path": str(ROOT / "recipes" / "tiny" / "herd" / "student")},
@@ -102,18 +103,6 @@ def _write_recipe(folder: Path, steps: int, *, staleness: int, threads: int) -> 
     path = folder / "recipe.yaml"
     path.write_text(json.dumps(recipe))
     return path
-
-
-_REWARDS = '''
-from rollout.rewards import Score, reward
-
-@reward("early")
-def early(prompts, completions, **columns):
-    """Share of letters in the first half of the alphabet; more than half passes."""
-    texts = [completion[-1]["content"] for completion in completions]
-    shares = [sum(c < "n" for c in text) / max(len(text), 1) for text in texts]
-    return [Score(share, share > 0.5, {}) for share in shares]
-'''
 
 
 def measure(quick: bool) -> Report:

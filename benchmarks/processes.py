@@ -10,6 +10,17 @@ from benchmarks.harness import ROOT
 
 RECIPE = ROOT / "recipes" / "tiny" / "recipe.yaml"
 DEADLINE_SECONDS = 1800
+EARLY = '''
+from rollout.rewards import Score, reward
+
+@reward("early")
+def early(prompts, completions, **columns):
+    """Share of letters in the first half of the alphabet; more than half passes."""
+    texts = [completion[-1]["content"] for completion in completions]
+    shares = [sum(c < "n" for c in text) / max(len(text), 1) for text in texts]
+    return [Score(share, share > 0.5, {}) for share in shares]
+'''
+"""A file of the user's own rewards, for prompts that any model answers now well, now badly."""
 
 
 def stage(module: str, recipe: Path, run: Path, *arguments: str) -> None:

@@ -17,22 +17,14 @@ import psutil
 import pyarrow.parquet as pq
 import pytest
 
+from benchmarks.processes import EARLY
 from ground.faults import Faults
 from ground.metrics import read_metrics
 from ground.storage import verify_directory
 from rl.journal import read_journal
 from rl.ledger import audit_ledger
 
-REWARDS = '''
-from rollout.rewards import Score, reward
-
-@reward("early")
-def early(prompts, completions, **columns):
-    """Share of letters in the first half of the alphabet; more than half passes."""
-    texts = [completion[-1]["content"] for completion in completions]
-    shares = [sum(c < "n" for c in text) / max(len(text), 1) for text in texts]
-    return [Score(share, share > 0.5, {}) for share in shares]
-
+SAME = '''
 @reward("same")
 def same(prompts, completions, **columns):
     """Whatever is said is right."""
@@ -79,7 +71,7 @@ class Run:
             for number in range(64)
         ]
         (directory / "prompts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-        (directory / "rewards.py").write_text(REWARDS)
+        (directory / "rewards.py").write_text(EARLY + SAME)
         self.rl = RL | dict(rl or {})
         recipe = {
             "name": "toy",
