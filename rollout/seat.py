@@ -143,7 +143,7 @@ class Seat:
                 spent += span
             if task.done():
                 return task.result()
-            _complete(life, f"{doing} must be done within {spent:g} s")
+            _complete(life, f"{doing} must be done within {round(spent, 2):g} s")
             raise InfraError(life.result(), where=self.name)
         except WorkerDiedError as error:
             if life is self.lost and not life.done():

@@ -24,7 +24,12 @@ from ground.storage import verify_directory
 from rl.journal import read_journal
 from rl.ledger import audit_ledger
 
-SAME = '''
+MORE = '''
+@reward("first")
+def first(prompts, completions, **columns):
+    """Whether the first letter is in the first half of the alphabet: many groups are flat."""
+    return [float(completion[-1]["content"][:1] < "n") for completion in completions]
+
 @reward("same")
 def same(prompts, completions, **columns):
     """Whatever is said is right."""
@@ -71,7 +76,7 @@ class Run:
             for number in range(64)
         ]
         (directory / "prompts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-        (directory / "rewards.py").write_text(EARLY + SAME)
+        (directory / "rewards.py").write_text(EARLY + MORE)
         self.rl = RL | dict(rl or {})
         recipe = {
             "name": "toy",

@@ -81,7 +81,7 @@ def test_two_workers_in_processes_equal_the_reference_loop_bit_for_bit(
         "fleet": {"num_workers": 2, "cpus_per_worker": 0.5, "spare": False},
         "optimizer": {"learning_rate": 1e-2},
     }  # fmt: skip
-    with nothing_left(Run(tmp_path, tiny_model, faults=held_up, rl=settings)) as run:
+    with nothing_left(Run(tmp_path, tiny_model, "first", faults=held_up, rl=settings)) as run:
         output = run.finish()
         assert run.process.returncode == 0, output
     assert len(held_up.fired()) == 4

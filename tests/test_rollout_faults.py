@@ -6,6 +6,7 @@ import asyncio
 import json
 import os
 import pickle
+import re
 import signal
 import subprocess
 import sys
@@ -251,7 +252,7 @@ def test_an_engine_that_hangs_behind_good_pings_is_replaced_by_its_deadline(
 
     run_fleet(births, scenario)
     [lost] = births.events_of("lost")
-    assert "must be done within 4 s" in str(lost["cause"])
+    assert re.search(r"must be done within [4-7][.0-9]* s", str(lost["cause"]))
 
 
 def test_a_reward_process_that_is_killed_costs_nobody_a_verdict(tmp_path: Path, armed: Arm) -> None:
