@@ -132,6 +132,7 @@ def _write_recipe(folder: Path, model: Path, steps: int, staleness: int) -> Path
         "rewards": ["rewards.py"],
         "rl": {
             "steps": steps,
+            "max_empty_steps": steps,  # by the end its letters are all early ones
             "groups_per_step": 4,
             "group_size": 4,
             "max_staleness": staleness,
