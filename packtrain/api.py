@@ -9,7 +9,7 @@ Everything is read from the run's files, also while it runs in another process. 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import pyarrow as pa
@@ -24,7 +24,7 @@ from packtrain.report import write_report
 from packtrain.runner import Wish, run_recipe
 from packtrain.status import RunStatus, read_status
 
-_SEEN = ("prompt_id", "capability", "draw", "opened_at", "reason", "successes", "trials")
+_SEEN = ["prompt_id", "capability", "draw", "opened_at", "reason", "successes", "trials"]
 """Columns of rl/groups that tell what became of a prompt."""
 
 
@@ -55,30 +55,24 @@ class Run:
 
     def groups(self) -> pa.Table:
         """Every draw that RL's learner consumed, with its rollouts, as in rl/groups, by step."""
-        parts = [
-            pq.read_table(path).append_column("step", pa.array([step] * _rows(path)))
-            for step, path in self._group_files()
-        ]
-        return pa.concat_tables(parts) if parts else pa.table({})
+        return self._consumed()
 
     def curriculum(self) -> pa.Table:
         """What was seen of each prompt, draw by draw: its outcome, passes and trials."""
-        parts = [
-            pq.read_table(path, columns=list(_SEEN)).append_column(
-                "step", pa.array([step] * _rows(path))
-            )
-            for step, path in self._group_files()
-        ]
-        return pa.concat_tables(parts) if parts else pa.table({})
+        return self._consumed(_SEEN)
 
     def report(self, output: Path | str | None = None) -> Path:
         """Write the page about the run; returns its path."""
         return write_report(self.path, None if output is None else Path(output))
 
-    def _group_files(self) -> Iterator[tuple[int, Path]]:
-        """Files of the consumed steps, oldest first; step n made version n."""
+    def _consumed(self, columns: Sequence[str] | None = None) -> pa.Table:
+        """The rows of all consumed steps, oldest first, with their step: step n made version n."""
+        parts = []
         for path in sorted((self.path / "rl" / "groups").glob("step_*.parquet")):
-            yield int(path.stem.removeprefix("step_")), path
+            rows = pq.read_table(path, columns=columns)
+            step = [int(path.stem.removeprefix("step_"))] * rows.num_rows
+            parts.append(rows.append_column("step", pa.array(step, pa.int64())))
+        return pa.concat_tables(parts) if parts else pa.table({})
 
 
 def run(
@@ -118,7 +112,3 @@ def _even(records: list[dict[str, object]]) -> list[dict[str, object]]:
     """Records with all keys in each, in the order of their first appearance."""
     keys = dict.fromkeys(key for record in records for key in record)
     return [{key: record.get(key) for key in keys} for record in records]
-
-
-def _rows(path: Path) -> int:
-    return pq.read_metadata(path).num_rows

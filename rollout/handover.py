@@ -170,6 +170,8 @@ def _until_there_is_room(look: Callable[[], Found | None]) -> Found:
                 f"a version of the weights must find a free buffer within {_ROOM_SECONDS:g} s",
                 where="hand-over",
                 why="processes that were given up still read them all, or snapshots are kept",
+                fix="nothing now: the loop goes on from its journal with new buffers; if it comes "
+                "again, look at log/ for who was given up",
             )
         time.sleep(_POLL_SECONDS)
     return found

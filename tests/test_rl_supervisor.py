@@ -100,7 +100,7 @@ def learner(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Learner
     monkeypatch.setattr(learner_process, "_PHASE_SLACK_SECONDS", 0.0)
     monkeypatch.setattr(learner_process, "_FIRST_WORD_SECONDS", 20.0)
     dumps = tmp_path / "dumps"
-    job = make_job(tmp_path, silent_seconds=4.0, step_deadline_seconds=0.4)
+    job = make_job(tmp_path, silent_seconds=4.0, step_deadline_seconds=2.0)
     process = LearnerProcess(job, on_silence=dumps.touch)
     yield process
     process.close()
@@ -133,20 +133,20 @@ def test_a_learner_whose_heart_beats_but_whose_work_stands_still_is_given_up(
     say(learner, Report(kind="step", step=4))
     assert learner.hear().step == 4 and learner.doing == "go on after step 4"
     say(learner, phase("have version 3 published", 4, seconds=60.0))
-    time.sleep(0.5)
+    time.sleep(2.2)
     say(learner, Report(kind="alive"))
     say(learner, Report(kind="step", step=4))
     assert learner.hear().step == 4, "a publication has a deadline of its own"
     say(learner, phase("train step 4", 4))
     beats = 0
-    with pytest.raises(InfraError, match=r"took longer than 0\.4 s to train step 4"):
-        while beats < 40:
+    with pytest.raises(InfraError, match=r"took longer than 2 s to train step 4"):
+        while beats < 400:
             say(learner, Report(kind="alive" if beats % 2 else "validation"))
             time.sleep(0.05)
             beats += 1
             if beats % 2 == 1:
                 learner.hear()
-    assert beats > 0
+    assert beats > 5
 
 
 def test_a_dead_learner_is_told_from_a_silent_one(learner: LearnerProcess) -> None:
