@@ -23,14 +23,16 @@ _SIGNAL = signal.SIGUSR1
 
 
 def offer(role: str) -> None:
-    """Write this process's stacks into a file whenever somebody collects; nothing without a folder.
+    """Write this process's stacks into a file whenever somebody collects.
+
+    Nothing without a folder, or where the run cannot be seen.
 
     The file's first line tells the process: `learner 4711 1763730384.1` (role, pid, born).
     """
     folder = os.environ.get(VARIABLE)
-    if not folder:
+    if not folder or not Path(folder).parent.is_dir():
         return
-    Path(folder).mkdir(parents=True, exist_ok=True)
+    Path(folder).mkdir(exist_ok=True)
     path = Path(folder) / f"{role.replace('/', '-')}.{os.getpid()}.txt"
     file = path.open("w")
     file.write(f"{role} {os.getpid()} {psutil.Process().create_time()}\n")

@@ -1,12 +1,17 @@
-"""A Ray cluster of our own on this machine, for one life of the loop."""
+"""The Ray cluster that a life of the loop runs in: one of our own, or the one that we are a job of.
+
+RAY_ADDRESS set (as in a Ray job) → join that cluster       otherwise → start one, end it
+"""
 
 from __future__ import annotations
 
 import logging
 import math
 import os
+import subprocess
+import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 
 import ray
@@ -14,67 +19,48 @@ import ray
 from ground.disk import require_space
 from ground.errors import InfraError, SetupError
 from ground.signals import install_signals
+from rl.processes import ADDRESS, cluster_address
 
 NAMESPACE = "packtrain"
+"""Of a cluster of our own; in another one each run has a namespace of its own."""
+_TRAVELS = "PACKTRAIN_"
+"""Variables with this prefix go to our actors, which an older cluster's raylets start."""
 _SHARED_MEMORY = Path("/dev/shm")
 _MODELS_KEPT = 1
 """Room for a version that goes to another machine; here weights lie in the keeper's own memory."""
 _OTHER_BYTES = 128 << 20
+_PROBE_SECONDS = 60.0
 
 
 class ClusterStartError(InfraError):
     """Ray did not come up, as happens on a machine that is too busy: no fault of the run."""
 
 
-@contextmanager
 def cluster(
-    folder: Path, num_cpus: float, model: Path, *, num_spare_cpus: float = 0
-) -> Iterator[str]:
-    """Start Ray and yield its address: token authentication, no dashboard, files in `folder`.
+    folder: Path,
+    num_cpus: float,
+    model: Path,
+    *,
+    num_spare_cpus: float = 0,
+    namespace: str = NAMESPACE,
+) -> AbstractContextManager[str]:
+    """Join or start Ray; the body gets its address.
 
     Args:
+        folder: for the files of a cluster of our own.
         num_cpus: what the actors will ask for in all.
-        num_spare_cpus: what those in waiting ask for besides; the machine need not have them.
+        num_spare_cpus: what those in waiting ask for besides; the machines need not have them.
         model: folder of the weights that will be handed over; decides the object store's size.
 
     Raises:
-        SetupError: the machine has fewer processors or less shared memory than that.
-        ClusterStartError: Ray does not come up.
+        SetupError: the machines have fewer processors or less shared memory than that, or a
+            cluster that we should join lets anybody in.
+        ClusterStartError: Ray does not come up, or does not answer.
     """
-    have = os.cpu_count() or 1
-    if num_cpus > have:
-        raise SetupError(
-            f"the fleet must fit this machine: it asks for {num_cpus:g} processors of {have}",
-            where="rl.fleet",
-            fix="lower rl.fleet.num_workers or rl.fleet.cpus_per_worker",
-        )
-    store = _store_bytes(model)
-    try:
-        ray.init(
-            address="local",
-            num_cpus=max(math.ceil(num_cpus + num_spare_cpus), 1),
-            include_dashboard=False,
-            object_store_memory=store,
-            log_to_driver=False,
-            logging_level=logging.WARNING,
-            namespace=NAMESPACE,
-            _temp_dir=str(folder),
-            _system_config=system_config(),
-        )
-    except ValueError as error:
-        raise SetupError("Ray refuses these settings", where="rl", why=str(error)) from error
-    except Exception as error:  # a raylet that is slow to start is a bare Exception
-        ray.shutdown()
-        raise ClusterStartError(
-            "Ray must come up on this machine", where="rl", why=str(error)
-        ) from error
-    finally:
-        install_signals()
-    try:
-        yield ray.get_runtime_context().gcs_address
-    finally:
-        ray.shutdown()
-        install_signals()
+    address = cluster_address()
+    if address:
+        return _joined(address, num_cpus, namespace)
+    return _started(folder, num_cpus, model, num_spare_cpus, namespace)
 
 
 def system_config() -> dict[str, object]:
@@ -83,6 +69,98 @@ def system_config() -> dict[str, object]:
     Its workers' niceness is 15 otherwise: beside any other busy program, a thirtieth of a core.
     """
     return {"worker_niceness": 0}
+
+
+@contextmanager
+def _started(
+    folder: Path, num_cpus: float, model: Path, num_spare_cpus: float, namespace: str
+) -> Iterator[str]:
+    """A cluster on this machine: token authentication, no dashboard, files in `folder`."""
+    _require_processors(num_cpus, os.cpu_count() or 1, "this machine")
+    with _connected(
+        "Ray must come up on this machine",
+        address="local",
+        num_cpus=max(math.ceil(num_cpus + num_spare_cpus), 1),
+        include_dashboard=False,
+        object_store_memory=_store_bytes(model),
+        namespace=namespace,
+        _temp_dir=str(folder),
+        _system_config=system_config(),
+    ):
+        yield ray.get_runtime_context().gcs_address
+
+
+@contextmanager
+def _joined(address: str, num_cpus: float, namespace: str) -> Iterator[str]:
+    """Somebody's cluster; ours in it are the actors alone, which leave with us."""
+    _require_token(address)
+    carried = {name: text for name, text in os.environ.items() if name.startswith(_TRAVELS)}
+    with _connected(
+        f"the Ray cluster at {address} ({ADDRESS}) must answer",
+        address=address,
+        namespace=namespace,
+        runtime_env={"env_vars": carried},
+    ):
+        have = float(ray.cluster_resources().get("CPU", 0))
+        _require_processors(num_cpus, have, f"the cluster at {address}")
+        yield ray.get_runtime_context().gcs_address
+
+
+@contextmanager
+def _connected(purpose: str, **settings: object) -> Iterator[None]:
+    """Ray while the body runs, its failures as ours and its signal handlers undone."""
+    try:
+        ray.init(log_to_driver=False, logging_level=logging.WARNING, **settings)  # pyright: ignore[reportArgumentType]
+    except ValueError as error:
+        raise SetupError("Ray refuses these settings", where="rl", why=str(error)) from error
+    except Exception as error:  # a raylet that is slow to start is a bare Exception
+        ray.shutdown()
+        raise ClusterStartError(purpose, where="rl", why=str(error)) from error
+    finally:
+        install_signals()
+    try:
+        yield
+    finally:
+        ray.shutdown()
+        install_signals()
+
+
+def _require_token(address: str) -> None:
+    """Refuse a cluster that answers without a token: who reaches it can run code as us."""
+    if address.startswith("ray://"):
+        raise SetupError(
+            f"{ADDRESS} must name the cluster itself, got a client's address: {address}",
+            where="rl",
+            fix="submit the command as a job: ray job submit -- packtrain run …",
+        )
+    line = [sys.executable, "-m", "ray.scripts.scripts", "health-check"]
+    line += [] if address == "auto" else ["--address", address]
+    stranger = {n: t for n, t in os.environ.items() if not n.startswith("RAY_AUTH_")}
+    try:
+        done = subprocess.run(
+            line,
+            env=stranger | {"RAY_AUTH_MODE": "disabled"},
+            capture_output=True,
+            timeout=_PROBE_SECONDS,
+        )
+    except subprocess.TimeoutExpired:
+        return  # who does not answer at all is told of by whoever joins
+    if done.returncode == 0:
+        raise SetupError(
+            f"the Ray cluster at {address} must ask for a token, it lets anybody run code",
+            where="rl",
+            fix="start every node with RAY_AUTH_MODE=token and the same RAY_AUTH_TOKEN_PATH "
+            "(`ray get-auth-token --generate` makes one)",
+        )
+
+
+def _require_processors(wanted: float, have: float, whose: str) -> None:
+    if wanted > have:
+        raise SetupError(
+            f"the fleet must fit {whose}: it asks for {wanted:g} processors of {have:g}",
+            where="rl.fleet",
+            fix="lower rl.fleet.num_workers or rl.fleet.cpus_per_worker",
+        )
 
 
 def _store_bytes(model: Path) -> int:

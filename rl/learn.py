@@ -32,7 +32,6 @@ from ground.signals import Interrupted, held_signals
 from ground.storage import commit_directory
 from rl.batch import collate, rows_of
 from rl.books import Plan
-from rl.cluster import NAMESPACE
 from rl.consumed import Consumed
 from rl.job import Job, Report, Voice, phase
 from rl.learner import Learner
@@ -177,7 +176,7 @@ def join_ray(job: Job) -> RemoteLoop:
     threading.Thread(target=_leave_at_end, args=(lines,), name="lifeline", daemon=True).start()
     ray.init(
         address=address,
-        namespace=NAMESPACE,
+        namespace=job.namespace,
         log_to_driver=False,
         logging_level=logging.WARNING,
         configure_logging=False,

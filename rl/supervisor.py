@@ -141,6 +141,7 @@ def _live(
             fleet.num_workers * fleet.cpus_per_worker,
             job.model,
             num_spare_cpus=fleet.spare * fleet.cpus_per_worker,
+            namespace=job.namespace,
         ) as address,
     ):
         controller = start_controller(job, pool)

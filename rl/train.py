@@ -13,7 +13,7 @@ from rl.job import Job, Report
 from rl.journal import Journal, read_journal
 from rl.ledger import audit_ledger
 from rl.pool import split_pool
-from rl.processes import reserved
+from rl.processes import Reserved, reserved
 
 
 def train(stage: Stage[RlSection]) -> dict[str, object]:
@@ -26,7 +26,7 @@ def train(stage: Stage[RlSection]) -> dict[str, object]:
 
         timeline = Journal(stage.directory / "events.jsonl")
         facts = supervise(
-            lambda life: _job(stage, life),
+            lambda life: _job(stage, life, ours),
             pool,
             ours,
             on_report=lambda report: _tell(stage, timeline, report),
@@ -38,11 +38,12 @@ def train(stage: Stage[RlSection]) -> dict[str, object]:
     return {**facts, "audited": audited, "consumed": consumed}
 
 
-def _job(stage: Stage[RlSection], life: int) -> Job:
+def _job(stage: Stage[RlSection], life: int, ours: Reserved) -> Job:
     return Job(
         section=stage.section,
         seed=stage.head.seed,
         run_name=stage.head.name,
+        namespace=f"packtrain-{ours.mark}",
         incarnation=life,
         model=stage.trail.model_before("rl").resolve(),
         directory=stage.directory.resolve(),

@@ -23,6 +23,7 @@ from ray.exceptions import RayActorError, RayError, RayTaskError
 
 from ground.errors import InfraError, PacktrainError
 from rollout.failures import memory_kills
+from rollout.luggage import Luggage
 from rollout.seat import OutOfMemoryError, WorkerDiedError
 from rollout.task import GroupResult, GroupTask, Loaded, Pong, WorkerConfig
 from rollout.worker import RolloutWorker
@@ -49,7 +50,8 @@ class RayWorker:
             max_concurrency=1000,
             enable_task_events=False,
         )
-        self._actor: ActorProxy[RolloutWorker] = actor.remote(config)
+        luggage = Luggage.pack(config.model_path, config.reward_files)
+        self._actor: ActorProxy[RolloutWorker] = actor.remote(config, luggage)
         self._incarnation = config.incarnation
         self._memory_kills = memory_kills()
         self._process: tuple[str, int] | None = None

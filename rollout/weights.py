@@ -15,6 +15,7 @@ import ray
 from numpy.typing import NDArray
 from ray.actor import ActorHandle, ActorProxy
 from ray.exceptions import RayError
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from ground import faults
 from ground.errors import DataError, InfraError, SetupError
@@ -212,6 +213,15 @@ def _this_actor() -> ActorHandle | None:
 
 
 def start_keeper(name: str | None = None) -> ActorProxy[WeightKeeper]:
-    """Start a keeper that belongs to the calling process and dies with it, not with a learner."""
+    """Start a keeper that belongs to the calling process and dies with it, not with a learner.
+
+    It runs on the same machine, whose memory it keeps the weights in.
+    """
     options = {"num_cpus": 0, "max_restarts": 0} | ({"name": name} if name else {})
-    return ray.remote(WeightKeeper).options(**options).remote()
+    strategy = on_this_machine()
+    return ray.remote(WeightKeeper).options(**options, scheduling_strategy=strategy).remote()
+
+
+def on_this_machine() -> NodeAffinitySchedulingStrategy:
+    """For an actor that must run here and nowhere else."""
+    return NodeAffinitySchedulingStrategy(this_node(), soft=False)
