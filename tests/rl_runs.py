@@ -12,6 +12,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import Any
 
 import psutil
 import pyarrow.parquet as pq
@@ -66,27 +67,9 @@ class Run:
         self.faults = faults
         self.directory, self.stage = directory, directory / "run" / "rl"
         self.place = Path(tempfile.mkdtemp(prefix="rl-", dir="/tmp"))
-        rows = [
-            {
-                "messages": [{"role": "user", "content": f"letters {number}"}],
-                "capability": ("one", "two")[number % 2],
-                "reward": reward,
-                "answer": "",
-            }
-            for number in range(64)
-        ]
-        (directory / "prompts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-        (directory / "rewards.py").write_text(EARLY + MORE)
         self.rl = RL | dict(rl or {})
-        recipe = {
-            "name": "toy",
-            "model": {"path": str(model)},
-            "data": {"prompts": "prompts.jsonl"},
-            "rewards": ["rewards.py"],
-            "rl": self.rl,
-        }
+        write_project(directory, model, reward, self.rl)
         self.shared = _shared_memory()
-        (directory / "recipe.yaml").write_text(json.dumps(recipe))
         self.process = self.start()
 
     def start(self, *flags: str) -> subprocess.Popen[str]:
@@ -168,11 +151,36 @@ class Run:
         return [r for r in read_journal(self.stage / "events.jsonl") if r["kind"] == kind]
 
 
+def write_project(
+    directory: Path, model: Path, reward: str = "early", rl: Mapping[str, object] = RL
+) -> None:
+    """What a user has in a folder: recipe, prompts, reward functions."""
+    rows = [
+        {
+            "messages": [{"role": "user", "content": f"letters {number}"}],
+            "capability": ("one", "two")[number % 2],
+            "reward": reward,
+            "answer": "",
+        }
+        for number in range(64)
+    ]
+    (directory / "prompts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (directory / "rewards.py").write_text(EARLY + MORE)
+    recipe = {
+        "name": "toy",
+        "model": {"path": str(model)},
+        "data": {"prompts": "prompts.jsonl"},
+        "rewards": ["rewards.py"],
+        "rl": dict(rl),
+    }
+    (directory / "recipe.yaml").write_text(json.dumps(recipe))
+
+
 def wait_until(
     is_true: Callable[[], bool],
     seconds: float,
     what: str,
-    process: subprocess.Popen[str] | None = None,
+    process: subprocess.Popen[Any] | None = None,
 ) -> None:
     deadline = time.monotonic() + seconds
     while not is_true():
