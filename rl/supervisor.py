@@ -113,10 +113,11 @@ class Budget:
             self._unstarted += 1
             if self._unstarted >= _MAX_STARTS:
                 raise SetupError(
-                    f"Ray must come up on this machine, it failed {self._unstarted} times in a row",
+                    f"{error.what}, it failed {self._unstarted} times in a row",
                     where="rl",
-                    why=str(error),
-                    fix="look at what else keeps the machine busy, then continue with --resume",
+                    why=error.why,
+                    fix="look at what keeps the machine busy or ended the cluster, then continue "
+                    "with --resume",
                 ) from error
             return self._sleep(_PAUSE_SECONDS * self._unstarted)
         self._lost += 1

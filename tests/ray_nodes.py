@@ -106,6 +106,13 @@ class Nodes:
             os.killpg(node.pid, signal.SIGKILL)
         node.wait()
 
+    def kill_gcs(self) -> None:
+        """End the process that the whole cluster hangs on."""
+        for process in psutil.Process(self.head.pid).children(recursive=True):
+            with suppress(psutil.Error):
+                if "gcs_server" in process.name():
+                    process.kill()
+
     def close(self) -> None:
         for node in (self.other, self.head):
             if node:

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import shutil
+import subprocess
 from collections import Counter
+from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 
+import psutil
 import pytest
 from ray_nodes import Nodes, two_nodes
-from rl_runs import RL, STEPS, write_project
+from rl_runs import RL, STEPS, wait_until, write_project
 
 from ground.metrics import read_metrics
 from ground.storage import verify_directory
@@ -31,44 +35,113 @@ def project(folder: Path, model: Path) -> Path:
     return folder
 
 
-def check_finished(stage: Path) -> Counter[str]:
-    """All that a finished stage promises; returns how many groups each worker made."""
-    summary = verify_directory(stage).facts["summary"]
-    verify_directory(stage / "model")
-    totals = audit_ledger(read_journal(stage / "ledger.jsonl"))
-    assert isinstance(summary, dict) and totals == summary["audited"]
-    steps = [r["step"] for r in read_metrics(stage / "metrics.jsonl") if "loss" in r]
-    assert steps == list(range(1, STEPS + 1))
-    events = read_journal(stage / "events.jsonl")
-    return Counter(str(event["role"]) for event in events if event["kind"] == "rollout")
+class Job:
+    """A folder that is submitted, and the run that comes of it."""
+
+    def __init__(self, work: Path, run: Path) -> None:
+        self.work, self.run, self.stage = work, run, run / "rl"
+        run.parent.mkdir()
+
+    def submit(self, nodes: Nodes, *flags: str) -> subprocess.Popen[str]:
+        line = ["python", "-m", "packtrain", "run", "recipe.yaml", "--run", str(self.run), *flags]
+        return nodes.submit(self.work, line)
+
+    @property
+    def version(self) -> int:
+        records = read_metrics(self.stage / "metrics.jsonl")
+        return max((int(str(record["step"])) for record in records), default=0)
+
+    def ledger(self) -> list[dict[str, object]]:
+        return list(read_journal(self.stage / "ledger.jsonl"))
+
+    def events(self, kind: str) -> list[dict[str, object]]:
+        return [r for r in read_journal(self.stage / "events.jsonl") if r["kind"] == kind]
+
+    def processes(self) -> list[psutil.Process]:
+        """Of the run, wherever they are."""
+        found = []
+        for process in psutil.process_iter():
+            with suppress(psutil.Error):
+                if str(self.run) in process.cmdline():
+                    found.append(process)
+        return found
+
+    def log(self) -> str:
+        return "".join(path.read_text() for path in (self.run / "log").glob("*.log"))
+
+    def check_finished(self) -> Counter[str]:
+        """All that a finished stage promises; returns how many groups each worker made."""
+        summary = verify_directory(self.stage).facts["summary"]
+        verify_directory(self.stage / "model")
+        totals = audit_ledger(self.ledger())
+        assert isinstance(summary, dict) and totals == summary["audited"]
+        records = read_metrics(self.stage / "metrics.jsonl")
+        assert [r["step"] for r in records if "loss" in r] == list(range(1, STEPS + 1))
+        return Counter(str(event["role"]) for event in self.events("rollout"))
+
+
+@pytest.fixture
+def job(tmp_path: Path, tiny_model: Path) -> Job:
+    model = tmp_path / "model"
+    shutil.copytree(tiny_model, model)
+    return Job(project(tmp_path / "work", model), tmp_path / "runs" / "toy")
+
+
+@pytest.fixture
+def nodes(tmp_path: Path) -> Iterator[Nodes]:
+    """Two nodes, of which the second sees nothing of the test's files and of our code."""
+    with two_nodes(hidden=[tmp_path, *(ROOT / name for name in PACKAGES)]) as nodes:
+        yield nodes
 
 
 def test_code_model_and_rewards_travel_to_a_node_that_sees_none_of_them(
-    tmp_path: Path, tiny_model: Path
+    job: Job, nodes: Nodes
 ) -> None:
-    run, model = tmp_path / "runs", tmp_path / "model"
-    shutil.copytree(tiny_model, model)
-    work = project(tmp_path / "work", model)
-    run.mkdir()
-    with two_nodes(hidden=[tmp_path, *(ROOT / name for name in PACKAGES)]) as nodes:
-        line = ["python", "-m", "rl.train", "recipe.yaml", "--run", str(run / "toy")]
-        job = nodes.submit(work, line)
-        output, _ = job.communicate(timeout=300)
-        assert job.returncode == 0, output + nodes.logs()
-    groups = check_finished(run / "toy" / "rl")
+    process = job.submit(nodes)
+    output, _ = process.communicate(timeout=300)
+    assert process.returncode == 0, output + nodes.logs()
+    groups = job.check_finished()
     assert min(groups["worker 0"], groups["worker 1"]) > STEPS, groups
 
 
-def test_a_cluster_that_asks_for_no_token_is_refused(tmp_path: Path, tiny_model: Path) -> None:
-    work = project(tmp_path / "work", tiny_model)
+def test_a_node_that_is_killed_takes_its_worker_and_nothing_else(job: Job, nodes: Nodes) -> None:
+    process = job.submit(nodes)
+    wait_until(lambda: job.version >= 3, 240, "step 3", process)
+    assert nodes.other
+    nodes.end(nodes.other)
+    output, _ = process.communicate(timeout=300)
+    assert process.returncode == 0, output + nodes.logs()
+    job.check_finished()
+    (lost,) = job.events("lost")[:1]
+    assert lost["role"] in ("worker 0", "worker 1"), lost
+    assert [e for e in job.events("restart") if e["role"] == "supervisor"] == []
+
+
+def test_a_cluster_that_is_lost_is_gone_on_from_in_another(job: Job, nodes: Nodes) -> None:
+    process = job.submit(nodes)
+    wait_until(lambda: job.version >= 5, 240, "step 5", process)
+    nodes.kill_gcs()
+    process.communicate(timeout=120)
+    assert process.returncode != 0 and job.version < STEPS
+    nodes.close()
+    wait_until(lambda: not job.processes(), 240, "end of what the job had started")
+    assert f":{nodes.port} (RAY_ADDRESS) must answer, it failed 5 times in a row" in job.log()
+    with two_nodes(nodes.hidden) as others:
+        process = job.submit(others, "--resume")
+        output, _ = process.communicate(timeout=300)
+    assert process.returncode == 0, output
+    job.check_finished()
+    assert any(record.get("reason") == "resumed" for record in job.ledger())
+
+
+def test_a_cluster_that_asks_for_no_token_is_refused(job: Job) -> None:
     nodes = Nodes(token=False)
     try:
         nodes.wait_for_head()
         nodes.wait_for_jobs()
-        line = ["python", "-m", "rl.train", "recipe.yaml", "--run", str(tmp_path / "toy")]
-        job = nodes.submit(work, line)
-        output, _ = job.communicate(timeout=120)
+        process = job.submit(nodes)
+        output, _ = process.communicate(timeout=120)
     finally:
         nodes.close()
-    assert job.returncode != 0
+    assert process.returncode != 0
     assert "must ask for a token" in output and "RAY_AUTH_MODE=token" in output
