@@ -23,6 +23,7 @@ from pathlib import Path
 import psutil
 from rl_runs import wait_until
 
+_JOB = Path(__file__).parents[1] / "recipes" / "ray" / "job.yaml"
 _RAY = [sys.executable, "-m", "ray.scripts.scripts"]
 
 
@@ -86,7 +87,7 @@ class Nodes:
     def submit(self, folder: Path, command: Sequence[str]) -> subprocess.Popen[str]:
         """`ray job submit` of a command with a folder as its working directory."""
         line = [*_RAY, "job", "submit", "--address", f"http://127.0.0.1:{self.dashboard}"]
-        line += ["--working-dir", str(folder), "--", *command]
+        line += ["--runtime-env", str(_JOB), "--working-dir", str(folder), "--", *command]
         return subprocess.Popen(
             line,
             env=self.environment,
