@@ -84,6 +84,11 @@ class Nodes:
 
         wait_until(answers, 120, "dashboard", self.head)
 
+    def wait_for_other(self) -> None:
+        """Return when the second node has joined."""
+        log = self.place / "other.log"
+        wait_until(lambda: "Ray runtime started" in log.read_text(), 120, "second node", self.other)
+
     def submit(self, folder: Path, command: Sequence[str]) -> subprocess.Popen[str]:
         """`ray job submit` of a command with a folder as its working directory."""
         line = [*_RAY, "job", "submit", "--address", f"http://127.0.0.1:{self.dashboard}"]
@@ -142,6 +147,7 @@ def two_nodes(hidden: Sequence[Path]) -> Iterator[Nodes]:
         nodes.wait_for_head()
         nodes.join()
         nodes.wait_for_jobs()
+        nodes.wait_for_other()
         yield nodes
     except BaseException:
         sys.stderr.write(nodes.logs())
