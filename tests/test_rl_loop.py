@@ -94,6 +94,7 @@ def make_loop(
         steps=4,
         groups_per_step=1,
         checkpoint_every=3,
+        max_empty_steps=1,  # with a staleness of 1 three in a row end the run
         validation=ValidationSection(evaluate_every=2),
     )
     learner = make_learner(model)

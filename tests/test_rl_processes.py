@@ -85,11 +85,15 @@ def test_a_terminated_run_saves_where_it_is_and_can_go_on(run: Run) -> None:
 def test_a_reward_that_never_differs_stops_the_run_and_says_why(
     tmp_path: Path, tiny_model: Path
 ) -> None:
-    run = Run(tmp_path, tiny_model, reward="same")
-    output = run.finish()
-    assert run.process.returncode == 5, output
-    assert "at least one group in 3 steps must teach something, none did" in output
-    assert "24 groups were filtered: all-1 24" in output
+    """#77: three steps, one that was open by then, three of the widened curriculum, of four slots
+    with two draws each."""
+    with nothing_left(Run(tmp_path, tiny_model, reward="same")) as run:
+        output = run.finish()
+        assert run.process.returncode == 5, output
+        assert "at least one group in 7 steps must teach something, none did" in output
+        assert "56 groups were filtered: all-1 56" in output
+        assert [event["version"] for event in run.events("widened")] == [3]
+        assert "no group of 3 steps teaches: from version 3 on" in run.log()
 
 
 @pytest.mark.parametrize(
