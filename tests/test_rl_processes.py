@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import signal
 import subprocess
 import time
@@ -96,6 +97,13 @@ def test_a_reward_that_never_differs_stops_the_run_and_says_why(
         assert "no group of 3 steps teaches: from version 3 on" in run.log()
 
 
+def told_stacks(log: str) -> tuple[set[str], set[str]]:
+    """The roles that the log's first line about stacks names, and those that gave none."""
+    found = re.search(r"stacks of (.+?) are in \S+?(?:; (.+) did not answer)?$", log, re.MULTILINE)
+    assert found, log
+    return set(found[1].split(", ")), set(found[2].split(", ") if found[2] else ())
+
+
 @pytest.mark.parametrize(
     ("role", "point", "nth", "action", "cause"),
     [
@@ -124,11 +132,21 @@ def test_whoever_hangs_or_dies_costs_only_the_way_back(
         stacks = {
             path.name: path.read_text() for path in (run.directory / "run/log/stacks").iterdir()
         }
-    if action is hang_gil:
-        hung = next(
-            text for name, text in stacks.items() if name.startswith(f"{role}.") and len(text) > 200
-        )
-        assert "strikes.py" in hung and "_hang" in hung
+    everybody = {"supervisor", "learner", "controller", "keeper", "rollout/0", "reward"}
+    mute = {role} if action is stop else set()
+    answered, silent = told_stacks(run.log())
+    assert answered == everybody - mute - ({role} if action is kill9 else set())
+    assert silent == mute
+    for name in answered:
+        texts = [t for file, t in stacks.items() if file.startswith(name.replace("/", "-") + ".")]
+        assert any("most recent call first" in text for text in texts), name
+    if action in (hang_gil, delay(900)):
+        [hung] = [
+            text
+            for name, text in stacks.items()
+            if name.startswith(f"{role}.") and "strikes" in text
+        ]
+        assert ("_hang" in hung) == (action is hang_gil)
 
 
 def test_the_whole_fleet_dead_ends_the_run_with_its_ledger_saved(
