@@ -144,14 +144,20 @@ class Run:
     def left(self) -> list[str]:
         """Processes (and with them their ports), folders and shared memory that are still there."""
         found = [str(path) for path in self.place.glob("packtrain-*")]
-        found += sorted(_shared_memory() - self.shared)
+        ours, others = self._processes()
+        found += sorted(_shared_memory() - self.shared - _mapped(others))
+        return found + [f"{process.pid} {process.cmdline()}" for process in ours]
+
+    def _processes(self) -> tuple[list[psutil.Process], list[psutil.Process]]:
+        """Those of this run, by their temporary folder, and all others."""
+        ours, others = list[psutil.Process](), list[psutil.Process]()
         for process in psutil.process_iter():
             with suppress(psutil.Error):
                 files = [file.path for file in process.open_files()]
                 is_ours = process.environ().get("TMPDIR") == str(self.place)
-                if is_ours or any(path.startswith(str(self.place)) for path in files):
-                    found.append(f"{process.pid} {process.cmdline()}")
-        return found
+                is_ours = is_ours or any(path.startswith(str(self.place)) for path in files)
+                (ours if is_ours else others).append(process)
+        return ours, others
 
     def check_nothing_is_left(self) -> None:
         wait_until(lambda: not self.left(), 10, f"end of what is left: {self.left()}")
@@ -197,5 +203,17 @@ def nothing_left(run: Run) -> Iterator[Run]:
 
 
 def _shared_memory() -> set[str]:
-    folder = Path("/dev/shm")
-    return {str(path) for path in folder.glob("*")} if folder.is_dir() else set()
+    """Files in shared memory; folders are those of tests that run beside us (`ram_path`)."""
+    return {str(path) for path in Path("/dev/shm").glob("*") if path.is_file()}
+
+
+def _mapped(processes: list[psutil.Process]) -> set[str]:
+    """Files in shared memory that these processes, which are not ours, have in use."""
+    found = set[str]()
+    for process in processes:
+        with suppress(OSError):
+            lines = Path(f"/proc/{process.pid}/maps").read_text().splitlines()
+            found |= {line[line.index("/dev/shm/") :] for line in lines if "/dev/shm/" in line}
+            files = Path(f"/proc/{process.pid}/fd").iterdir()
+            found |= {os.readlink(file) for file in files}
+    return found

@@ -317,6 +317,19 @@ def test_evaluation_asks_the_validation_slice_under_the_version_just_published()
     assert len({task.prompt.id for task in asked}) == 2
 
 
+def test_the_fleets_idle_share_is_what_its_clock_leaves() -> None:
+    """Busy for 3 of 4 seconds, then for none of 2."""
+    now = [0.0]
+    controller = make_controller(ScriptedFleet(first_is_right), [])
+    controller._busy = BusyClock(lambda: now[0])
+    with controller._busy:
+        now[0] = 3.0
+    now[0] = 4.0
+    assert controller._gauges()["rollout_idle_share"] == 0.25
+    now[0] = 6.0
+    assert controller._gauges()["rollout_idle_share"] == 1.0
+
+
 def test_busy_share_counts_overlapping_bodies_once() -> None:
     time = 0.0
     clock = BusyClock(lambda: time)

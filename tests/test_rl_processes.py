@@ -10,13 +10,15 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
+import pyarrow.parquet as pq
 import pytest
 from rl_runs import STEPS, Run, nothing_left
+from safetensors.torch import load_file
 
 from ground.checkpoints import Checkpoints, step_of
 from ground.faults import Faults
 from ground.storage import verify_directory
-from ground.strikes import Action, delay, hang_gil, kill9, stop
+from ground.strikes import Action, corrupt, delay, enospc, hang_gil, kill9, stop
 from rl.journal import read_journal
 from rl.ledger import audit_ledger
 
@@ -167,6 +169,85 @@ def test_the_whole_fleet_dead_ends_the_run_with_its_ledger_saved(
         assert not run.restarts()
         totals = audit_ledger(read_journal(run.stage / "ledger.jsonl"))
         assert {name for name, count in totals.items() if count} == {"withdrawn"}
+
+
+def test_75_a_nan_ends_the_stage_with_its_batch_kept_and_the_update_not_made(
+    tmp_path: Path, tiny_model: Path
+) -> None:
+    """Exit code 5. The next life takes that step again, and ends as if nothing had been."""
+    digests = []
+    for name, nth in (("whole", 10**6), ("poisoned", 6)):
+        folder = tmp_path / name
+        folder.mkdir()
+        nan = Faults(folder).at("learner", "step.behavior", nth).do(corrupt("nan"))
+        with nothing_left(Run(folder, tiny_model, faults=nan, rl={"max_staleness": 0})) as run:
+            output = run.finish()
+            if nan.fired():
+                assert run.process.returncode == 5, output
+                assert "loss and gradient must be finite, got nan" in output
+                assert verify_directory(run.stage / "diverged").facts["step"] == run.version
+                kept = load_file(run.stage / "diverged" / "batch.safetensors")
+                assert kept["loss_mask"].sum() > 16
+                groups = sorted(path.stem for path in (run.stage / "groups").iterdir())
+                assert groups[-1] == f"step_{run.version:06d}" and 4 <= run.version < STEPS
+                known = [each["version"] for each in read_journal(run.stage / "digests.jsonl")]
+                assert max(map(int, map(str, known))) == run.version
+                audit_ledger(read_journal(run.stage / "ledger.jsonl"))
+                assert not run.restarts(), "a life more would not help"
+                run.start("--resume")
+                output = run.finish()
+            assert run.process.returncode == 0, output
+            run.check_finished()
+            last = {e["version"]: e["digest"] for e in read_journal(run.stage / "digests.jsonl")}
+            digests.append(last)
+    assert len(digests[0]) == STEPS and digests[0] == digests[1]
+
+
+@pytest.mark.parametrize("point", ["journal.staged", "cut.staged", "best.staged", "export"])
+def test_a_full_disk_ends_the_stage_and_the_next_life_goes_on(
+    tmp_path: Path, tiny_model: Path, point: str
+) -> None:
+    """#42, #43: wherever the learner writes: exit code 4, and what was there before is whole."""
+    full = Faults(tmp_path).at("learner", point).do(enospc)
+    with nothing_left(Run(tmp_path, tiny_model, faults=full)) as run:
+        output = run.finish()
+        assert full.fired() and run.process.returncode == 4, output
+        assert "the disk is full" in output
+        for cut in Checkpoints(run.stage / "checkpoints").steps():
+            verify_directory(cut)
+        run.start("--resume")
+        output = run.finish()
+        assert run.process.returncode == 0, output
+        run.check_finished()
+
+
+def test_late_groups_are_dropped_and_asked_again_and_the_books_close(
+    tmp_path: Path, tiny_model: Path
+) -> None:
+    """`late: drop` with two workers, of which one is slow now and then."""
+    slow = Faults(tmp_path).at("rollout/1", "gen.begin", 4).do(delay(2), times=12)
+    settings = {
+        "late": "drop",
+        "late_floor": 0.5,
+        "fleet": {"num_workers": 2, "cpus_per_worker": 0.5, "spare": False},
+    }
+    with nothing_left(Run(tmp_path, tiny_model, faults=slow, rl=settings)) as run:
+        output = run.finish()
+        assert run.process.returncode == 0, output
+        summary = run.check_finished()
+        assert not run.restarts()
+        paths = sorted((run.stage / "groups").glob("step_*.parquet"))
+        rows = [row for path in paths for row in pq.read_table(path).to_pylist()]
+        records = list(read_journal(run.stage / "ledger.jsonl"))
+    late = [record["draw"] for record in records if record.get("reason") == "late"]
+    assert slow.fired() and len(late) == len(set(late)) > 3, "each at most once"
+    consumed = summary["consumed"]
+    assert isinstance(consumed, dict)
+    assert (consumed["lost"], consumed["trained_twice"], consumed["steps"]) == (0, 0, STEPS)
+    ended = {r["draw"]: r["state"] for r in records}
+    assert {ended[draw] for draw in late} <= {"trained", "filtered", "withdrawn"}
+    assert sum(ended[draw] == "trained" for draw in late) > 0, "dropped, and trained later"
+    assert sum(row["reason"] == "late" for row in rows) == len(late)
 
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
