@@ -36,8 +36,8 @@ class Asked:
     task: GroupTask
     seconds: float
     is_bad: bool
-    attempts: list[Scripted] = field(default_factory=list)
-    """Who was given it, in order."""
+    attempts: list[asyncio.Future[str]] = field(default_factory=list)
+    """The lives that were given it, in order."""
     running: Counter[int] = field(default_factory=Counter)
     """By attempt."""
     answer: asyncio.Task[Group] = field(init=False)
@@ -91,9 +91,10 @@ class Scripted:
         what = self.next.pop() if self.next else ""
         if what == "fail":
             raise InfraError("out of file handles")
-        segments = [Segment("policy", (7,), (-0.5,), (Span(self.version, 1),))] * len(task.seeds)
-        group = group_of(task, segments, [1.0] * len(task.seeds))
-        return GroupResult(group, 0.0, 0.0, 0.0, len(segments), attempt - (what == "stale"))
+        answered = attempt - (what == "stale")
+        segment = Segment("policy", (10 + answered,), (-0.5,), (Span(self.version, 1),))
+        group = group_of(task, [segment] * len(task.seeds), [1.0] * len(task.seeds))
+        return GroupResult(group, 0.0, 0.0, 0.0, len(task.seeds), answered)
 
     def kill(self) -> None:
         self.die(WorkerDiedError("killed"))
@@ -162,12 +163,12 @@ class FleetMachine(RuleBasedStateMachine):
         """The fleet gives a worker an attempt."""
         [seat] = [seat for seat in self.fleet._roster.seats if seat.worker is worker]
         assert seat.state is State.HEALTHY and not seat.lost.done()
-        assert worker.version == seat.version >= self.published
+        assert worker.version >= seat.version >= self.published
         asked = self.asked[task.id]
         assert attempt == len(asked.attempts) < MAX_ATTEMPTS, "each attempt once, in order"
-        for number, before in enumerate(asked.attempts):
-            assert not asked.running[number] or before.death.done(), "nobody works on it any more"
-        asked.attempts.append(worker)
+        for number, life in enumerate(asked.attempts):
+            assert not asked.running[number] or life.done(), "nobody is to work on it any more"
+        asked.attempts.append(seat.lost)
         return asked
 
     def _living(self) -> list[Scripted]:
@@ -215,9 +216,11 @@ class FleetMachine(RuleBasedStateMachine):
         worker.die(OutOfMemoryError("oom") if lacks_memory else WorkerDiedError("SIGSEGV"))
 
     @precondition(lambda self: self._living())
-    @rule(data=st.data())
-    def hang(self, data: st.DataObject) -> None:
+    @rule(data=st.data(), seconds=st.sampled_from([0.0, 2.5]))
+    def hang(self, data: st.DataObject, seconds: float) -> None:
+        """For long enough, then, to be suspected and not yet given up."""
         data.draw(st.sampled_from(self._living())).awake.clear()
+        self.pass_time(seconds)
 
     @precondition(lambda self: self._living())
     @rule(data=st.data())
@@ -258,10 +261,14 @@ class FleetMachine(RuleBasedStateMachine):
     def _group(self, asked: Asked) -> Group | None:
         """What came of a question; every other end has its type."""
         error = asked.answer.exception()
+        if isinstance(error, AssertionError):
+            raise error
         if error is None:
             group = asked.answer.result()
             assert group.id == asked.task.id and not asked.is_bad
-            assert len(group.rollouts) == len(asked.task.seeds)
+            tokens = [rollout.segments[0].token_ids for rollout in group.rollouts]
+            newest = 10 + len(asked.attempts) - 1
+            assert tokens == [(newest,)] * len(asked.task.seeds), "no zombie's answer"
             return group
         if isinstance(error, DataError):
             assert asked.is_bad and len(asked.attempts) >= 1
