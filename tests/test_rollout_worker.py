@@ -44,7 +44,7 @@ async def sampling(worker: RayWorker) -> None:
 
 
 def test_a_worker_samples_scores_and_swaps_weights(tiny_model: Path) -> None:
-    engine = ENGINE.model_copy(update={"max_length": 1000})  # room for seconds of decoding
+    engine = ENGINE.model_copy(update={"max_length": 500})  # room for seconds of decoding
     births = RealBirths(WorkerConfig(tiny_model, engine, _fleet(num_workers=1)))
 
     async def scenario(fleet: Fleet) -> None:
@@ -61,7 +61,7 @@ def test_a_worker_samples_scores_and_swaps_weights(tiny_model: Path) -> None:
         assert again == group
 
         published = births.post.publish_model(1, tiny_model, scale=0.9)
-        running = asyncio.create_task(fleet.rollout(make_task("long", tokens=900)))
+        running = asyncio.create_task(fleet.rollout(make_task("long", tokens=400)))
         await sampling(births.workers[0])
         await fleet.publish(1, published)
         versions = {
@@ -72,8 +72,8 @@ def test_a_worker_samples_scores_and_swaps_weights(tiny_model: Path) -> None:
         assert max(versions) == 1
         assert (await fleet.rollout(task)).oldest_version == 1
 
-        with pytest.raises(DataError, match=r"must fit max_length 1000, got .* \+ 990"):
-            await fleet.rollout(make_task("too long", tokens=990))
+        with pytest.raises(DataError, match=r"must fit max_length 500, got .* \+ 490"):
+            await fleet.rollout(make_task("too long", tokens=490))
         with pytest.raises(DataError, match="nonsense"):
             await fleet.rollout(replace(task, prompt=replace(task.prompt, reward="nonsense")))
         with pytest.raises(DataError, match="missing"):
