@@ -62,9 +62,9 @@ class RayWorker:
 
     async def prepare(self) -> None:
         """See `Worker.prepare`; remembers the process, so that it can be killed when it hangs."""
-        self._process = await self._sorted(self._actor.prepare.remote())
+        self._process = process = await self._sorted(self._actor.prepare.remote())
         if self._is_near:
-            self._exit = ExitWatch(self._process[1])
+            self._exit = ExitWatch(process[1])
 
     async def open(self, index: int, slots_share: float = 1.0) -> None:
         """See `Worker.open`."""

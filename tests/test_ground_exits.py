@@ -30,8 +30,9 @@ sys.stdin.readline()
 def tells_ends() -> bool:
     """Whether this kernel tells how a process ended that is not our child."""
     release = re.match(r"(\d+)\.(\d+)", platform.release())
-    is_linux = platform.system() == "Linux" and release is not None
-    return is_linux and (int(release[1]), int(release[2])) >= (6, 15)
+    if platform.system() != "Linux" or release is None:
+        return False
+    return (int(release[1]), int(release[2])) >= (6, 15)
 
 
 needs_kernel = pytest.mark.skipif(not tells_ends(), reason="Linux tells it since 6.15")

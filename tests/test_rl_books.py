@@ -391,7 +391,9 @@ class BooksMachine(RuleBasedStateMachine):
 
     def gone(self) -> set[str]:
         """Prompts that a publication has taken out of the pool."""
-        return set(self.books.curriculum.state_dict()["refused"])
+        refused = self.books.curriculum.state_dict()["refused"]
+        assert isinstance(refused, list)
+        return set(refused)
 
     @rule()
     def save(self) -> None:

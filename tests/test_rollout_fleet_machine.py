@@ -9,8 +9,9 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections import Counter
-from collections.abc import Coroutine
 from dataclasses import dataclass, field
+from types import CoroutineType
+from typing import Any
 
 from fleet_doubles import make_task
 from hypothesis import settings
@@ -75,7 +76,7 @@ class Scripted:
         self.version = version
         return Loaded(version, {}, 0.0)
 
-    def rollout(self, task: GroupTask, attempt: int) -> Coroutine[None, None, GroupResult]:
+    def rollout(self, task: GroupTask, attempt: int) -> CoroutineType[Any, Any, GroupResult]:
         return self._rollout(self.world.assigned(self, task, attempt), task, attempt)
 
     async def _rollout(self, asked: Asked, task: GroupTask, attempt: int) -> GroupResult:
@@ -242,7 +243,7 @@ class FleetMachine(RuleBasedStateMachine):
             assert seat.failures <= MAX_RESTARTS + 1
             assert seat.in_flight >= 0
             share = 0.5 if seat.memory_losses else 1.0
-            if seat.worker is not None and seat.state is State.STARTING:
+            if isinstance(seat.worker, Scripted) and seat.state is State.STARTING:
                 assert not seat.worker.born or seat.worker.share == share
         assert len(self._living()) <= len(seats) + self.section.spare
         is_lost = len(seats) - len(retired) < self.section.min_workers
