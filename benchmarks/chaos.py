@@ -126,10 +126,10 @@ def _plan(folder: Path, kills: int, seed: int, given: Sequence[tuple[str, str]])
 
 
 def _at_each(folder: Path, points: Sequence[tuple[str, str]]) -> Faults:
-    """The first passage of each point."""
+    """The first passage of each point, whichever worker it is that comes by."""
     plan = Faults(folder)
     for kind, name in points:
-        plan = plan.at("rollout/0" if kind == "rollout" else kind, name).do(kill9)
+        plan = plan.at("rollout/*" if kind == "rollout" else kind, name).do(kill9)
     return plan
 
 

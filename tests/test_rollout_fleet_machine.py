@@ -127,6 +127,10 @@ class FleetMachine(RuleBasedStateMachine):
     """No group lost or delivered twice, no work for who is not well, no budget exceeded, and in the
     end everything ends."""
 
+    def __init__(self) -> None:
+        super().__init__()
+        self.is_started = False
+
     @initialize(num_workers=st.integers(1, 3), min_workers=st.integers(1, 2), spare=st.booleans())
     def start(self, num_workers: int, min_workers: int, spare: bool) -> None:
         logging.getLogger("rollout").setLevel(logging.CRITICAL)  # it tells of every loss
@@ -153,6 +157,7 @@ class FleetMachine(RuleBasedStateMachine):
         self.section = section
         self.fleet = Fleet(section, self._spawn, self.events.append)
         self.runner.run(self.fleet.start())
+        self.is_started = True
         self.publish()
         self.pass_time(5.0)
 
@@ -281,7 +286,7 @@ class FleetMachine(RuleBasedStateMachine):
         return None
 
     def teardown(self) -> None:
-        if not hasattr(self, "fleet"):
+        if not self.is_started:
             return
         for worker in self._living():
             worker.awake.set()
