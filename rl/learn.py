@@ -120,9 +120,9 @@ def learn(job: Job, speaker: Voice, join: Callable[[Job], Loop]) -> dict[str, ob
         restore(model, best)
     facts: dict[str, object] = {"stage": "rl", "run": job.run_name, "base": str(job.model)}
     facts |= {"version": publisher.best.version if publisher.best else version}
-    faults.point("export")
     with commit_directory(job.directory / "model", facts) as staging:
         export_model(model, tokenizer, staging, facts)
+        faults.point("export")
     score = publisher.best.score if publisher.best else None
     return {**facts, "validation_pass_rate": score, "ledger": ledger}
 

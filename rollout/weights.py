@@ -19,6 +19,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from ground import faults
 from ground.errors import DataError, InfraError, SetupError
+from ground.roles import enter_role
 from rollout.layout import Layout
 from rollout.shared_memory import Lock, SharedBuffer, first_free
 
@@ -84,7 +85,7 @@ class WeightKeeper:
     """Keeps the newest published weights and the version before; a Ray actor (`start_keeper`)."""
 
     def __init__(self) -> None:
-        faults.enter("keeper")
+        enter_role("keeper")
         self._buffers: dict[str, SharedBuffer] = {}
         self._published: dict[int, Published] = {}
         self._carried: dict[int, ray.ObjectRef[NDArray[np.uint8]]] = {}

@@ -18,6 +18,8 @@ import torch
 from accelerate import Accelerator, InitProcessGroupKwargs
 from rl_doubles import make_group, make_learner, make_plan
 from safetensors.torch import save_file
+from torch import Tensor
+from torch.optim.optimizer import Optimizer, register_optimizer_step_pre_hook
 
 from ground.errors import DivergedError
 from ground.records import Group
@@ -27,9 +29,16 @@ from rl.learner import Learner
 SETTINGS: dict[str, Any] = {
     "micro_batch_tokens": 24,
     "advantages": {"kind": "batch_std"},
-    "loss": {"kind": "aipo", "rho_max": 2, "icepop": {"low": 0.05}, "reference_kl": 0.1},
     "ess_floor": 0.9,
+    "max_braked_steps": 99,
+    "optimizer": {"learning_rate": 1e-2, "max_grad_norm": 1e9},  # gradients come as they are
 }
+LOSSES: list[dict[str, Any]] = [
+    {"kind": "aipo", "rho_max": 2, "icepop": {"low": 0.02}, "reference_kl": 0.1},
+    {"kind": "cispo", "rho_min": 0.1, "rho_max": 3},
+    {"kind": "clip", "low": 0.5, "high": 3, "sequence_mask": 3.7},
+    {"kind": "decoupled", "low": 0.5, "high": 3, "proximal": "interpolate"},
+]
 
 
 def alone(group: Group) -> Group:
@@ -58,16 +67,25 @@ def poisoned() -> Plan:
     return make_plan(replace(group, rollouts=tuple(rollouts)), step=3)
 
 
-def train(learner: Learner) -> dict[str, Any]:
-    """The numbers of all steps, and how the poisoned one ended."""
+def train(learner: Learner) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """The numbers of all steps and how the poisoned one ended; gradients and weights."""
+    found: dict[str, Tensor] = {}
+
+    def keep(optimizer: Optimizer, *_: object) -> None:
+        grads = [p.grad.flatten() for group in optimizer.param_groups for p in group["params"]]
+        found[f"gradient {len(found)}"] = torch.cat(grads).clone()
+
+    handle = register_optimizer_step_pre_hook(keep)
     numbers = [learner.step(plan) for plan in plans()]
+    handle.remove()
     before, error = learner.model_tensors(), ""
     try:
         learner.step(poisoned())
     except DivergedError as refusal:
         error = refusal.what
     kept = all(bool((before[k] == v).all()) for k, v in learner.model_tensors().items())
-    return {"numbers": numbers, "error": error, "kept": kept}
+    facts = {"numbers": numbers, "error": error, "kept": kept}
+    return facts, found | learner.model_tensors()
 
 
 def main() -> None:
@@ -77,11 +95,11 @@ def main() -> None:
     # Without the backend accelerate makes two worlds of one rank each on a machine without GPUs.
     accelerator = Accelerator(cpu=True, kwargs_handlers=[InitProcessGroupKwargs(backend="gloo")])
     assert accelerator.num_processes == 2
-    learner = make_learner(model, accelerator, **SETTINGS)
-    found = train(learner)
-    rank = accelerator.process_index
-    (out / f"rank_{rank}.json").write_text(json.dumps(found))
-    save_file(learner.model_tensors(), out / f"rank_{rank}.safetensors")
+    for loss in LOSSES:
+        facts, tensors = train(make_learner(model, accelerator, loss=loss, **SETTINGS))
+        name = f"{loss['kind']}_{accelerator.process_index}"
+        (out / f"{name}.json").write_text(json.dumps(facts))
+        save_file(tensors, out / f"{name}.safetensors")
     accelerator.end_training()
 
 

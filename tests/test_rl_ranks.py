@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import socket
@@ -51,16 +52,19 @@ def run_ranks(model: Path, out: Path) -> None:
 def test_75_two_ranks_make_the_step_of_one_and_refuse_a_nan_together(
     tiny_model: Path, tmp_path: Path
 ) -> None:
+    """With every loss: numbers, gradients and weights."""
     run_ranks(tiny_model, tmp_path)
-    learner = make_learner(tiny_model, **rl_rank.SETTINGS)
-    expected = rl_rank.train(learner)
-    for rank in range(2):
-        found = json.loads((tmp_path / f"rank_{rank}.json").read_text())
+    for loss, rank in itertools.product(rl_rank.LOSSES, range(2)):
+        expected, wanted = rl_rank.train(make_learner(tiny_model, loss=loss, **rl_rank.SETTINGS))
+        found = json.loads((tmp_path / f"{loss['kind']}_{rank}.json").read_text())
         for step, (got, want) in enumerate(zip(found["numbers"], expected["numbers"], strict=True)):
-            assert got == pytest.approx(want, rel=1e-6, abs=1e-9), f"rank {rank}, step {step}"
+            assert got == pytest.approx(want, rel=1e-6, abs=1e-9), f"{loss}, {rank}, step {step}"
         assert found["error"] == expected["error"]
         assert "must be finite, got nan and a gradient norm nan" in found["error"]
         assert found["kept"] and expected["kept"]
-        weights = load_file(tmp_path / f"rank_{rank}.safetensors")
-        for name, want in learner.model_tensors().items():
-            assert (weights[name] - want).abs().max() < 1e-6, name
+        tensors = load_file(tmp_path / f"{loss['kind']}_{rank}.safetensors")
+        assert sum(name.startswith("gradient") for name in wanted) == 3
+        for name, want in wanted.items():
+            size = want.abs().max() if name.startswith("gradient") else 1.0
+            assert size > 0
+            assert (tensors[name] - want).abs().max() < 1e-6 * size, (loss, name)
