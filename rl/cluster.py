@@ -14,6 +14,7 @@ import ray
 from ground.disk import require_space
 from ground.errors import InfraError, SetupError
 from ground.signals import install_signals
+from rl.room import Want, require_room
 
 NAMESPACE = "packtrain"
 _SHARED_MEMORY = Path("/dev/shm")
@@ -38,16 +39,17 @@ def cluster(
         model: folder of the weights that will be handed over; decides the object store's size.
 
     Raises:
-        SetupError: the machine has fewer processors or less shared memory than that.
+        PlacementError: the machine has fewer processors than that; Ray would wait for ever.
+        SetupError: it has less shared memory.
         ClusterStartError: Ray does not come up.
     """
-    have = os.cpu_count() or 1
-    if num_cpus > have:
-        raise SetupError(
-            f"the fleet must fit this machine: it asks for {num_cpus:g} processors of {have}",
-            where="rl.fleet",
-            fix="lower rl.fleet.num_workers or rl.fleet.cpus_per_worker",
-        )
+    require_room(
+        [Want("rollout workers", num_cpus, "rl.fleet: num_workers x cpus_per_worker")],
+        os.cpu_count() or 1,
+        "processors",
+        where="rl.fleet",
+        fix="lower rl.fleet.num_workers or rl.fleet.cpus_per_worker",
+    )
     store = _store_bytes(model)
     try:
         ray.init(

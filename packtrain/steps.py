@@ -58,7 +58,7 @@ class Step:
         return self.module == EVALUATION
 
 
-def plan(document: RecipeDocument) -> list[Step]:
+def steps_of(document: RecipeDocument) -> list[Step]:
     """The steps of a recipe, in the order of the trail.
 
     The base is evaluated as soon as it exists: after `herd`, or first.
