@@ -81,6 +81,8 @@ class ModelSource(Section):
 
     path: Path
     """Folder with config.json, safetensors, tokenizer and chat template."""
+    shape: Path | None = None
+    """Folder with a config.json alone, for `packtrain plan` where `path` is not on this disk."""
 
 
 Column = typing.Literal[

@@ -1,0 +1,116 @@
+"""`packtrain plan`: what a recipe's RL would do on given devices, before anything is started.
+
+All that is printed is computed from the recipe, the model's config.json and data sheets: neither
+torch nor ray is imported, and no model needs to be on this disk.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+from collections.abc import Iterator
+
+from ground.console import say
+from ground.errors import DataError, RecipeError
+from ground.recipe import RecipeDocument, load_recipe
+from ground.shape import ModelShape, read_shape
+from ground.validation import suggest
+from packtrain import plan_text
+from packtrain.recipe import Recipe, read_recipe
+from packtrain.recipes import FOLDER
+from packtrain.validate import check_inputs
+from rl.config import RlSection
+from rl.forecast import Forecast, forecast
+from rl.hardware import DEVICES, Device
+from rl.roofline import Workload, workload_of
+
+_HERD = FOLDER / "tiny" / "herd" / "student"
+"""The student that `herd` puts into place."""
+
+
+def command(arguments: argparse.Namespace) -> int:
+    """Print the plan.
+
+    Raises:
+        PlacementError: the models do not fit, told after all that can be told without.
+    """
+    document = load_recipe(arguments.recipe, arguments.overrides)
+    recipe = read_recipe(document)
+    section = _section(document, recipe)
+    shape, source = _shape(document, recipe)
+    device, count = _devices(arguments.gpu, arguments.gpus)
+    load = workload_of(section, arguments.tokens)
+    for line in plan_text.model_lines(recipe.name, shape, source):
+        say(line)
+    for line in plan_text.step_lines(section, load):
+        say(line)
+    planned = forecast(shape, section, device, count, load=load)
+    for line in _lines(section, shape, device, count, planned, load):
+        say(line)
+    for line in plan_text.assumption_lines(shape, device, arguments.tokens is not None):
+        say(line)
+    for line in _refused(document, recipe):
+        say(line)
+    return 0
+
+
+def _lines(
+    section: RlSection,
+    shape: ModelShape,
+    device: Device,
+    count: int,
+    planned: Forecast,
+    load: Workload,
+) -> Iterator[str]:
+    yield from plan_text.batch_lines(section, planned, load)
+    yield from plan_text.placement_lines(section, device, count, planned)
+    yield from plan_text.memory_lines(shape, device, planned)
+    yield from plan_text.time_lines(section, planned)
+
+
+def _section(document: RecipeDocument, recipe: Recipe) -> RlSection:
+    if recipe.rl is None:
+        raise RecipeError(
+            "a plan is made for the rl stage, and this recipe has none",
+            where=document.shown,
+            fix="add a section: rl",
+        )
+    return recipe.rl
+
+
+def _shape(document: RecipeDocument, recipe: Recipe) -> tuple[ModelShape, str]:
+    """The model's own config.json, or the one that stands in for it."""
+    model = recipe.model
+    folders = [_HERD] if model is None else [model.path, *([model.shape] if model.shape else [])]
+    for folder in folders:
+        if (folder / "config.json").is_file():
+            return read_shape(folder), str(folder / "config.json")
+    raise DataError(
+        "a plan needs the model's config.json, there is none",
+        where=document.shown,
+        why=f"looked in {', '.join(map(str, folders))}",
+        fix="copy the model's config.json alone into a folder and name it as model.shape",
+    )
+
+
+def _devices(name: str, count: int | None) -> tuple[Device, int]:
+    """The devices that were asked for; without a number, this machine's processors."""
+    name = name or ("cpu" if count is None else "h100")
+    if name not in DEVICES:
+        raise RecipeError(
+            f"'{name}' is not a device{suggest(name, DEVICES)}",
+            fix=f"--gpu is one of {', '.join(DEVICES)}",
+        )
+    if count is not None and count < 1:
+        raise RecipeError(f"--gpus must be at least 1, got {count}", fix="--gpus 8")
+    return DEVICES[name], count or os.cpu_count() or 1
+
+
+def _refused(document: RecipeDocument, recipe: Recipe) -> Iterator[str]:
+    """What `packtrain run` would refuse here and now."""
+    try:
+        check_inputs(document, recipe)
+    except RecipeError as error:
+        yield ""
+        yield "packtrain run would refuse, on this machine:"
+        yield from (f"  {line.strip()}" for line in error.what.splitlines())
