@@ -18,13 +18,15 @@ import statistics
 import subprocess
 import sys
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 
 from benchmarks.harness import ROOT, Figure, Report, run_benchmark
 from benchmarks.processes import EARLY
-from benchmarks.virtual import lower_bound, make_pool, make_section, run_steps
 from ground.errors import InfraError
 from ground.metrics import read_metrics
+from rl.config import RlSection
+from rl.simulate import Durations, make_pool, make_section, run_steps
 
 SEEDS = (0, 1, 2)
 _SKEW = 1.0
@@ -48,8 +50,29 @@ def simulated(workers: int, staleness: int, seed: int, steps: int) -> tuple[floa
 
     # Balanced: the learner takes as long for a step as the fleet for its rollouts.
     train = 8 * workers * 8 * math.exp(_SKEW**2 / 2) / (workers * 64)
-    played = run_steps(section, make_pool(4000), seconds, lambda step: train, seed=seed)
+    durations = Durations(seconds, lambda plan: train)
+    played = run_steps(section, make_pool(4000), durations, seed=seed)
     return played.seconds, lower_bound(section, played.work, lambda step: train)
+
+
+def lower_bound(
+    section: RlSection, work: dict[int, list[list[float]]], train: Callable[[int], float]
+) -> float:
+    """Seconds before which no schedule can end that keeps the bound on staleness.
+
+    Even one that knows all durations: the slots of step u open with version u - S, its longest
+    rollout takes what it takes, all rollouts of the steps up to u must fit into the places of the
+    fleet, and steps follow one another.
+    """
+    places = section.engine.num_slots * section.fleet.num_workers
+    published, done = [0.0], 0.0
+    for step in range(section.steps):
+        opened = published[max(0, step - section.max_staleness)]
+        groups = work[step]
+        done += sum(map(sum, groups))
+        ready = max(opened + max(max(group) for group in groups), done / places)
+        published.append(max(published[-1], ready) + train(step))
+    return published[-1]
 
 
 def real(mode: str, seed: int, steps: int) -> float:

@@ -173,6 +173,12 @@ def _plan_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--tokens", type=float, metavar="N", help="mean length of an answer, where it is known"
     )
+    parser.add_argument(
+        "--simulate", action="store_true", help="play it through, with the real controller"
+    )
+    parser.add_argument(
+        "--skew", type=float, default=1.0, metavar="SIGMA", help="of the lengths, with --simulate"
+    )
 
 
 def _status_arguments(parser: argparse.ArgumentParser) -> None:

@@ -7,6 +7,7 @@ torch nor ray is imported, and no model needs to be on this disk.
 from __future__ import annotations
 
 import argparse
+import importlib
 import os
 from collections.abc import Iterator
 
@@ -47,6 +48,10 @@ def command(arguments: argparse.Namespace) -> int:
     planned = forecast(shape, section, device, count, load=load)
     for line in _lines(section, shape, device, count, planned, load):
         say(line)
+    if arguments.simulate:
+        simulate = importlib.import_module("packtrain.simulate")  # it takes a second to import
+        for line in simulate.simulation_lines(shape, section, device, count, load, arguments.skew):
+            say(line)
     for line in plan_text.assumption_lines(shape, device, arguments.tokens is not None):
         say(line)
     for line in _refused(document, recipe):
