@@ -54,9 +54,9 @@ class Efficiency:
     """
 
     train: float = 0.40
-    """Of peak FLOP/s, forward and backward: Llama 3 reports 38 to 43 % in BF16 on H100 (arXiv
-    2407.21783, table 4); Meta's 390 TFLOP/s a GPU for Llama 4 Behemoth in FP8 are 39 % of the BF16
-    peak."""
+    """Of peak FLOP/s, forward and backward, recomputation not counted (MFU). Llama 3 reports 38 to
+    43 % in BF16 on H100 (arXiv 2407.21783, table 4); Meta's 390 TFLOP/s a GPU for Llama 4 Behemoth
+    in FP8 are 39 % of the BF16 peak."""
     prefill: float = 0.40
     """Of peak FLOP/s while prompts are read: assumed, as training."""
     decode: float = 0.60

@@ -59,10 +59,10 @@ def learner_seconds(
 ) -> float:
     """Device-seconds of the learner for a sample: c_t.
 
-    A forward pass, a backward of twice its cost, and another forward because activations are
-    computed again; one more for each model whose log-probs the loss asks for.
+    A forward pass and a backward of twice its cost, as model FLOPs utilisation counts: whatever is
+    computed again is within the efficiency. One more for each model whose log-probs the loss asks.
     """
-    passes = 4 + bool(section.loss.reference_kl)
+    passes = 3 + bool(section.loss.reference_kl)
     if section.loss.kind == "decoupled" and section.loss.proximal == "recompute":
         passes += 1
     flops = passes * load.tokens * shape.flops(load.tokens / 2)
