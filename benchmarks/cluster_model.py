@@ -176,7 +176,7 @@ _AREAL_INPUTS = {
 _AREAL_WHY = (
     "The published steps, in turns more than side by side, take longer than the published rates of "
     "generation (figure 6b) and training (figure 6a) explain. What a decoding step with few rows "
-    "costs, for which a batch's longest answers wait, is not published; nor is what resharding costs "
+    "costs, for which a batch's longest answers wait, is not published, nor what resharding costs "
     "in turns. The table shows that these decide the ratio."
 )
 _AREAL = Case(

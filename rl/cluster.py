@@ -44,7 +44,7 @@ def cluster(
         ClusterStartError: Ray does not come up.
     """
     require_room(
-        [Want("rollout workers", num_cpus, "rl.fleet: num_workers x cpus_per_worker")],
+        [Want("rollout workers", num_cpus, "rl.fleet: workers x cpus_per_worker")],
         os.cpu_count() or 1,
         "processors",
         where="rl.fleet",

@@ -19,6 +19,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from ground.records import Difficulty, Message, Prompt
+from rl.balance import Balance
 from rl.books import Books, Plan
 from rl.config import RlSection
 from rl.controller import Controller
@@ -73,6 +74,8 @@ class Played:
     rollouts: int = 0
     marks: list[Mark] = field(default_factory=list)
     """At the end of each step."""
+    gauges: list[dict[str, float]] = field(default_factory=list)
+    """What was measured at each step (rl/balance.py)."""
     ages: Counter[int] = field(default_factory=Counter)
     """Versions between the oldest token of a trained rollout and its step → rollouts."""
     work: dict[int, list[list[float]]] = field(default_factory=dict)
@@ -179,10 +182,11 @@ def make_section(
     return patient(section, workers)
 
 
-def patient(section: RlSection, workers: int) -> RlSection:
+def patient(section: RlSection, workers: int, most: int | None = None) -> RlSection:
     """The same with so many workers, and with deadlines that cannot pass on a clock that jumps."""
     fleet = FleetSection(
         num_workers=workers,
+        max_workers=most,
         ping_every_seconds=_PING_SECONDS,
         rollout_deadline_seconds=_PATIENCE,
         publish_deadline_seconds=_PATIENCE,
@@ -236,7 +240,14 @@ async def _play(
     world: _World, ledger: Journal, events: Journal, played: Played, plans: list[Plan]
 ) -> None:
     section, clock = world.section, world.clock
-    fleet = Fleet(section.fleet, world.worker, events.append)
+    fleet = Fleet(
+        section.fleet,
+        world.worker,
+        events.append,
+        full_at=section.engine.num_slots / section.group_size,
+        now=lambda: clock.now,
+    )
+    balance = Balance(fleet, section.fleet, now=lambda: clock.now)
     controller = Controller(
         make_books(section, world.pool, world.seed, ledger),
         fleet,
@@ -253,7 +264,9 @@ async def _play(
     began = clock.now
     publication: asyncio.Task[float | None] | None = None
     for step in range(section.steps):
+        asked = clock.now
         plan, _ = await controller.next_batch(step)
+        played.gauges.append(balance.turn(asked, plan.rollouts))
         plans.append(plan)
         seconds = world.durations.train_seconds(plan)
         await asyncio.sleep(seconds)
