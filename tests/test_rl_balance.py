@@ -10,10 +10,11 @@ import pytest
 
 from ground.errors import InfraError
 from ground.records import Group, Message, Prompt
-from rl.balance import BAND, Balance, SpeedMeter, Speeds, wanted
+from rl.balance import Balance
 from rl.books import Plan
 from rl.config import RlSection
 from rl.simulate import Durations, Played, make_pool, make_section, patient, run_steps
+from rl.speeds import BAND, SpeedMeter, Speeds, wanted
 from rollout.config import FleetSection, SamplingSection
 from rollout.fleet import Fleet, FleetUse
 from rollout.roster import Event
