@@ -31,7 +31,7 @@ from rl.simulate import Durations, make_pool, make_section, run_steps
 SEEDS = (0, 1, 2)
 _SKEW = 1.0
 """Sigma of the lognormal lengths: the longest of 64 takes about ten times the median."""
-_WARM_UP = 3
+WARM_UP = 3
 
 
 def simulated(workers: int, staleness: int, seed: int, steps: int) -> tuple[float, float]:
@@ -78,6 +78,14 @@ def lower_bound(
 def real(mode: str, seed: int, steps: int) -> float:
     """Seconds of a step of the stage, warm-up left out."""
     threads, staleness = (2, 0) if mode == "sync" else (1, 1)
+    records = stage_metrics(seed, steps, staleness=staleness, threads=threads)
+    return statistics.fmean(float(str(record["seconds"])) for record in records[WARM_UP:])
+
+
+def stage_metrics(
+    seed: int, steps: int, *, staleness: int, threads: int
+) -> list[dict[str, object]]:
+    """A line per step of the real stage on this machine."""
     with tempfile.TemporaryDirectory() as folder:
         recipe = _write_recipe(Path(folder), steps, staleness=staleness, threads=threads)
         run = Path(folder) / "run"
@@ -87,9 +95,8 @@ def real(mode: str, seed: int, steps: int) -> float:
             line, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=900
         )
         if done.returncode:
-            raise InfraError(f"the {mode} run must end well", why=done.stderr[-2000:])
-        records = [r for r in read_metrics(run / "rl" / "metrics.jsonl") if "seconds" in r]
-    return statistics.fmean(float(str(record["seconds"])) for record in records[_WARM_UP:])
+            raise InfraError("the run must end well", why=done.stderr[-2000:])
+        return [r for r in read_metrics(run / "rl" / "metrics.jsonl") if "seconds" in r]
 
 
 def _write_recipe(folder: Path, steps: int, *, staleness: int, threads: int) -> Path:
