@@ -89,7 +89,7 @@ def _shape(document: RecipeDocument, recipe: Recipe) -> tuple[ModelShape, str]:
     folders = [_HERD] if model is None else [model.path, *([model.shape] if model.shape else [])]
     for folder in folders:
         if (folder / "config.json").is_file():
-            return read_shape(folder), str(folder / "config.json")
+            return read_shape(folder), os.path.relpath(folder / "config.json")
     raise DataError(
         "a plan needs the model's config.json, there is none",
         where=document.shown,

@@ -39,7 +39,7 @@ def step_lines(section: RlSection, load: Workload) -> Iterator[str]:
         f"{short(samples * load.tokens)} tokens"
     )
     yield (
-        f"  {load.flat_share:.0%} of the groups without an advantage, {load.refills} refills: "
+        f"  {load.flat_share:.0%} of the groups flat, a slot refilled {load.refills} x at most: "
         f"{load.sampled_per_slot:.2f} groups sampled for a slot, "
         f"{load.trained_per_slot:.2f} of them trained"
     )

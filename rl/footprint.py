@@ -66,12 +66,12 @@ def learner_footprint(
     experts = shape.experts * shape.one_expert / width
     layer = (shape.dense - shape.embedding + experts) / shape.layers * _HALF
     tile = _TILE_NUMBERS.get(device.name, _TILE_NUMBERS_ELSEWHERE) * _FULL
-    device = {
+    own = {
         "activations": float(activations),
         "two gathered layers": 2 * layer,
         "logits chunk": float(_TILES * tile),
     }
-    return Footprint(shared, {}, device)
+    return Footprint(shared, {}, own)
 
 
 def engine_footprint(shape: ModelShape, device: Device, section: RlSection) -> Footprint:
