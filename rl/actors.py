@@ -16,6 +16,7 @@ from ground.lease import Fence, Lease
 from ground.logs import setup_logging
 from ground.records import Prompt
 from ground.roles import enter_role
+from rl.balance import Balance
 from rl.books import Books, Plan
 from rl.buffer import Outcome
 from rl.controller import Controller
@@ -55,7 +56,13 @@ class ControllerActor:
             incarnation=job.incarnation,
             lease_seconds=section.lease_seconds,
         )
-        self._fleet = Fleet(section.fleet, lambda: RayWorker(config), self._events.append)
+        self._fleet = Fleet(
+            section.fleet,
+            lambda: RayWorker(config),
+            self._events.append,
+            full_at=section.engine.num_slots / section.group_size,
+        )
+        self._balance = Balance(self._fleet, section.fleet)
         self._keeper = start_keeper()
         self._keeper_check = KeeperCheck(self._keeper, section.silent_seconds)
         self._controller = Controller(
@@ -101,9 +108,11 @@ class ControllerActor:
         await self._controller.begin(version, await self._weights(version))
 
     async def next_batch(self, incarnation: int, step: int) -> tuple[Plan, dict[str, float]]:
-        """See `Controller.next_batch`."""
+        """See `Controller.next_batch`; with the speeds that were measured meanwhile."""
         self._fence.check(incarnation)
-        return await self._controller.next_batch(step)
+        asked = time.monotonic()
+        plan, gauges = await self._controller.next_batch(step)
+        return plan, gauges | self._balance.turn(asked, plan.rollouts)
 
     async def publish(self, incarnation: int, version: int, evaluate: bool) -> float | None:
         """See `Controller.publish`; the weights lie with the keeper."""

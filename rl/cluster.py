@@ -20,6 +20,7 @@ from ground.disk import require_space
 from ground.errors import InfraError, SetupError
 from ground.signals import install_signals
 from rl.processes import ADDRESS, cluster_address
+from rl.room import Want, require_room
 
 NAMESPACE = "packtrain"
 """Of a cluster of our own; in another one each run has a namespace of its own."""
@@ -53,8 +54,9 @@ def cluster(
         model: folder of the weights that will be handed over; decides the object store's size.
 
     Raises:
-        SetupError: the machines have fewer processors or less shared memory than that, or a
-            cluster that we should join lets anybody in.
+        PlacementError: the machines have fewer processors than that; Ray would wait for ever.
+        SetupError: this one has less shared memory, or a cluster that we should join lets anybody
+            in.
         ClusterStartError: Ray does not come up, or does not answer.
     """
     address = cluster_address()
@@ -76,7 +78,7 @@ def _started(
     folder: Path, num_cpus: float, model: Path, num_spare_cpus: float, namespace: str
 ) -> Iterator[str]:
     """A cluster on this machine: token authentication, no dashboard, files in `folder`."""
-    _require_processors(num_cpus, os.cpu_count() or 1, "this machine")
+    _require_processors(num_cpus, os.cpu_count() or 1)
     with _connected(
         "Ray must come up on this machine",
         address="local",
@@ -101,8 +103,7 @@ def _joined(address: str, num_cpus: float, namespace: str) -> Iterator[str]:
         namespace=namespace,
         runtime_env={"env_vars": carried},
     ):
-        have = float(ray.cluster_resources().get("CPU", 0))
-        _require_processors(num_cpus, have, f"the cluster at {address}")
+        _require_processors(num_cpus, ray.cluster_resources().get("CPU", 0))
         yield ray.get_runtime_context().gcs_address
 
 
@@ -166,13 +167,14 @@ def _must_answer(address: str) -> str:
     return f"the Ray cluster at {address} ({ADDRESS}) must answer"
 
 
-def _require_processors(wanted: float, have: float, whose: str) -> None:
-    if wanted > have:
-        raise SetupError(
-            f"the fleet must fit {whose}: it asks for {wanted:g} processors of {have:g}",
-            where="rl.fleet",
-            fix="lower rl.fleet.num_workers or rl.fleet.cpus_per_worker",
-        )
+def _require_processors(wanted: float, have: float) -> None:
+    require_room(
+        [Want("rollout workers", wanted, "rl.fleet: workers x cpus_per_worker")],
+        have,
+        "processors",
+        where="rl.fleet",
+        fix="lower rl.fleet.num_workers or rl.fleet.cpus_per_worker",
+    )
 
 
 def _store_bytes(model: Path) -> int:

@@ -190,7 +190,7 @@ class RlSection(Section):
         groups as places a fifth of the fleet idles under heavy skew (benchmarks/overlap.py).
         """
         per_worker = 2 * math.ceil(self.engine.num_slots / self.group_size) + 1
-        return per_worker * self.fleet.num_workers
+        return per_worker * self.fleet.most_workers
 
     @property
     def publication_seconds(self) -> float:

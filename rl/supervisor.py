@@ -139,7 +139,7 @@ def _live(
         learner_process(job, on_silence=lambda: dump_stacks(job)) as learner,
         cluster(
             ours.folder,
-            fleet.num_workers * fleet.cpus_per_worker,
+            fleet.most_workers * fleet.cpus_per_worker,
             job.model,
             num_spare_cpus=fleet.spare * fleet.cpus_per_worker,
             namespace=job.namespace,
