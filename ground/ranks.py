@@ -23,7 +23,7 @@ from torch import nn
 from torch.distributed.fsdp import FSDPModule
 from torch.nn.parallel import DistributedDataParallel
 
-from ground.errors import InfraError, SetupError, WorkersLostError
+from ground.errors import InfraError, SetupError
 from ground.launch import Kind, Launch, launch_of
 from ground.roll import Roll
 
@@ -116,7 +116,7 @@ def join_ranks(world: str, *, seconds: float = 1800.0) -> Ranks:
         seconds: how long any rank may keep the others waiting.
     Raises:
         SetupError: this machine cannot do what the launch file asks for.
-        WorkersLostError: the other ranks did not come.
+        InfraError: the other ranks did not come.
     """
     launch = launch_of(os.environ)
     require_possible(launch, has_gpu=torch.cuda.is_available())
@@ -124,12 +124,6 @@ def join_ranks(world: str, *, seconds: float = 1800.0) -> Ranks:
         with lost_ranks(launch, "find the other ranks", seconds):
             _initialise(launch, world, seconds)
     return Ranks(launch, seconds)
-
-
-def leave_ranks() -> None:
-    """Take the process group down, where there is one."""
-    if dist.is_initialized():
-        dist.destroy_process_group()
 
 
 def require_possible(launch: Launch, *, has_gpu: bool) -> None:
@@ -172,14 +166,14 @@ def lost_ranks(launch: Launch, purpose: str, seconds: float) -> Iterator[None]:
     """Turn torch's words for a rank that is gone, or silent, into ours.
 
     Raises:
-        WorkersLostError: with what was waited for.
+        InfraError: with what was waited for.
     """
     try:
         yield
     except RuntimeError as error:
         if not is_lost_rank(error):
             raise
-        raise WorkersLostError(
+        raise InfraError(
             f"rank {launch.rank} must {purpose} within {seconds:g} s, but another of the "
             f"{launch.num_ranks} ranks is gone or silent",
             where="accelerate launch",
@@ -194,15 +188,6 @@ def is_lost_rank(error: BaseException) -> bool:
         return True
     said = str(error).lower()
     return isinstance(error, RuntimeError) and any(word in said for word in _OF_TRANSPORT)
-
-
-def lost_life(error: RuntimeError, launch: Launch) -> InfraError:
-    """The same for one life of a loop that can be lived again."""
-    return InfraError(
-        f"rank {launch.rank} must go on with the other {launch.num_ranks - 1}, one of them is gone",
-        where="learner",
-        why=str(error).strip().splitlines()[0][:300],
-    )
 
 
 def _initialise(launch: Launch, world: str, seconds: float) -> None:

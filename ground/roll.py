@@ -2,8 +2,8 @@
 
     rank 0: tell("sft/verdict", "go")     others: hear("sft/verdict") → "go"
 
-Who waits here polls, so that a signal ends the wait at once: torch's own waits answer no signal, and
-a rank that sits in one is killed half a minute later without having said a word.
+Who waits here polls, so that a signal ends the wait at once: torch's own waits answer no signal,
+and a rank that sits in one is killed half a minute later without having said a word.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from datetime import timedelta
 
 from torch.distributed import DistError, TCPStore
 
-from ground.errors import WorkersLostError
+from ground.errors import InfraError
 from ground.launch import Launch, launch_of
 
 _POLL_SECONDS = 0.05
@@ -54,7 +54,7 @@ class Roll:
         """Wait for a word.
 
         Raises:
-            WorkersLostError: it did not come in time, or the launcher is gone.
+            InfraError: it did not come in time, or the launcher is gone.
         """
         deadline = time.monotonic() + seconds
         while (word := self.heard(name)) is None:
@@ -67,7 +67,7 @@ class Roll:
         """Wait until every rank is here.
 
         Raises:
-            WorkersLostError: naming the first rank that is not.
+            InfraError: naming the first rank that is not.
         """
         self.tell(f"{name}/here/{self.launch.rank}", "here")
         for rank in range(self.launch.num_ranks):
@@ -79,8 +79,8 @@ class Roll:
         except DistError as error:
             raise self._lost(f"reach the launcher's store for {name}", str(error)) from error
 
-    def _lost(self, what: str, why: str = "") -> WorkersLostError:
-        return WorkersLostError(
+    def _lost(self, what: str, why: str = "") -> InfraError:
+        return InfraError(
             f"rank {self.launch.rank} of {self.launch.num_ranks} must {what}",
             where="accelerate launch",
             why=why[:300],

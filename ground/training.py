@@ -149,7 +149,7 @@ def fit(trainer: FiniteLoss, where: Fit, *, resume: bool) -> Fitted:
     Raises:
         DivergedError: a loss or gradient was not finite; the weights of the last checkpoint stand.
         Interrupted: a signal came; the step was finished and saved.
-        WorkersLostError: another rank is gone.
+        InfraError: another rank is gone.
     """
     ranks = trainer.ranks = where.ranks
     latest = where.checkpoints.latest() if resume and ranks.is_main else None
