@@ -63,6 +63,17 @@ class Roll:
             time.sleep(_POLL_SECONDS)
         return word
 
+    def beat(self) -> None:
+        """Give a sign of life."""
+        self._asked("a sign of life", lambda: self._count(self.launch.rank, 1))
+
+    def beats(self, rank: int) -> int:
+        """Signs of life that a rank has given so far."""
+        return int(self._asked("signs of life", lambda: self._count(rank, 0)) or 0)
+
+    def _count(self, rank: int, more: int) -> str:
+        return str(self.store.add(f"beats/{rank}", more))
+
     def gather(self, name: str, seconds: float) -> None:
         """Wait until every rank is here.
 

@@ -3,8 +3,8 @@
     rank 0:   step(plan) ─▶ order ─▶ its learner          (rl/loop.py knows no ranks)
     others:   follow():     order ─▶ their learner, until the order to end
 
-Most of what a learner does takes all ranks: gradients are added up over them, and under ZeRO no rank
-has all weights or moments. So only one place decides (rank 0's loop), and the others do alike.
+Most of what a learner does takes all ranks: gradients are added up over them, and under ZeRO no
+rank has all weights or moments. So only one place decides (rank 0's loop); the others do alike.
 """
 
 from __future__ import annotations
