@@ -96,7 +96,12 @@ def learn(job: Job, speaker: Voice, join: Callable[[Job], Loop]) -> dict[str, ob
     pad_id = ChatTemplate(tokenizer).pad_id
     learner = Learner(model, ranks.accelerator(), job.section, pad_id)
     ranks.check(ranks.num_ranks, learner.update.module)
-    prober = Prober(model, max_length=job.section.engine.max_length, seed=job.seed)
+    prober = Prober(
+        model,
+        max_length=job.section.engine.max_length,
+        seed=job.seed,
+        through=learner.update.module if learner.update.splits_weights else None,
+    )
     ensemble = Ensemble(learner, prober, ranks)
     if not ranks.is_main:
         ensemble.follow()

@@ -204,11 +204,11 @@ class ZeroUpdate:
 
     def whole(self) -> AbstractContextManager[object]:
         """See `Update.whole`."""
-        from deepspeed.zero import GatheredParameters
+        import deepspeed
 
         if not self.splits_weights:
             return nullcontext()
-        return GatheredParameters(list(self._model.parameters()))
+        return deepspeed.zero.GatheredParameters(list(self._model.parameters()))
 
     def moments(self) -> dict[str, Tensor]:
         """See `Update.moments`."""
@@ -242,14 +242,14 @@ class ZeroUpdate:
 
     def _load_weights(self, weights: Mapping[str, Tensor]) -> None:
         """The weights, and the copies of them that the optimizer works on."""
-        from deepspeed.zero import GatheredParameters
+        import deepspeed
 
         if not self.splits_weights:
             restore(self._model, weights)
             self._zero.refresh_fp32_params()
             return
         parameters = list(self._model.parameters())
-        with GatheredParameters(parameters, modifier_rank=0):
+        with deepspeed.zero.GatheredParameters(parameters, modifier_rank=0):
             restore(self._model, weights)
             for parameter in parameters:
                 self._set(parameter, parameter.detach())
