@@ -54,11 +54,17 @@ def make_plan(*groups: Group, step: int = 1) -> Plan:
 
 def make_ensemble(learner: Learner, ranks: Ranks | None = None) -> Ensemble:
     """The learners of all ranks; of this process alone by default."""
-    prober = Prober(learner.model, max_length=64, seed=0)
+    through = learner.update.module if learner.update.splits_weights else None
+    prober = Prober(learner.model, max_length=64, seed=0, through=through)
     return Ensemble(learner, prober, ranks or Ranks(Launch(), 0.0))
 
 
-def make_learner(path: Path, accelerator: Accelerator | None = None, **settings: object) -> Learner:
+def make_learner(
+    path: Path,
+    accelerator: Accelerator | None = None,
+    dtype: torch.dtype = torch.float64,
+    **settings: object,
+) -> Learner:
     section = RlSection.model_validate(
         {
             "steps": 4,
@@ -68,7 +74,7 @@ def make_learner(path: Path, accelerator: Accelerator | None = None, **settings:
         }
     )
     return Learner(
-        load_model(path, dtype=torch.float64),
+        load_model(path, dtype=dtype),
         accelerator or Accelerator(cpu=True),
         section,
         pad_id=261,
