@@ -51,5 +51,5 @@ $(INSTALLED): pyproject.toml constraints.txt
 	@echo "installing packtrain and its libraries into $(VENV): about three minutes, once"
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(PIP) torch==2.13.0
-	$(PIP) --editable '.[dev]'
+	$(PIP) --editable '.[dev,deepspeed]'
 	@touch $@

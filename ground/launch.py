@@ -77,11 +77,6 @@ def of_launcher(environment: Mapping[str, str]) -> dict[str, str]:
     return {name: value for name, value in environment.items() if _is_of_launcher(name)}
 
 
-def without_launcher(environment: Mapping[str, str]) -> dict[str, str]:
-    """All other variables: for children that are no ranks."""
-    return {name: value for name, value in environment.items() if not _is_of_launcher(name)}
-
-
 def _is_of_launcher(name: str) -> bool:
     return name in _OF_RANKS or name.startswith(_PREFIXES)
 
