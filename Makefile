@@ -41,6 +41,7 @@ bench: $(INSTALLED)
 	$(BIN)/python -m benchmarks.scale
 	$(BIN)/python -m benchmarks.overlap
 	$(BIN)/python -m benchmarks.chaos
+	$(BIN)/python -m benchmarks.launchers
 	$(BIN)/python -m benchmarks.trail
 
 install: $(INSTALLED)
