@@ -41,6 +41,7 @@ bench: $(INSTALLED)
 	$(BIN)/python -m benchmarks.scale
 	$(BIN)/python -m benchmarks.overlap
 	$(BIN)/python -m benchmarks.chaos
+	$(BIN)/python -m benchmarks.launchers
 	$(BIN)/python -m benchmarks.trail
 
 install: $(INSTALLED)
@@ -51,5 +52,5 @@ $(INSTALLED): pyproject.toml constraints.txt
 	@echo "installing packtrain and its libraries into $(VENV): about three minutes, once"
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(PIP) torch==2.13.0
-	$(PIP) --editable '.[dev]'
+	$(PIP) --editable '.[dev,deepspeed]'
 	@touch $@

@@ -81,6 +81,11 @@ def phase(doing: str, step: int = 0, seconds: float = 0.0) -> Report:
     return Report(kind="phase", step=step, facts={"doing": doing, "seconds": seconds})
 
 
+def learner_name(rank: int) -> str:
+    """What the log files of a rank's learner are called."""
+    return f"rl.learner.rank{rank}" if rank else "rl.learner"
+
+
 class Voice(Protocol):
     """Who is told how it goes: the supervisor, through a `Speaker`."""
 

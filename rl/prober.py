@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.models.llama4.modeling_llama4 import Llama4Router
 
-from ground.logprobs import model_logprobs
+from ground.logprobs import LogprobModel
 from ground.records import Group
 from rollout.weights import Probe, Probes
 
@@ -71,10 +71,19 @@ class Prober:
     Args:
         model: the live one; its weights are those of the version that is published.
         max_length: tokens that an engine takes at most.
+        through: the wrapped model, where only it can run: the ranks hold parts of the weights.
     """
 
-    def __init__(self, model: PreTrainedModel, *, max_length: int, seed: int) -> None:
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        *,
+        max_length: int,
+        seed: int,
+        through: nn.Module | None = None,
+    ) -> None:
         self._model, self._max_length = model, max_length
+        self._logprobs = through or LogprobModel(model)
         self._random = np.random.default_rng([seed, 0x9A])
         self._routers = [each for each in model.modules() if isinstance(each, Llama4Router)]
         self._experts = {
@@ -133,9 +142,7 @@ class Prober:
             mask_BT = torch.tensor([[1] * len(row) + [0] * (width - len(row)) for row in batch])
             device = self._model.device
             with _recorded(self._routers) as routed:
-                logprobs_BT, _ = model_logprobs(
-                    self._model, tokens_BT.to(device), mask_BT.to(device)
-                )
+                logprobs_BT, _ = self._logprobs(tokens_BT.to(device), mask_BT.to(device))
             chosen, tied_BT = _choices(self._routers, routed, (len(batch), width), self._tie)
             for b, row in enumerate(batch):
                 ties = tied_BT[b, : len(row)].nonzero()

@@ -1,5 +1,6 @@
-"""One rank of a learner in a process of its own: `python rl_rank.py MODEL OUT`, told by torchrun's
-environment. Rank 0 writes what the steps gave.
+"""One rank of a learner in a process of its own: `python rl_rank.py MODEL OUT`.
+
+It is told by a launcher's environment. Rank 0 leads, and writes what the steps gave.
 
 The plans are made so that ranks have different numbers of passes, that one of them has no row at
 all, and that a poisoned row is on the other rank only.
@@ -15,30 +16,21 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import Accelerator, InitProcessGroupKwargs
-from rl_doubles import make_group, make_learner, make_plan
-from safetensors.torch import save_file
-from torch import Tensor
-from torch.optim.optimizer import Optimizer, register_optimizer_step_pre_hook
+from rl_doubles import make_ensemble, make_group, make_learner, make_plan
+from safetensors.torch import load_file, save_file
 
 from ground.errors import DivergedError
+from ground.ranks import Ranks, join_ranks
 from ground.records import Group
 from rl.books import Plan
-from rl.learner import Learner
+from rl.ensemble import Ensemble
 
 SETTINGS: dict[str, Any] = {
     "micro_batch_tokens": 24,
     "advantages": {"kind": "batch_std"},
+    "loss": {"kind": "aipo", "rho_max": 2, "icepop": {"low": 0.05}, "reference_kl": 0.1},
     "ess_floor": 0.9,
-    "max_braked_steps": 99,
-    "optimizer": {"learning_rate": 1e-2, "max_grad_norm": 1e9},  # gradients come as they are
 }
-LOSSES: list[dict[str, Any]] = [
-    {"kind": "aipo", "rho_max": 2, "icepop": {"low": 0.02}, "reference_kl": 0.1},
-    {"kind": "cispo", "rho_min": 0.1, "rho_max": 3},
-    {"kind": "clip", "low": 0.5, "high": 3, "sequence_mask": 3.7},
-    {"kind": "decoupled", "low": 0.5, "high": 3, "proximal": "interpolate"},
-]
 
 
 def alone(group: Group) -> Group:
@@ -67,40 +59,53 @@ def poisoned() -> Plan:
     return make_plan(replace(group, rollouts=tuple(rollouts)), step=3)
 
 
-def train(learner: Learner) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """The numbers of all steps and how the poisoned one ended; gradients and weights."""
-    found: dict[str, Tensor] = {}
-
-    def keep(optimizer: Optimizer, *_: object) -> None:
-        grads = [p.grad.flatten() for group in optimizer.param_groups for p in group["params"]]
-        found[f"gradient {len(found)}"] = torch.cat(grads).clone()
-
-    handle = register_optimizer_step_pre_hook(keep)
-    numbers = [learner.step(plan) for plan in plans()]
-    handle.remove()
-    before, error = learner.model_tensors(), ""
+def train(learners: Ensemble, out: Path) -> dict[str, Any]:
+    """The numbers of all steps, and how the poisoned one ended; leaves a cut before the last."""
+    first, second, third = plans()
+    numbers = [learners.step(first), learners.step(second)]
+    save_file(learners.model_tensors(), out / "model.safetensors")
+    save_file(learners.optimizer_tensors(), out / "optimizer.safetensors")
+    numbers.append(learners.step(third))
+    probes = learners.probes_of(first.groups)()
+    with learners.live() as live:
+        save_file({name: tensor.clone() for name, tensor in live.items()}, out / "last.safetensors")
+    before, error = learners.model_tensors(), ""
     try:
-        learner.step(poisoned())
+        learners.step(poisoned())
     except DivergedError as refusal:
         error = refusal.what
-    kept = all(bool((before[k] == v).all()) for k, v in learner.model_tensors().items())
-    facts = {"numbers": numbers, "error": error, "kept": kept}
-    return facts, found | learner.model_tensors()
+    kept = all(bool((before[k] == v).all()) for k, v in learners.model_tensors().items())
+    scored = [list(probe.logprobs) for probe in probes.rows]
+    return {"numbers": numbers, "error": error, "kept": kept, "probes": scored}
+
+
+def go_on(learners: Ensemble, cut: Path, out: Path) -> dict[str, Any]:
+    """The last step again, from a cut."""
+    optimizer = load_file(cut / "optimizer.safetensors")
+    learners.load(load_file(cut / "model.safetensors"), optimizer)
+    numbers = [learners.step(plans()[2])]
+    save_file(learners.model_tensors(), out / "last.safetensors")
+    return {"numbers": numbers}
+
+
+def ensemble(model: Path, ranks: Ranks, **settings: Any) -> Ensemble:
+    """The learners of all ranks over the tiny model, in fp32 as the stage has it."""
+    learner = make_learner(model, ranks.accelerator(), dtype=torch.float32, **settings)
+    ranks.check(ranks.num_ranks, learner.update.module)
+    return make_ensemble(learner, ranks)
 
 
 def main() -> None:
-    """Run as a rank."""
-    model, out = Path(sys.argv[1]), Path(sys.argv[2])
+    """Run as a rank; with a third argument, go on from the cut in that folder."""
+    model, out, *cut = (Path(argument) for argument in sys.argv[1:])
     torch.set_num_threads(1)
-    # Without the backend accelerate makes two worlds of one rank each on a machine without GPUs.
-    accelerator = Accelerator(cpu=True, kwargs_handlers=[InitProcessGroupKwargs(backend="gloo")])
-    assert accelerator.num_processes == 2
-    for loss in LOSSES:
-        facts, tensors = train(make_learner(model, accelerator, loss=loss, **SETTINGS))
-        name = f"{loss['kind']}_{accelerator.process_index}"
-        (out / f"{name}.json").write_text(json.dumps(facts))
-        save_file(tensors, out / f"{name}.safetensors")
-    accelerator.end_training()
+    ranks = join_ranks("test", seconds=60)
+    learners = ensemble(model, ranks, **SETTINGS)
+    if not ranks.is_main:
+        return learners.follow()
+    found = go_on(learners, cut[0], out) if cut else train(learners, out)
+    learners.end()
+    (out / "found.json").write_text(json.dumps(found))
 
 
 if __name__ == "__main__":

@@ -64,8 +64,9 @@ class Run:
         *,
         faults: Faults | None = None,
         rl: Mapping[str, object] | None = None,
+        launcher: Path | None = None,
     ) -> None:
-        self.faults = faults
+        self.faults, self.launcher = faults, launcher
         self.directory, self.stage = directory, directory / "run" / "rl"
         self.place = Path(tempfile.mkdtemp(prefix="rl-", dir="/tmp"))
         self.rl = RL | dict(rl or {})
@@ -77,8 +78,13 @@ class Run:
 
     def start(self, *flags: str) -> subprocess.Popen[str]:
         arguments = [str(self.directory / "recipe.yaml"), "--run", str(self.directory / "run")]
+        launcher = (
+            ["-m", "accelerate.commands.launch", "--config_file", str(self.launcher)]
+            if self.launcher
+            else []
+        )
         self.process = subprocess.Popen(
-            [sys.executable, "-m", "rl.train", *arguments, *flags],
+            [sys.executable, *launcher, "-m", "rl.train", *arguments, *flags],
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,

@@ -9,8 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from accelerate import Accelerator
-from rl_doubles import ANSWERS, make_group, make_learner, make_plan
+from rl_doubles import ANSWERS, make_ensemble, make_group, make_learner, make_plan
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -102,11 +101,10 @@ def make_loop(
     )
     learner = make_learner(model)
     return LearnerLoop(
-        learner,
+        make_ensemble(learner),
         loop,
         publisher,
         Consumed(directory / "groups"),
-        Accelerator(cpu=True),
         section,
         tell=told.append,
         keep_batch=keep_batch,
