@@ -280,7 +280,10 @@ class Controller:
         logger.warning(
             "no group of %d steps teaches: from version %d on %d solved and %d hopeless prompts "
             "get half of the draws",
-            *(empty, version, counts["retired"], counts["deferred"]),
+            empty,
+            version,
+            counts["retired"],
+            counts["deferred"],
         )
         self._timeline("widened", time.time(), version)
 
