@@ -70,6 +70,19 @@ def load_model(path: Path, *, dtype: torch.dtype = torch.float32) -> PreTrainedM
     return model
 
 
+def blank_model(path: Path, *, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
+    """The model that `load_model` would give, without its weights: tensors have a shape and a type
+    only (they are on the device "meta").
+
+    Raises:
+        DataError: config.json is missing, damaged or not allowed.
+    """
+    apply_shims()
+    config = _typed_config(path, read_config(path))
+    with torch.device("meta"):
+        return _architecture(config)(config).to(dtype)
+
+
 def load_tokenizer(path: Path) -> PreTrainedTokenizerFast:
     """Load tokenizer.json and the chat template beside it; no Python of the folder is run."""
     if not (path / "tokenizer.json").is_file():

@@ -97,7 +97,8 @@ def learn(job: Job, speaker: Voice, join: Callable[[Job], Loop]) -> dict[str, ob
         Versions(job.directory / "validation.jsonl", "pass_rate"),
         speaker.score,
     )
-    prober = Prober(model, max_length=job.section.engine.max_length, seed=job.seed)
+    engine = job.section.engine
+    prober = Prober(model, max_length=engine.max_length, seed=job.seed, floor=engine.parity_nats)
 
     def pack(version: int, trained: Sequence[Group] = ()) -> dict[str, Tensor]:
         return loop.pack(version, live_tensors(model), lambda: prober.measure(trained))

@@ -208,6 +208,22 @@ def check_request(request: Request, *, max_length: int, vocabulary: int) -> None
         )
 
 
+def check_scorable(
+    token_ids: Sequence[Sequence[int]], top_k: int, *, max_length: int, vocabulary: int
+) -> None:
+    """Refuse sequences that an engine of this shape cannot score, naming the first."""
+    if not 0 <= top_k <= vocabulary:
+        raise DataError(f"top_k must be in 0…{vocabulary}, got {top_k}", where="score")
+    for index, ids in enumerate(token_ids):
+        where = f"score, sequence {index}"
+        if not 2 <= len(ids) <= max_length:
+            raise DataError(
+                f"a sequence must have 2…{max_length} tokens, got {len(ids)}", where=where
+            )
+        if min(ids) < 0 or max(ids) >= vocabulary:
+            raise DataError(f"token ids must lie in 0…{vocabulary - 1}", where=where)
+
+
 def spans_of(versions: Iterable[int]) -> tuple[Span, ...]:
     """Run-length code of the version of each token: 3, 3, 4 → Span(3, 2), Span(4, 1)."""
     spans: list[Span] = []

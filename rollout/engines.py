@@ -11,6 +11,7 @@ from ground.model import load_model, load_tokenizer
 from rollout.config import EngineSection
 from rollout.engine import Engine
 from rollout.hf_engine import HfEngine
+from rollout.installed import require_engine
 
 
 def open_engine(
@@ -19,9 +20,14 @@ def open_engine(
     """Load a model folder into an engine; the caller closes it.
 
     Sets the number of torch threads of this process, since bits depend on it.
+
+    Raises:
+        SetupError: its library is not installed, or there are not the devices that it asks for.
     """
     torch.set_num_threads(section.threads)
     template = ChatTemplate(load_tokenizer(model_path))
+    if section.kind == "vllm":
+        return _open_vllm(model_path, section, version), template
     engine = HfEngine(
         load_model(model_path),
         num_slots=section.num_slots,
@@ -30,3 +36,18 @@ def open_engine(
         version=version,
     )
     return engine, template
+
+
+def import_engine(kind: str) -> None:
+    """Import what an engine of this kind needs, so that opening it is quicker later."""
+    if kind == "vllm":
+        require_engine(kind)
+        import rollout.vllm_engine  # noqa: F401
+
+
+def _open_vllm(model_path: Path, section: EngineSection, version: int) -> Engine:
+    """Here and not above: whoever uses another engine needs no vLLM."""
+    require_engine(section.kind)
+    from rollout.vllm_engine import VllmEngine
+
+    return VllmEngine(model_path, section, version=version)

@@ -161,8 +161,10 @@ class RolloutWorker:
 
     def _import_libraries(self) -> None:
         """Here and not above: whoever only creates workers needs no torch."""
-        import rollout.engines
         import rollout.gate  # noqa: F401
+        from rollout.engines import import_engine
+
+        import_engine(self._config.engine.kind)
 
     def _open_engine(self, section: EngineSection) -> tuple[Engine, ChatTemplate, Gate]:
         from rollout.engines import open_engine
