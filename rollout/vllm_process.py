@@ -43,7 +43,7 @@ _SPARE_CACHE, _LEAST_CACHE = 2, 64 << 20
 kinds are filled up to the same size."""
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class VllmProcess:
     """A running vLLM.
 
@@ -58,6 +58,7 @@ class VllmProcess:
         """Stop it; its process is gone when this returns."""
         self.llm.shutdown(timeout=_CLOSE_SECONDS)
         self.process.join()
+        del self.llm  # kept until the interpreter ends, it would complain while it is torn down
 
     @property
     def fate(self) -> str:
