@@ -70,7 +70,7 @@ def load_model(path: Path, *, dtype: torch.dtype = torch.float32) -> PreTrainedM
     return model
 
 
-def blank_model(path: Path, *, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
+def blank_model(path: Path) -> PreTrainedModel:
     """The model that `load_model` would give, without its weights: tensors have a shape and a type
     only (they are on the device "meta").
 
@@ -80,7 +80,7 @@ def blank_model(path: Path, *, dtype: torch.dtype = torch.float32) -> PreTrained
     apply_shims()
     config = _typed_config(path, read_config(path))
     with torch.device("meta"):
-        return _architecture(config)(config).to(dtype)
+        return _architecture(config)(config).float()
 
 
 def load_tokenizer(path: Path) -> PreTrainedTokenizerFast:

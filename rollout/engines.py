@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import torch
@@ -39,15 +40,19 @@ def open_engine(
 
 
 def import_engine(kind: str) -> None:
-    """Import what an engine of this kind needs, so that opening it is quicker later."""
+    """Import what an engine of this kind needs; others are none of a recipe's business.
+
+    vLLM tells much; what it must be heard for are errors, unless the environment says otherwise.
+    """
     if kind == "vllm":
         require_engine(kind)
+        os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
         import rollout.vllm_engine  # noqa: F401
 
 
 def _open_vllm(model_path: Path, section: EngineSection, version: int) -> Engine:
     """Here and not above: whoever uses another engine needs no vLLM."""
-    require_engine(section.kind)
+    import_engine(section.kind)
     from rollout.vllm_engine import VllmEngine
 
     return VllmEngine(model_path, section, version=version)

@@ -43,6 +43,8 @@ Result = TypeVar("Result")
 _ORDER_SECONDS = 600.0
 """Deadline of an order; it waits for one step and for orders before it."""
 _START_SECONDS = 600.0
+_LAST_SECONDS = 5.0
+"""A process that has failed says so before it ends."""
 _FINISHES: dict[str | None, Finish] = {"stop": "stop", "length": "length", "abort": "aborted"}
 
 
@@ -60,7 +62,9 @@ class _Sampling:
         assert part.logprobs is not None
         self.token_ids += part.token_ids
         self.logprobs += [
-            places[id_].logprob for places, id_ in zip(part.logprobs, part.token_ids, strict=True)
+            places[id_].logprob
+            for places, id_ in zip(part.logprobs, part.token_ids, strict=True)
+            if places
         ]
 
 
@@ -304,7 +308,7 @@ class VllmEngine:
     def _notice_end(self) -> None:
         """vLLM's process is gone, and all that it had."""
         core = self._core
-        core.process.join(1)
+        core.process.join(_LAST_SECONDS)
         self._die(
             InfraError(
                 f"vLLM's process must live, {core.process.name} (pid {core.process.pid}) "

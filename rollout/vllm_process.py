@@ -11,7 +11,7 @@ from __future__ import annotations
 import multiprocessing
 import os
 import signal
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from multiprocessing.process import BaseProcess
@@ -20,11 +20,12 @@ from pathlib import Path
 import torch
 from transformers import PretrainedConfig
 from vllm.engine.arg_utils import AsyncEngineArgs
+from vllm.v1.attention.backends.cpu_attn import CPUAttentionBackend
 from vllm.v1.engine.async_llm import AsyncLLM
 
-from ground.errors import InfraError, SetupError
+from ground.errors import DataError, InfraError, SetupError
 from rollout.config import EngineSection
-from rollout.leash import Leash
+from rollout.leash import leashed
 
 WORKER = "rollout.vllm_worker.WeightTaker"
 """What is mixed into vLLM's worker class."""
@@ -34,6 +35,8 @@ _SCHEDULERS = {
 }
 _CPU_BLOCK = 32
 """Tokens of a block of the KV cache; prompts share whole ones. vLLM would take 128 on a CPU."""
+_CPU_STEP_TOKENS = 4096
+"""Tokens of one forward pass at most."""
 _BYTES = {"float32": 4, "bfloat16": 2}
 _GPU_SHARE = 0.9
 _CLOSE_SECONDS = 0.2
@@ -65,7 +68,7 @@ class VllmProcess:
         """How its process ended, in words."""
         code = self.process.exitcode
         if code is None:
-            return "does not answer"
+            return "has failed"
         return f"was ended by {signal.Signals(-code).name}" if code < 0 else f"ended with {code}"
 
 
@@ -80,13 +83,16 @@ def start_vllm(
 
     Raises:
         SetupError: this machine has not the devices that are asked for.
+        DataError: vLLM has no kernels for this model.
         InfraError: vLLM did not come up.
     """
     device = "cuda" if torch.cuda.is_available() else "cpu"
     _check_devices(section, device)
+    if device == "cpu":
+        _check_heads(model_path, config.get_text_config())
     known = set(multiprocessing.active_children())
     try:
-        with _environment(section):
+        with _environment(section), leashed():
             llm = AsyncLLM.from_engine_args(_arguments(model_path, config, section, device, worker))
     except (RuntimeError, ValueError, OSError) as error:
         raise InfraError(
@@ -117,7 +123,6 @@ def _arguments(
         generation_config="vllm",
         scheduler_cls=_SCHEDULERS[device],
         worker_extension_cls=worker,
-        additional_config=Leash(),
         disable_log_stats=True,
         use_tqdm_on_load=False,
         override_generation_config={
@@ -128,6 +133,10 @@ def _arguments(
     if device == "cpu":  # nothing is compiled: that costs half a minute a start, and a compiler
         arguments.enforce_eager = True
         arguments.block_size = _CPU_BLOCK
+        # A prompt goes in whole: behind a part of one vLLM 0.32 turns seeded generators back, which
+        # a CPU's cannot, and dies of it.
+        arguments.enable_chunked_prefill = False
+        arguments.max_num_batched_tokens = max(_CPU_STEP_TOKENS, section.max_length + 1)
     if device == "cpu" and section.memory_share is None:
         arguments.kv_cache_memory_bytes = _cache_bytes(text, section)
     else:
@@ -139,11 +148,15 @@ def _cache_bytes(text: PretrainedConfig, section: EngineSection) -> int:
     """KV cache for as many tokens as slots can hold."""
     settings = text.to_dict()
     heads = settings.get("num_key_value_heads") or settings["num_attention_heads"]
-    size = settings.get("head_dim") or settings["hidden_size"] // settings["num_attention_heads"]
+    size = _head_size(settings)
     width = _BYTES[section.dtype]
     token = 2 * settings["num_hidden_layers"] * heads * size * width
     blocks = -(-(section.max_length + 1) // _CPU_BLOCK) * section.num_slots
     return max(_SPARE_CACHE * token * blocks * _CPU_BLOCK, _LEAST_CACHE)
+
+
+def _head_size(settings: Mapping[str, int]) -> int:
+    return settings.get("head_dim") or settings["hidden_size"] // settings["num_attention_heads"]
 
 
 def _check_devices(section: EngineSection, device: str) -> None:
@@ -158,6 +171,18 @@ def _check_devices(section: EngineSection, device: str) -> None:
         )
 
 
+def _check_heads(model_path: Path, text: PretrainedConfig) -> None:
+    """vLLM would find out at the first token, and die of it."""
+    sizes = CPUAttentionBackend.get_supported_head_sizes()
+    if _head_size(text.to_dict()) not in sizes:
+        raise DataError(
+            f"vLLM's CPU kernels take attention heads of {', '.join(map(str, sizes))}, this model "
+            f"has heads of {_head_size(text.to_dict())}",
+            where=str(model_path),
+            fix="set engine.kind=hf for this model, or run on a machine with GPUs",
+        )
+
+
 @contextmanager
 def _environment(section: EngineSection) -> Iterator[None]:
     """What vLLM's processes inherit; ours is as before when this is left."""
@@ -169,9 +194,10 @@ def _environment(section: EngineSection) -> Iterator[None]:
         VLLM_WORKER_MULTIPROC_METHOD="spawn",
         VLLM_ALLOW_LONG_MAX_MODEL_LEN="1",  # the token behind a scored sequence is never computed
         VLLM_RPC_BASE_PATH=f"@packtrain-{os.getpid()}",  # sockets without files (abstract names)
-        VLLM_LOGGING_LEVEL="ERROR",
         VLLM_NO_USAGE_STATS="1",
         VLLM_DO_NOT_TRACK="1",
+        # Python takes back what a killed process leaves, and need not say so each time.
+        PYTHONWARNINGS="ignore:resource_tracker:UserWarning",
     )
     if not torch.cuda.is_available():
         os.environ["TORCHDYNAMO_DISABLE"] = "1"
