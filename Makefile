@@ -39,6 +39,8 @@ bench: $(INSTALLED)
 	$(BIN)/python -m benchmarks.parity
 	$(BIN)/python -m benchmarks.recovery
 	$(BIN)/python -m benchmarks.scale
+	$(BIN)/python -m benchmarks.fleet_overhead
+	$(BIN)/python -m benchmarks.vllm_handover
 	$(BIN)/python -m benchmarks.overlap
 	$(BIN)/python -m benchmarks.chaos
 	$(BIN)/python -m benchmarks.trail
