@@ -38,7 +38,7 @@ _SHAPES = {"3 M": (256, 4), "100 M": (1024, 8), "1 B": (2048, 20)}
 _QUICK = ("3 M",)
 _REPEATS = 5
 _RUNNING = 4
-_PHASES = ("check", "lay", "pause", "load", "resume")
+_PHASES: tuple[str, ...] = ("check", "lay", "pause", "load", "resume")
 
 
 def measure(quick: bool) -> Report:

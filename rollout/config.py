@@ -11,8 +11,8 @@ from ground.config import Section
 SLOT_STEP = 8
 """Slots come in multiples of this: with odd numbers of rows kernels treat the last ones apart."""
 
-_PARITY_NATS = {"float32": 5e-6, "bfloat16": 5e-2}
-"""Twice the largest typical drift of vLLM's CPU kernels from the learner's that was measured."""
+_PARITY_NATS = {"hf": 0.0, "vllm": 8e-6}
+"""Twice the largest typical drift from the learner that was measured of vLLM's CPU kernels."""
 
 
 class EngineSection(Section):
@@ -27,8 +27,6 @@ class EngineSection(Section):
     """Tokens of prompt and completion together."""
     threads: int = Field(default=1, ge=1)
     """CPU threads of the engine's process."""
-    dtype: Literal["float32", "bfloat16"] = "float32"
-    """What `vllm` computes in; `hf` computes in float32 as the learner does."""
     tensor_parallel: int = Field(default=1, ge=1)
     """GPUs of one machine that each `vllm` engine is cut over; they are one bundle of a Ray
     placement group. On a CPU only 1 is possible."""
@@ -38,12 +36,12 @@ class EngineSection(Section):
     parity_floor: float | None = Field(default=None, ge=0)
     """Nats that the parity gate allows a typical probe to be off, however little the learner's own
     noise is; a single token may be off by ten times that. Left out: 0 for `hf`, and what was
-    measured for `vllm`'s kernels, 5e-6 in float32."""
+    measured for `vllm`'s kernels, 8e-6."""
 
     @model_validator(mode="after")
     def _only_vllm(self) -> Self:
         """Keys that would be ignored are refused."""
-        others = {"dtype": "float32", "tensor_parallel": 1, "memory_share": None}
+        others = {"tensor_parallel": 1, "memory_share": None}
         named = [key for key, usual in others.items() if getattr(self, key) != usual]
         if self.kind != "vllm" and named:
             raise ValueError(f"{', '.join(named)} belongs to kind: vllm, got kind: {self.kind}")
@@ -51,9 +49,8 @@ class EngineSection(Section):
 
     @property
     def parity_nats(self) -> float:
-        """See `parity_floor`; engine and learner round differently, the more so the coarser."""
-        measured = 0.0 if self.kind == "hf" else _PARITY_NATS[self.dtype]
-        return measured if self.parity_floor is None else self.parity_floor
+        """See `parity_floor`."""
+        return _PARITY_NATS[self.kind] if self.parity_floor is None else self.parity_floor
 
     def with_slots(self, share: float) -> Self:
         """The same with a share of the slots, in steps of `SLOT_STEP`, one at least.

@@ -37,7 +37,8 @@ _CPU_BLOCK = 32
 """Tokens of a block of the KV cache; prompts share whole ones. vLLM would take 128 on a CPU."""
 _CPU_STEP_TOKENS = 4096
 """Tokens of one forward pass at most."""
-_BYTES = {"float32": 4, "bfloat16": 2}
+_BYTES = 4
+"""Of a number: float32, as the learner computes."""
 _GPU_SHARE = 0.9
 _CLOSE_SECONDS = 0.2
 """EngineCore holds nothing that would need more time to be put away."""
@@ -112,7 +113,7 @@ def _arguments(
     arguments = AsyncEngineArgs(
         model=str(model_path),
         skip_tokenizer_init=True,
-        dtype=section.dtype,
+        dtype="float32",
         max_model_len=section.max_length + 1,  # a scored sequence is followed by a token
         max_num_seqs=section.num_slots,
         tensor_parallel_size=section.tensor_parallel,
@@ -149,8 +150,7 @@ def _cache_bytes(text: PretrainedConfig, section: EngineSection) -> int:
     settings = text.to_dict()
     heads = settings.get("num_key_value_heads") or settings["num_attention_heads"]
     size = _head_size(settings)
-    width = _BYTES[section.dtype]
-    token = 2 * settings["num_hidden_layers"] * heads * size * width
+    token = 2 * settings["num_hidden_layers"] * heads * size * _BYTES
     blocks = -(-(section.max_length + 1) // _CPU_BLOCK) * section.num_slots
     return max(_SPARE_CACHE * token * blocks * _CPU_BLOCK, _LEAST_CACHE)
 
