@@ -101,7 +101,11 @@ class Engine(Protocol):
         ...
 
     def waiting(self) -> frozenset[str]:
-        """Ids of requests that wait for a place: nothing was computed for them yet."""
+        """Ids of requests that wait for a place: nothing was computed for them yet.
+
+        Raises:
+            InfraError: the engine has found out that it is dead.
+        """
         ...
 
     def abort(self, ids: Collection[str]) -> None:

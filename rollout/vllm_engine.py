@@ -16,26 +16,29 @@ from collections.abc import Collection, Coroutine, Mapping, Sequence
 from concurrent.futures import CancelledError, Future
 from concurrent.futures import TimeoutError as FutureTimeoutError
 from contextlib import suppress
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
 
-import numpy as np
 from torch import Tensor
-from vllm import SamplingParams
 from vllm.inputs.engine import TokensInput, tokens_input
-from vllm.outputs import CompletionOutput, RequestOutput
-from vllm.sampling_params import RequestOutputKind
+from vllm.outputs import CompletionOutput
 from vllm.v1.engine.exceptions import EngineDeadError
 
 from ground import faults
-from ground.errors import DataError, DivergedError, InfraError, PacktrainError
+from ground.errors import DataError, InfraError, PacktrainError
 from ground.model import load_model, tensors_of
-from ground.records import Finish, Segment, Span
+from ground.records import Segment
 from rollout.config import EngineSection
 from rollout.engine import Completion, Request, Scores, check_request, check_scorable
 from rollout.failures import sort_failure
 from rollout.vllm_process import WORKER, VllmProcess, start_vllm
+from rollout.vllm_requests import (
+    Sampling,
+    completion_of,
+    sampling_params,
+    scores_of,
+    scoring_params,
+)
 from rollout.vllm_weights import CheckpointForm, Laid
 
 Result = TypeVar("Result")
@@ -45,27 +48,6 @@ _ORDER_SECONDS = 600.0
 _START_SECONDS = 600.0
 _LAST_SECONDS = 5.0
 """A process that has failed says so before it ends."""
-_FINISHES: dict[str | None, Finish] = {"stop": "stop", "length": "length", "abort": "aborted"}
-
-
-@dataclass(slots=True)
-class _Sampling:
-    """A request that vLLM has."""
-
-    request: Request
-    token_ids: list[int] = field(default_factory=list)
-    logprobs: list[float] = field(default_factory=list)
-    begins_anew: bool = False
-
-    def take(self, part: CompletionOutput) -> None:
-        """Tokens that are new in it."""
-        assert part.logprobs is not None
-        self.token_ids += part.token_ids
-        self.logprobs += [
-            places[id_].logprob
-            for places, id_ in zip(part.logprobs, part.token_ids, strict=True)
-            if places
-        ]
 
 
 class VllmEngine:
@@ -87,7 +69,7 @@ class VllmEngine:
         self._form = CheckpointForm(model_path)
         self._futures: dict[str, Future[Completion]] = {}
         self._waiting: dict[str, Request] = {}
-        self._running: dict[str, _Sampling] = {}
+        self._running: dict[str, Sampling] = {}
         self._books = threading.Lock()
         """Guards the three above, which callers look at from their own threads."""
         self._is_paused = False
@@ -193,7 +175,7 @@ class VllmEngine:
                 Completion(request.id, Segment("policy", ()), "aborted")
             )
         for id_ in running:
-            self._running[id_].begins_anew = False
+            self._running[id_].is_aborted = True
         await self._core.llm.abort(running)
 
     async def _pause(self) -> None:
@@ -251,10 +233,10 @@ class VllmEngine:
                 if len(self._running) >= self._section.num_slots:
                     return
                 request = self._waiting.pop(next(iter(self._waiting)))
-                self._running[request.id] = sampling = _Sampling(request)
+                self._running[request.id] = sampling = Sampling(request)
                 self._loop.create_task(self._serve(sampling))
 
-    async def _serve(self, sampling: _Sampling) -> None:
+    async def _serve(self, sampling: Sampling) -> None:
         """A request's way through vLLM, to its end."""
         request = sampling.request
         try:
@@ -266,38 +248,33 @@ class VllmEngine:
         else:
             self._settle(request.id, completion)
 
-    async def _sample(self, sampling: _Sampling) -> Completion:
-        request, params = sampling.request, _params(sampling.request)
+    async def _sample(self, sampling: Sampling) -> Completion:
+        request, llm = sampling.request, self._core.llm
+        params = sampling_params(request)
         while True:
-            sampling.begins_anew = False
-            sampling.token_ids.clear()
-            sampling.logprobs.clear()
+            sampling.begin()
             part: CompletionOutput | None = None
-            async for output in self._core.llm.generate(self._prompt(request), params, request.id):
+            async for output in llm.generate(self._prompt(request), params, request.id):
                 part = output.outputs[0]
                 sampling.take(part)
                 faults.point("gen.mid")
-            if not sampling.begins_anew:
+                if sampling.is_unwanted and not output.finished:
+                    await llm.abort(request.id)
+            if sampling.is_aborted or not sampling.begins_anew:
                 assert part is not None
-                return _completion(sampling, part)
+                return completion_of(sampling, part)
 
     def _prompt(self, request: Request) -> TokensInput:
         return tokens_input(list(request.prompt_ids), cache_salt=f"version {self._version}")
 
     async def _score(self, token_ids: Sequence[Sequence[int]], top_k: int) -> list[Scores]:
-        params = SamplingParams(
-            max_tokens=1,
-            prompt_logprobs=top_k,
-            detokenize=False,
-            ignore_eos=True,
-            output_kind=RequestOutputKind.FINAL_ONLY,
-        )
+        params = scoring_params(top_k)
 
         async def score(index: int, ids: Sequence[int]) -> Scores:
             prompt = tokens_input(list(ids), cache_salt=f"version {self._version}")
             outputs = self._core.llm.generate(prompt, params, f"score/{index}")
             (output,) = [output async for output in outputs]
-            return _scores(output, ids, top_k)
+            return scores_of(output, ids, top_k)
 
         async with self._orders:
             return list(await asyncio.gather(*map(score, range(len(token_ids)), token_ids)))
@@ -390,46 +367,3 @@ class VllmEngine:
     def _stop_loop(self) -> None:
         self._loop.call_soon_threadsafe(self._loop.stop)
         self._thread.join(_ORDER_SECONDS)
-
-
-def _params(request: Request) -> SamplingParams:
-    return SamplingParams(
-        temperature=request.temperature,
-        seed=request.seed,
-        max_tokens=request.max_new_tokens,
-        stop_token_ids=list(request.stop_ids),
-        logprobs=0,
-        ignore_eos=True,
-        detokenize=False,
-        output_kind=RequestOutputKind.DELTA,
-    )
-
-
-def _completion(sampling: _Sampling, end: CompletionOutput) -> Completion:
-    """What was sampled; versions come from vLLM, which knows what each step ran with."""
-    request, count = sampling.request, len(sampling.token_ids)
-    broken = np.flatnonzero(~np.isfinite(sampling.logprobs))
-    if len(broken):
-        raise DivergedError(
-            f"logits must be finite, those of token {broken[0]} are not",
-            where=f"request {request.id}",
-            fix="lower the learning rate, or go back to an earlier checkpoint",
-        )
-    spans = tuple(
-        Span(int(span.version), min(span.end, count) - span.start)
-        for span in end.weight_versions or ()
-        if span.start < count
-    )
-    segment = Segment("policy", tuple(sampling.token_ids), tuple(sampling.logprobs), spans)
-    return Completion(request.id, segment, _FINISHES[end.finish_reason])
-
-
-def _scores(output: RequestOutput, ids: Sequence[int], top_k: int) -> Scores:
-    assert output.prompt_logprobs is not None
-    places = [place for place in output.prompt_logprobs if place is not None]
-    tops = [sorted(place.items(), key=lambda item: item[1].rank or 0)[:top_k] for place in places]
-    return Scores(
-        tuple(place[id_].logprob for place, id_ in zip(places, ids[1:], strict=True)),
-        tuple(tuple(id_ for id_, _ in top) for top in tops) if top_k else (),
-        tuple(tuple(each.logprob for _, each in top) for top in tops) if top_k else (),
-    )

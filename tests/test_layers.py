@@ -38,6 +38,7 @@ ADDRESSES: dict[str, set[str]] = {
     "vllm": {
         "rollout/vllm_engine.py",
         "rollout/vllm_process.py",
+        "rollout/vllm_requests.py",
         "rollout/vllm_scheduler.py",
         "rollout/vllm_worker.py",
     },
