@@ -70,11 +70,11 @@ def load_model(path: Path, *, dtype: torch.dtype = torch.float32) -> PreTrainedM
     return model
 
 
-def blank_model(path: Path, *, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
-    """The model of a folder that needs no weight files, with random weights: they come later.
+def random_model(path: Path, *, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
+    """The model of a folder that needs no weight files, with random weights: others come later.
 
     Raises:
-        DataError: its config.json cannot be used.
+        DataError: config.json is missing, damaged or not allowed.
     """
     config = read_config(path)
     apply_shims()
@@ -82,6 +82,19 @@ def blank_model(path: Path, *, dtype: torch.dtype = torch.float32) -> PreTrained
     model = _architecture(typed_config)(typed_config)
     cast(nn.Module, model).to(dtype)
     return model
+
+
+def blank_model(path: Path) -> PreTrainedModel:
+    """The model that `load_model` would give, without its weights: tensors have a shape and a type
+    only (they are on the device "meta").
+
+    Raises:
+        DataError: config.json is missing, damaged or not allowed.
+    """
+    apply_shims()
+    config = _typed_config(path, read_config(path))
+    with torch.device("meta"):
+        return _architecture(config)(config).float()
 
 
 def load_tokenizer(path: Path) -> PreTrainedTokenizerFast:

@@ -99,6 +99,7 @@ def learn(job: Job, speaker: Voice, join: Callable[[Job], Loop]) -> dict[str, ob
         model,
         max_length=job.section.engine.max_length,
         seed=job.seed,
+        floor=job.section.engine.parity_nats,
         through=learner.update.module if learner.update.splits_weights else None,
     )
     ensemble = Ensemble(learner, prober, ranks)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from pathlib import Path
 
@@ -9,26 +10,27 @@ import torch
 from transformers import PreTrainedModel
 
 from ground.chat import ChatTemplate
-from ground.model import blank_model, load_model, load_tokenizer
+from ground.model import load_model, load_tokenizer, random_model
 from rollout.config import EngineSection
-from rollout.engine import Engine
+from rollout.engine import BLANK, Engine
 from rollout.hf_engine import HfEngine
-
-BLANK = -1
-"""Version of an engine that has no weights of a model yet."""
+from rollout.installed import require_engine
 
 
 def open_engine(model_path: Path, section: EngineSection) -> tuple[Engine, ChatTemplate]:
     """Load a model folder into an engine of version 0; the caller closes it.
 
     Sets the number of torch threads of this process, since bits depend on it.
+
+    Raises:
+        SetupError: its library is not installed, or there are not the devices that it asks for.
     """
     return _opened(model_path, load_model, section, version=0)
 
 
 def open_blank(model_path: Path, section: EngineSection) -> tuple[Engine, ChatTemplate]:
     """The same for a folder that needs no weights: they are handed over before the first token."""
-    return _opened(model_path, blank_model, section, version=BLANK)
+    return _opened(model_path, random_model, section, version=BLANK)
 
 
 def _opened(
@@ -39,6 +41,8 @@ def _opened(
 ) -> tuple[Engine, ChatTemplate]:
     torch.set_num_threads(section.threads)
     template = ChatTemplate(load_tokenizer(model_path))
+    if section.kind == "vllm":
+        return _open_vllm(model_path, section, version), template
     engine = HfEngine(
         model_of(model_path),
         num_slots=section.num_slots,
@@ -47,3 +51,22 @@ def _opened(
         version=version,
     )
     return engine, template
+
+
+def import_engine(kind: str) -> None:
+    """Import what an engine of this kind needs; others are none of a recipe's business.
+
+    vLLM tells much; what it must be heard for are errors, unless the environment says otherwise.
+    """
+    if kind == "vllm":
+        require_engine(kind)
+        os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
+        import rollout.vllm_engine  # noqa: F401
+
+
+def _open_vllm(model_path: Path, section: EngineSection, version: int) -> Engine:
+    """Here and not above: whoever uses another engine needs no vLLM."""
+    import_engine(section.kind)
+    from rollout.vllm_engine import VllmEngine
+
+    return VllmEngine(model_path, section, version=version)

@@ -22,9 +22,12 @@ import ray
 from ray.actor import ActorHandle, ActorProxy
 from ray.exceptions import OutOfMemoryError as NodeOutOfMemoryError
 from ray.exceptions import RayActorError, RayError, RayTaskError
+from ray.util.placement_group import PlacementGroup, placement_group, remove_placement_group
+from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from ground.errors import InfraError, PacktrainError
 from ground.exits import ExitWatch
+from rollout.bundle import bundle_of
 from rollout.failures import memory_kills
 from rollout.luggage import Luggage
 from rollout.seat import OutOfMemoryError, WorkerDiedError
@@ -48,8 +51,11 @@ class RayWorker:
     """
 
     def __init__(self, config: WorkerConfig, kind: type[RolloutWorker] = RolloutWorker) -> None:
+        self._group = _own_group(config)
         actor = ray.remote(kind).options(
             num_cpus=config.fleet.cpus_per_worker,
+            num_gpus=self._group.bundle_specs[0]["GPU"] if self._group else 0,
+            scheduling_strategy=_within(self._group),
             max_restarts=0,
             max_task_retries=0,
             max_concurrency=1000,
@@ -100,6 +106,7 @@ class RayWorker:
         if self._is_near and self._process:
             with contextlib.suppress(ProcessLookupError):
                 os.kill(self._process[1], signal.SIGKILL)
+        self._give_back()
 
     async def close(self) -> None:
         """See `Worker.close`."""
@@ -107,12 +114,19 @@ class RayWorker:
             async with asyncio.timeout(_CLOSE_SECONDS):
                 await self._sorted(self._actor.close.remote())
         ray.kill(cast(ActorHandle, self._actor))
+        self._give_back()
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(_GONE_SECONDS):
                 while self._is_near and self._process and _is_running(self._process[1]):
                     await asyncio.sleep(_POLL_SECONDS)
                 return
         self.kill()
+
+    def _give_back(self) -> None:
+        """Devices may be taken by the next worker."""
+        if self._group:
+            remove_placement_group(self._group)
+            self._group = None
 
     @property
     def _is_near(self) -> bool:
@@ -142,6 +156,21 @@ class RayWorker:
         cause = await self._exit.cause(_STATUS_SECONDS) if self._exit else ""
         ended = f"ended by {cause}; " if cause else ""
         return WorkerDiedError(f"{ended}{type(error).__name__}: {_first_sentence(error)}")
+
+
+def _own_group(config: WorkerConfig) -> PlacementGroup | None:
+    """A placement group of one worker, if it needs more than processors.
+
+    Raises:
+        SetupError: no machine of the cluster has as much.
+    """
+    nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+    bundle = bundle_of(config, nodes)
+    return placement_group([bundle], strategy="STRICT_PACK") if bundle else None
+
+
+def _within(group: PlacementGroup | None) -> PlacementGroupSchedulingStrategy | None:
+    return PlacementGroupSchedulingStrategy(group, 0) if group else None
 
 
 def _own_error(error: RayTaskError) -> PacktrainError:

@@ -165,8 +165,10 @@ class RolloutWorker:
 
     def _import_libraries(self) -> None:
         """Here and not above: whoever only creates workers needs no torch."""
-        import rollout.engines
         import rollout.gate  # noqa: F401
+        from rollout.engines import import_engine
+
+        import_engine(self._config.engine.kind)
 
     def _open_engine(
         self, section: EngineSection, model: Path

@@ -12,14 +12,15 @@ from typing import Any
 
 import numpy as np
 import pytest
-from conftest import make_tiny_model
+from conftest import make_tiny_llama, make_tiny_model
 
 from ground.errors import DataError, InfraError
 from ground.model import load_model, tensors_of
 from ground.records import Span
+from rollout.config import EngineSection
 from rollout.engine import Completion, Engine, Request, generate, spans_of
+from rollout.engines import open_engine
 from rollout.fake_engine import FakeEngine
-from rollout.hf_engine import HfEngine
 from rollout.seeds import sample_seed, uniforms
 
 MAX_LENGTH = 512
@@ -30,7 +31,16 @@ def _request(name: str, *, tokens: int = 6, stop: tuple[int, ...] = (), seed: in
     return Request(name, (5, 6, 7), tokens, 1.0, seed, stop)
 
 
-@pytest.fixture(scope="module", params=["fake", "dense", "llama4"])
+@pytest.fixture(
+    scope="module",
+    params=[
+        "fake",
+        "dense",
+        "llama4",
+        "vllm-llama4",
+        pytest.param("vllm-dense", marks=pytest.mark.slow),
+    ],
+)
 def opened(
     request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[tuple[Engine, Weights]]:
@@ -45,9 +55,14 @@ def opened(
         yield engine, dict
         engine.close()
         return
-    path = make_tiny_model(tmp_path_factory.mktemp("model"), **SHAPES[request.param])
-    model = load_model(path)
-    engine = HfEngine(model, num_slots=8, max_length=MAX_LENGTH, pad_id=0)
+    folder = tmp_path_factory.mktemp("model")
+    if request.param == "vllm-dense":
+        path = make_tiny_llama(folder)
+    else:
+        path = make_tiny_model(folder, **SHAPES[request.param])
+    kind = "vllm" if request.param.startswith("vllm") else "hf"
+    section = EngineSection(kind=kind, num_slots=8, max_length=MAX_LENGTH)
+    engine, _ = open_engine(path, section)
     yield engine, lambda: tensors_of(load_model(path))
     engine.close()
 
@@ -55,7 +70,9 @@ def opened(
 SHAPES: dict[str, dict[str, Any]] = {
     "dense": {"moe_layers": [], "no_rope_layers": [1, 1, 1, 1]},
     "llama4": {"attention_chunk_size": 8, "floor_scale": 4},
+    "vllm-llama4": {"attention_chunk_size": 128, "floor_scale": 4, "head_dim": 32},
 }
+"""vLLM asks for heads of 32 and chunks of 128 at least."""
 
 
 @pytest.fixture
