@@ -85,9 +85,15 @@ class Nodes:
         wait_until(answers, 120, "dashboard", self.head)
 
     def wait_for_other(self) -> None:
-        """Return when the second node has joined."""
+        """Return when the second node has joined; on a busy machine Ray may need another try."""
         log = self.place / "other.log"
-        wait_until(lambda: "Ray runtime started" in log.read_text(), 120, "second node", self.other)
+
+        def is_up() -> bool:
+            if self.other and self.other.poll() is not None:
+                self.join()
+            return "Ray runtime started" in log.read_text()
+
+        wait_until(is_up, 180, "second node")
 
     def submit(self, folder: Path, command: Sequence[str]) -> subprocess.Popen[str]:
         """`ray job submit` of a command with a folder as its working directory."""
