@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -199,6 +200,8 @@ def nothing_left(run: Run) -> Iterator[Run]:
             os.killpg(run.process.pid, signal.SIGKILL)
         run.process.communicate()
         run.check_nothing_is_left()
+        for folder in run.place.glob("torch*"):  # what torch's launcher leaves
+            shutil.rmtree(folder)
         run.place.rmdir()
 
 
