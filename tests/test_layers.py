@@ -36,6 +36,7 @@ ADDRESSES: dict[str, set[str]] = {
         "rl/remote.py",
     },
     "vllm": {"rollout/vllm_engine.py"},
+    "deepspeed": {"ground/ranks.py", "rl/zero.py"},
     "pandas": {"curation/inspect.py"},
 }
 """Heavy dependency → the only files that may import it."""
