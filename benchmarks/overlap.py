@@ -1,6 +1,6 @@
 """What sampling while training buys, and how close the loop comes to the best schedule there is.
 
-    python -m benchmarks.overlap            all tables       --quick: one seed, small
+    python -m benchmarks.overlap            all tables       --quick: one real seed, 8 workers
 
 Real: the `rl` stage on the tiny herd's student, the same steps once synchronous, with both cores
 for whichever side is working, and once asynchronous with a core for each side. Simulated: the real
@@ -18,18 +18,20 @@ import statistics
 import subprocess
 import sys
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 
 from benchmarks.harness import ROOT, Figure, Report, run_benchmark
 from benchmarks.processes import EARLY
-from benchmarks.virtual import lower_bound, make_pool, make_section, run_steps
 from ground.errors import InfraError
 from ground.metrics import read_metrics
+from rl.config import RlSection
+from rl.simulate import Durations, make_pool, make_section, run_steps
 
 SEEDS = (0, 1, 2)
 _SKEW = 1.0
 """Sigma of the lognormal lengths: the longest of 64 takes about ten times the median."""
-_WARM_UP = 3
+_STEPS, WARM_UP = 15, 3
 
 
 def simulated(workers: int, staleness: int, seed: int, steps: int) -> tuple[float, float]:
@@ -48,13 +50,42 @@ def simulated(workers: int, staleness: int, seed: int, steps: int) -> tuple[floa
 
     # Balanced: the learner takes as long for a step as the fleet for its rollouts.
     train = 8 * workers * 8 * math.exp(_SKEW**2 / 2) / (workers * 64)
-    played = run_steps(section, make_pool(4000), seconds, lambda step: train, seed=seed)
+    durations = Durations(seconds, lambda plan: train)
+    played = run_steps(section, make_pool(4000), durations, seed=seed)
     return played.seconds, lower_bound(section, played.work, lambda step: train)
 
 
-def real(mode: str, seed: int, steps: int) -> float:
+def lower_bound(
+    section: RlSection, work: dict[int, list[list[float]]], train: Callable[[int], float]
+) -> float:
+    """Seconds before which no schedule can end that keeps the bound on staleness.
+
+    Even one that knows all durations: the slots of step u open with version u - S, its longest
+    rollout takes what it takes, all rollouts of the steps up to u must fit into the places of the
+    fleet, and steps follow one another.
+    """
+    places = section.engine.num_slots * section.fleet.num_workers
+    published, done = [0.0], 0.0
+    for step in range(section.steps):
+        opened = published[max(0, step - section.max_staleness)]
+        groups = work[step]
+        done += sum(map(sum, groups))
+        ready = max(opened + max(max(group) for group in groups), done / places)
+        published.append(max(published[-1], ready) + train(step))
+    return published[-1]
+
+
+def real(mode: str, seed: int) -> float:
     """Seconds of a step of the stage, warm-up left out."""
     threads, staleness = (2, 0) if mode == "sync" else (1, 1)
+    records = stage_metrics(seed, _STEPS, staleness=staleness, threads=threads)
+    return statistics.fmean(float(str(record["seconds"])) for record in records[WARM_UP:])
+
+
+def stage_metrics(
+    seed: int, steps: int, *, staleness: int, threads: int
+) -> list[dict[str, object]]:
+    """A line per step of the real stage on this machine."""
     with tempfile.TemporaryDirectory() as folder:
         recipe = _write_recipe(Path(folder), steps, staleness=staleness, threads=threads)
         run = Path(folder) / "run"
@@ -64,9 +95,8 @@ def real(mode: str, seed: int, steps: int) -> float:
             line, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=900
         )
         if done.returncode:
-            raise InfraError(f"the {mode} run must end well", why=done.stderr[-2000:])
-        records = [r for r in read_metrics(run / "rl" / "metrics.jsonl") if "seconds" in r]
-    return statistics.fmean(float(str(record["seconds"])) for record in records[_WARM_UP:])
+            raise InfraError("the run must end well", why=done.stderr[-2000:])
+        return [r for r in read_metrics(run / "rl" / "metrics.jsonl") if "seconds" in r]
 
 
 def _write_recipe(folder: Path, steps: int, *, staleness: int, threads: int) -> Path:
@@ -106,16 +136,15 @@ def _write_recipe(folder: Path, steps: int, *, staleness: int, threads: int) -> 
 
 
 def measure(quick: bool) -> Report:
-    """Both tables."""
+    """Both tables; a quick run has fewer seeds and fewer workers, each run as long as ever."""
     seeds = SEEDS[:1] if quick else SEEDS
-    steps = 8 if quick else 15
-    ratios = [real("sync", seed, steps) / real("async", seed, steps) for seed in seeds]
+    ratios = [real("sync", seed) / real("async", seed) for seed in seeds]
     figures = [Figure("real: sync / async", statistics.fmean(ratios), "x", tolerance=0.3)]
     table = []
     for workers in (1, 8) if quick else (1, 8, 64, 256):
         for staleness in (0, 1, 2, 4):
             length = 20 if workers <= 64 else 10
-            runs = [simulated(workers, staleness, seed, length) for seed in seeds]
+            runs = [simulated(workers, staleness, seed, length) for seed in SEEDS]
             shares = [bound / seconds for seconds, bound in runs]
             share, seconds = statistics.fmean(shares), statistics.fmean(run[0] for run in runs)
             row = {"workers": workers, "staleness": staleness, "seconds": seconds, "share": share}

@@ -9,6 +9,7 @@ without a model (benchmarks/canned.py), beside what Ray takes for the same calls
 
 from __future__ import annotations
 
+import asyncio
 import statistics
 import sys
 import time
@@ -16,15 +17,35 @@ from dataclasses import asdict
 
 from benchmarks.canned import controller_share
 from benchmarks.harness import Figure, Report, run_benchmark
-from benchmarks.virtual import LightWorker, make_pool, make_section, run_steps
 from curation.config import CurriculumSection
 from curation.curriculum import Curriculum, Observation
+from ground.records import Segment, Span
+from rl.simulate import Durations, make_pool, make_section, run_steps
+from rollout.simulation import SimulatedWorker, group_of
+from rollout.task import GroupResult, GroupTask, Loaded
 
 SEED = 0
 _RATE = 1000
 """Rollouts a second at which the controller's share of a core is stated."""
 _STEP_SECONDS = 10.0
 """A step of a pool of a million prompts takes at least that long."""
+
+
+class LightWorker(SimulatedWorker):
+    """Costs next to nothing itself: one pause per group, one token per rollout."""
+
+    async def load(self, version: int, weights: object) -> Loaded:
+        """Remember the version."""
+        self._version = version
+        return await super().load(version, weights)
+
+    async def rollout(self, task: GroupTask, attempt: int) -> GroupResult:
+        """Wait for the longest rollout."""
+        began = self._clock.now
+        await asyncio.sleep(max(self._tokens(task)))
+        token = Segment("policy", (7,), (-0.5,), (Span(self._version, 1),))
+        group = group_of(task, [token] * len(task.seeds), self._rewards(task))
+        return GroupResult(group, began, began, self._clock.now, len(task.seeds), attempt)
 
 
 def per_rollout(*, workers: int, groups_per_step: int, steps: int = 6) -> float:
@@ -40,8 +61,7 @@ def per_rollout(*, workers: int, groups_per_step: int, steps: int = 6) -> float:
     played = run_steps(
         section,
         make_pool(5000),
-        lambda sample: 1 + sample % 7,
-        lambda step: 1.0,
+        Durations(lambda sample: 1 + sample % 7, lambda plan: 1.0),
         worker=LightWorker,
     )
     return played.cpu_seconds / played.rollouts

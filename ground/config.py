@@ -16,7 +16,14 @@ SECTIONS = (*STAGES, "evaluate")
 
 OPERATIONAL = frozenset(
     {
-        *("num_workers", "cpus_per_worker", "min_workers", "spare", "reward_processes"),
+        *(
+            "num_workers",
+            "max_workers",
+            "cpus_per_worker",
+            "min_workers",
+            "spare",
+            "reward_processes",
+        ),
         *("max_restarts", "max_attempts", "backoff_seconds", "start_deadline_seconds"),
         *("rollout_deadline_seconds", "publish_deadline_seconds", "step_deadline_seconds"),
         *("ping_every_seconds", "ping_deadline_seconds", "suspect_after_seconds"),
@@ -81,6 +88,8 @@ class ModelSource(Section):
 
     path: Path
     """Folder with config.json, safetensors, tokenizer and chat template."""
+    shape: Path | None = None
+    """Folder with a config.json alone, for `packtrain plan` where `path` is not on this disk."""
 
 
 Column = typing.Literal[

@@ -16,7 +16,7 @@ from typing import cast
 import torch
 from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import (
     Llama4Config,
     Llama4ForConditionalGeneration,
@@ -67,6 +67,20 @@ def load_model(path: Path, *, dtype: torch.dtype = torch.float32) -> PreTrainedM
             fix="copy the folder again, or restore the config.json it was saved with",
         ) from error
     _check_loaded(path, model, loading)
+    return model
+
+
+def blank_model(path: Path, *, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
+    """The model of a folder that needs no weight files, with random weights: they come later.
+
+    Raises:
+        DataError: its config.json cannot be used.
+    """
+    config = read_config(path)
+    apply_shims()
+    typed_config = _typed_config(path, config)
+    model = _architecture(typed_config)(typed_config)
+    cast(nn.Module, model).to(dtype)
     return model
 
 

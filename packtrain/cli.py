@@ -30,7 +30,8 @@ class Command:
     """One word of the command line and the module whose `command(arguments)` serves it.
 
     Example:
-        Command("status", "how far a run is", "packtrain.status", _status_arguments)
+        Command("plan", "who gets which devices, and how fast", "packtrain.plan", _plan_arguments),
+    Command("status", "how far a run is", "packtrain.status", _status_arguments)
     """
 
     name: str
@@ -163,6 +164,23 @@ def _run_directory_argument(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("run", type=Path, metavar="RUN", help="a run directory, e.g. runs/tiny")
 
 
+def _plan_arguments(parser: argparse.ArgumentParser) -> None:
+    _recipe_argument(parser)
+    parser.add_argument("--gpus", type=int, metavar="N", help="devices (default: this machine's)")
+    parser.add_argument(
+        "--gpu", default="", metavar="KIND", help="a100, h100 (default with --gpus), h200 or cpu"
+    )
+    parser.add_argument(
+        "--tokens", type=float, metavar="N", help="mean length of an answer, where it is known"
+    )
+    parser.add_argument(
+        "--simulate", action="store_true", help="play it through, with the real controller"
+    )
+    parser.add_argument(
+        "--skew", type=float, default=1.0, metavar="SIGMA", help="of the lengths, with --simulate"
+    )
+
+
 def _status_arguments(parser: argparse.ArgumentParser) -> None:
     _run_directory_argument(parser)
     parser.add_argument("--json", action="store_true", help="print one JSON object")
@@ -192,6 +210,7 @@ COMMANDS = (
     Command(
         "validate", "check a recipe without running it", "packtrain.validate", _recipe_argument
     ),
+    Command("plan", "who gets which devices, and how fast", "packtrain.plan", _plan_arguments),
     Command("status", "how far a run is, from any shell", "packtrain.status", _status_arguments),
     Command("report", "write a run's report.html", "packtrain.report", _report_arguments),
     Command("doctor", "check this machine and installation", "packtrain.doctor", _no_arguments),

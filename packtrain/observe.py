@@ -111,8 +111,8 @@ def read_rows(path: Path, columns: Sequence[str] | None = None) -> list[dict[str
         return []
 
 
-def last_metrics(run: Path, stage: str) -> dict[str, object]:
-    """The newest line of a stage's metrics, read from the end of the file."""
+def last_metrics(run: Path, stage: str, having: str = "") -> dict[str, object]:
+    """The newest line of a stage's metrics (that has such a key), read from the file's end."""
     path = run / stage / "metrics.jsonl"
     try:
         with path.open("rb") as file:
@@ -120,7 +120,8 @@ def last_metrics(run: Path, stage: str) -> dict[str, object]:
             lines = file.read().splitlines()
     except OSError:
         return {}
-    return next((record for line in reversed(lines) if (record := _object(line))), {})
+    records = (record for line in reversed(lines) if (record := _object(line)))
+    return next((record for record in records if not having or having in record), {})
 
 
 def series(rows: Sequence[Mapping[str, object]], key: str) -> tuple[tuple[float, float], ...]:

@@ -27,8 +27,8 @@ from packtrain.observe import (
     number,
     read_progress,
 )
-from packtrain.plan import Step
 from packtrain.samples import newest_sample
+from packtrain.steps import Step
 from rollout.passk import Estimate
 
 NUMBERS = (

@@ -1,116 +1,121 @@
-"""What a recipe means as a list of processes: one step per stage and per evaluation, in order."""
+"""`packtrain plan`: what a recipe's RL would do on given devices, before anything is started.
+
+All that is printed is computed from the recipe, the model's config.json and data sheets: neither
+torch nor ray is imported, and no model needs to be on this disk.
+"""
 
 from __future__ import annotations
 
-import sys
-from collections.abc import Sequence
-from dataclasses import dataclass
-from pathlib import Path
+import argparse
+import importlib
+import os
+from collections.abc import Iterator
 
-from ground.config import STAGES
-from ground.errors import RecipeError
-from ground.recipe import RecipeDocument
-from ground.trail import PLACES
+from ground.console import say
+from ground.errors import DataError, RecipeError
+from ground.recipe import RecipeDocument, load_recipe
+from ground.shape import ModelShape, read_shape
+from ground.validation import suggest
+from packtrain import plan_text
+from packtrain.recipe import Recipe, read_recipe
+from packtrain.recipes import FOLDER
+from packtrain.validate import check_inputs
+from rl.config import RlSection
+from rl.forecast import Forecast, forecast
+from rl.hardware import DEVICES, Device
+from rl.roofline import Workload, workload_of
 
-ENTRIES = {
-    "herd": "ground.herd.train",
-    "prune": "curation.prune",
-    "sft": "sft.train",
-    "mine": "curation.mine",
-    "rl": "rl.train",
-    "dpo": "dpo.train",
-}
-"""Stage → the module that is run with -m."""
-EVALUATION = "rollout.evaluate"
-LAUNCHED = ("sft", "rl", "dpo")
-"""Stages that `accelerate launch` may start."""
-STARTS = (STAGES[0], "base", *STAGES[1:], "evaluate")
-"""Where `--from` can begin: the trail in order, or the evaluations alone."""
+_HERD = FOLDER / "tiny" / "herd" / "student"
+"""The student that `herd` puts into place."""
 
 
-@dataclass(frozen=True, slots=True)
-class Step:
-    """One process of a run: a stage, or the evaluation that follows it.
-
-    Example:
-        Step("evaluate sft", "sft/evaluation", "rollout.evaluate", ("--of", "sft"))
-    """
-
-    title: str
-    folder: str
-    """Relative to the run; its manifest.json means that the step is done."""
-    module: str
-    arguments: tuple[str, ...] = ()
-
-    @property
-    def stage(self) -> str:
-        """The stage this belongs to: `sft` for both sft and its evaluation."""
-        return self.folder.split("/")[0]
-
-    @property
-    def log(self) -> str:
-        """Name of its log file under log/, as ground.entry names it."""
-        return f"{self.folder.replace('/', '.')}.log"
-
-    @property
-    def is_evaluation(self) -> bool:
-        """True for the evaluation of a model, False for a stage."""
-        return self.module == EVALUATION
-
-
-def plan(document: RecipeDocument) -> list[Step]:
-    """The steps of a recipe, in the order of the trail.
-
-    The base is evaluated as soon as it exists: after `herd`, or first.
+def command(arguments: argparse.Namespace) -> int:
+    """Print the plan.
 
     Raises:
-        RecipeError: no stage is on.
+        PlacementError: the models do not fit, told after all that can be told without.
     """
-    stages = document.stages
-    if not stages and not document.has("evaluate"):
+    document = load_recipe(arguments.recipe, arguments.overrides)
+    recipe = read_recipe(document)
+    section = _section(document, recipe)
+    shape, source = _shape(document, recipe)
+    device, count = _devices(arguments.gpu, arguments.gpus)
+    load = workload_of(section, arguments.tokens)
+    for line in plan_text.model_lines(recipe.name, shape, source):
+        say(line)
+    for line in plan_text.step_lines(section, load):
+        say(line)
+    planned = forecast(shape, section, device, count, load=load)
+    for line in _lines(section, shape, device, count, planned, load):
+        say(line)
+    if arguments.simulate:
+        simulate = importlib.import_module("packtrain.simulate")  # it takes a second to import
+        for line in simulate.simulation_lines(shape, section, device, count, load, arguments.skew):
+            say(line)
+    for line in plan_text.assumption_lines(shape, device, arguments.tokens is not None):
+        say(line)
+    for line in _refused(document, recipe):
+        say(line)
+    return 0
+
+
+def _lines(
+    section: RlSection,
+    shape: ModelShape,
+    device: Device,
+    count: int,
+    planned: Forecast,
+    load: Workload,
+) -> Iterator[str]:
+    yield from plan_text.batch_lines(section, planned, load)
+    yield from plan_text.placement_lines(section, device, count, planned)
+    yield from plan_text.memory_lines(shape, device, planned)
+    yield from plan_text.time_lines(section, planned)
+
+
+def _section(document: RecipeDocument, recipe: Recipe) -> RlSection:
+    if recipe.rl is None:
         raise RecipeError(
-            "a recipe needs at least one stage",
+            "a plan is made for the rl stage, and this recipe has none",
             where=document.shown,
-            fix=f"add a section: {', '.join([*ENTRIES, 'evaluate'])}",
+            fix="add a section: rl",
         )
-    steps = [] if "herd" in stages else _evaluations(document, "base")
-    for stage in stages:
-        steps.append(Step(stage, stage, ENTRIES[stage]))
-        steps += _evaluations(document, "base" if stage == "herd" else stage)
-    return steps
+    return recipe.rl
 
 
-def folders_from(start: str) -> tuple[str, ...]:
-    """Folders of the trail from `start` on, whether a recipe turns them on or not.
-
-    Example:
-        folders_from("rl") → ("rl", "dpo");  folders_from("evaluate") → every evaluation's
-    """
-    if start == "evaluate":
-        return tuple(f"{place}/evaluation" for place in PLACES)
-    trail = STARTS[STARTS.index(start) : -1]
-    return tuple("base/evaluation" if name == "base" else name for name in trail)
-
-
-def start_of(step: Step, changes: Sequence[str]) -> str:
-    """The word for `--from` that makes a step again whose settings changed, and what follows it."""
-    if step.is_evaluation and (step.stage != "base" or list(changes) == ["evaluate"]):
-        return "evaluate"
-    return step.stage
+def _shape(document: RecipeDocument, recipe: Recipe) -> tuple[ModelShape, str]:
+    """The model's own config.json, or the one that stands in for it."""
+    model = recipe.model
+    folders = [_HERD] if model is None else [model.path, *([model.shape] if model.shape else [])]
+    for folder in folders:
+        if (folder / "config.json").is_file():
+            return read_shape(folder), os.path.relpath(folder / "config.json")
+    raise DataError(
+        "a plan needs the model's config.json, there is none",
+        where=document.shown,
+        why=f"looked in {', '.join(map(str, folders))}",
+        fix="copy the model's config.json alone into a folder and name it as model.shape",
+    )
 
 
-def launch_line(
-    step: Step, recipe: Path, run: Path, flags: Sequence[str], accelerate: Path | None = None
-) -> list[str]:
-    """The command of a step, as it is run and printed: it can be typed again as it stands."""
-    own = ["-m", step.module, str(recipe), *step.arguments, "--run", str(run), *flags]
-    if accelerate is not None and step.title in LAUNCHED:
-        module = ["-m", "accelerate.commands.launch", "--config_file", str(accelerate)]
-        return [sys.executable, *module, *own]
-    return [sys.executable, *own]
+def _devices(name: str, count: int | None) -> tuple[Device, int]:
+    """The devices that were asked for; without a number, this machine's processors."""
+    name = name or ("cpu" if count is None else "h100")
+    if name not in DEVICES:
+        raise RecipeError(
+            f"'{name}' is not a device{suggest(name, DEVICES)}",
+            fix=f"--gpu is one of {', '.join(DEVICES)}",
+        )
+    if count is not None and count < 1:
+        raise RecipeError(f"--gpus must be at least 1, got {count}", fix="--gpus 8")
+    return DEVICES[name], count or os.cpu_count() or 1
 
 
-def _evaluations(document: RecipeDocument, where: str) -> list[Step]:
-    if not document.has("evaluate") or where not in PLACES:
-        return []
-    return [Step(f"evaluate {where}", f"{where}/evaluation", EVALUATION, ("--of", where))]
+def _refused(document: RecipeDocument, recipe: Recipe) -> Iterator[str]:
+    """What `packtrain run` would refuse here and now."""
+    try:
+        check_inputs(document, recipe)
+    except RecipeError as error:
+        yield ""
+        yield "packtrain run would refuse, on this machine:"
+        yield from (f"  {line.strip()}" for line in error.what.splitlines())

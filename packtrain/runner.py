@@ -33,9 +33,9 @@ from packtrain.child import Child, exit_name
 from packtrain.doctor import shadows
 from packtrain.launch_file import check_launch_file
 from packtrain.panel import LivePanel, Panel, open_panel
-from packtrain.plan import STARTS, Step, folders_from, launch_line, plan, start_of
 from packtrain.recipe import read_recipe
 from packtrain.report import write_report
+from packtrain.steps import STARTS, Step, folders_from, launch_line, start_of, steps_of
 from packtrain.validate import check_inputs
 from packtrain.verdict import headline
 
@@ -110,7 +110,7 @@ def run_recipe(document: RecipeDocument, wish: Wish) -> int:
             f"{', '.join(hidden)} would hide packtrain's own modules from the stages",
             fix="start packtrain from another folder, or rename them",
         )
-    steps = tuple(plan(document))
+    steps = tuple(steps_of(document))
     start = STARTS[0] if wish.overwrite else wish.start
     check_words(steps, wish.start, wish.accelerate)
     discarded = folders_from(start) if start else ()

@@ -21,6 +21,7 @@ from ground.manifest import read_manifest
 from ground.recipe import load_recipe
 from ground.run import STARTED, require_run
 from ground.trail import PLACES
+from packtrain.advice import advice
 from packtrain.loop_view import loop_lines, read_loop
 from packtrain.observe import (
     Progress,
@@ -28,6 +29,7 @@ from packtrain.observe import (
     estimate,
     evaluation,
     is_done,
+    last_metrics,
     mapping,
     number,
     present_stages,
@@ -69,6 +71,8 @@ class RunStatus:
     """The command that goes on with the run, when it has stopped."""
     loop: Mapping[str, object]
     """What the loop of RL said last while it is at work; else empty."""
+    advice: str = ""
+    """Who waits for whom in RL and what would mend it; empty where nobody does."""
 
     def to_json(self) -> dict[str, object]:
         """The object that `--json` prints."""
@@ -80,6 +84,7 @@ class RunStatus:
             "run": str(self.run),
             "lock": lock,
             "loop": dict(self.loop) or None,
+            "advice": self.advice or None,
             "stages": {stage.name: _stage_json(stage) for stage in self.stages},
         }
 
@@ -113,7 +118,8 @@ def read_status(run: Path) -> RunStatus:
     found = tuple(_stage_status(run, name, note, holder is not None) for name in names)
     is_looping = any(stage.name == "rl" and stage.state == "running" for stage in found)
     loop = read_loop(run) if is_looping else {}
-    return RunStatus(run, found, holder, text(note.get("again")), loop)
+    said = advice(last_metrics(run, "rl", having="workers"))
+    return RunStatus(run, found, holder, text(note.get("again")), loop, said)
 
 
 def _stage_status(run: Path, name: str, note: Mapping[str, object], held: bool) -> StageStatus:
@@ -201,7 +207,8 @@ def _show(status: RunStatus) -> None:
         )
     console = Console()
     console.print(table)
-    for line in loop_lines(status.loop) if status.loop else ():
+    told = loop_lines(status.loop) if status.loop else []
+    for line in [*told, *([f"rl: {status.advice}"] if status.advice else [])]:
         console.print(line, markup=False, highlight=False, soft_wrap=True)
     holder = status.holder
     if holder:

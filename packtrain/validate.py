@@ -10,8 +10,8 @@ from ground.console import say
 from ground.errors import RecipeError
 from ground.recipe import RecipeDocument, load_recipe
 from ground.trail import made_twice
-from packtrain.plan import plan
 from packtrain.recipe import Recipe, read_recipe
+from packtrain.steps import steps_of
 
 NEEDS = {
     "prune": ("teacher.path", "data.sft"),
@@ -29,7 +29,7 @@ def command(arguments: argparse.Namespace) -> int:
     """Check a recipe and say what it would do."""
     document = load_recipe(arguments.recipe, arguments.overrides)
     recipe = read_recipe(document)
-    steps = plan(document)
+    steps = steps_of(document)
     check_inputs(document, recipe)
     titles = " → ".join(step.title for step in steps)
     say(f"{document.shown}: valid; run '{recipe.name}' has {len(steps)} steps: {titles}")

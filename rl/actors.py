@@ -16,6 +16,7 @@ from ground.lease import Fence, Lease
 from ground.logs import setup_logging
 from ground.records import Prompt
 from ground.roles import enter_role
+from rl.balance import Balance
 from rl.books import Books, Plan
 from rl.buffer import Outcome
 from rl.controller import Controller
@@ -26,7 +27,7 @@ from rollout.fleet import Fleet
 from rollout.ray_worker import RayWorker
 from rollout.systems import draw_system
 from rollout.task import WorkerConfig
-from rollout.weights import Published, WeightKeeper, start_keeper
+from rollout.weights import Published, WeightKeeper, on_this_machine, start_keeper
 
 
 class ControllerActor:
@@ -55,7 +56,13 @@ class ControllerActor:
             incarnation=job.incarnation,
             lease_seconds=section.lease_seconds,
         )
-        self._fleet = Fleet(section.fleet, lambda: RayWorker(config), self._events.append)
+        self._fleet = Fleet(
+            section.fleet,
+            lambda: RayWorker(config),
+            self._events.append,
+            full_at=section.engine.num_slots / section.group_size,
+        )
+        self._balance = Balance(self._fleet, section.fleet)
         self._keeper = start_keeper()
         self._keeper_check = KeeperCheck(self._keeper, section.silent_seconds)
         self._controller = Controller(
@@ -101,9 +108,11 @@ class ControllerActor:
         await self._controller.begin(version, await self._weights(version))
 
     async def next_batch(self, incarnation: int, step: int) -> tuple[Plan, dict[str, float]]:
-        """See `Controller.next_batch`."""
+        """See `Controller.next_batch`; with the speeds that were measured meanwhile."""
         self._fence.check(incarnation)
-        return await self._controller.next_batch(step)
+        asked = time.monotonic()
+        plan, gauges = await self._controller.next_batch(step)
+        return plan, gauges | self._balance.turn(asked, plan.rollouts)
 
     async def publish(self, incarnation: int, version: int, evaluate: bool) -> float | None:
         """See `Controller.publish`; the weights lie with the keeper."""
@@ -205,10 +214,14 @@ def restore_books(
 
 
 def start_controller(job: Job, pool: Pool) -> ActorHandle:
-    """Start the controller of a job and, in the background, its workers."""
+    """Start the controller of a job and, in the background, its workers.
+
+    It runs where the run directory is: here.
+    """
+    options = {"name": job.controller_name, "num_cpus": 0, "max_restarts": 0}
     actor = (
         ray.remote(ControllerActor)
-        .options(name=job.controller_name, num_cpus=0, max_restarts=0, max_concurrency=1000)
+        .options(**options, max_concurrency=1000, scheduling_strategy=on_this_machine())
         .remote(job, pool)
     )
     actor.start.remote()

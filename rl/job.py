@@ -21,6 +21,8 @@ class Job(Section):
     section: RlSection
     seed: int
     run_name: str
+    namespace: str = "packtrain"
+    """Of our actors in Ray; no other run of the same cluster has it."""
     incarnation: int
     """Lives of the loop in this stage so far; names the actors, so that no old one is met."""
     model: Path

@@ -37,7 +37,6 @@ from ground.signals import Interrupted, held_signals
 from ground.storage import commit_directory
 from rl.batch import collate, rows_of
 from rl.books import Plan
-from rl.cluster import NAMESPACE
 from rl.consumed import Consumed
 from rl.ensemble import Ensemble
 from rl.job import Job, Report, Voice, learner_name, phase
@@ -118,6 +117,7 @@ def learn(job: Job, speaker: Voice, join: Callable[[Job], Loop]) -> dict[str, ob
     restore(model, weights)
     with commit_directory(job.directory / "model", facts) as staging:
         export_model(model, tokenizer, staging, facts)
+        faults.point("export")
     return facts
 
 
@@ -164,7 +164,6 @@ def _lead(
     ensemble.end()
     facts: dict[str, object] = {"stage": "rl", "run": job.run_name, "base": str(job.model)}
     facts |= {"version": publisher.best.version if publisher.best else version}
-    faults.point("export")
     score = publisher.best.score if publisher.best else None
     return {**facts, "validation_pass_rate": score, "ledger": ledger}, weights
 
@@ -218,7 +217,7 @@ def join_ray(job: Job) -> RemoteLoop:
     _leave_with_owner(lines)
     ray.init(
         address=address,
-        namespace=NAMESPACE,
+        namespace=job.namespace,
         log_to_driver=False,
         logging_level=logging.WARNING,
         configure_logging=False,

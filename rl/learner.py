@@ -130,7 +130,7 @@ class Learner:
                 reference_N = self._reference(*inputs)[0][mask_BT]
         tokens = Tokens(
             logprobs_N=logprobs_BT[mask_BT],
-            behavior_N=batch.behavior_logprobs_BT[mask_BT],
+            behavior_N=faults.corrupted("step.behavior", batch.behavior_logprobs_BT[mask_BT]),
             advantages_N=batch.advantages_BT[mask_BT],
             ages_N=batch.ages_BT[mask_BT],
             rows_N=batch.segments_BT[mask_BT] - 1,

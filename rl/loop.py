@@ -98,7 +98,7 @@ class LearnerLoop:
         self._learner, self._plans, self._publisher = learner, plans, publisher
         self._consumed, self._section = consumed, section
         self._tell, self._keep_batch, self._pack = tell, keep_batch, pack
-        self._guard = NoSignalGuard(section.max_empty_steps)
+        self._guard = NoSignalGuard(section.max_starved_steps)
 
     def guards(self) -> dict[str, Any]:
         """What the guards have counted so far, as JSON types: part of a cut."""

@@ -144,10 +144,11 @@ class Budget:
             self._unstarted += 1
             if self._unstarted >= _MAX_STARTS:
                 raise SetupError(
-                    f"Ray must come up on this machine, it failed {self._unstarted} times in a row",
+                    f"{error.what}, it failed {self._unstarted} times in a row",
                     where="rl",
-                    why=str(error),
-                    fix="look at what else keeps the machine busy, then continue with --resume",
+                    why=error.why,
+                    fix="look at what keeps the machine busy or ended the cluster, then continue "
+                    "with --resume",
                 ) from error
             return self._sleep(_PAUSE_SECONDS * self._unstarted)
         self._lost += 1
@@ -170,9 +171,10 @@ def _live(
         ranks.life(job, learner),
         cluster(
             ours.folder,
-            fleet.num_workers * fleet.cpus_per_worker,
+            fleet.most_workers * fleet.cpus_per_worker,
             job.model,
             num_spare_cpus=fleet.spare * fleet.cpus_per_worker,
+            namespace=job.namespace,
         ) as address,
     ):
         controller = start_controller(job, pool)

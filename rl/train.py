@@ -23,7 +23,7 @@ from rl.job import Job, Report
 from rl.journal import Journal, read_journal
 from rl.ledger import audit_ledger
 from rl.pool import split_pool
-from rl.processes import reserved
+from rl.processes import Reserved, reserved
 
 if TYPE_CHECKING:
     from ground.roll import Roll
@@ -49,7 +49,7 @@ def train(stage: Stage[RlSection]) -> dict[str, object]:
 
         timeline = Journal(stage.directory / "events.jsonl")
         facts = supervise(
-            lambda life: _job(stage, life),
+            lambda life: _job(stage, life, ours),
             pool,
             ours,
             on_report=lambda report: _tell(stage, timeline, report),
@@ -90,11 +90,12 @@ def _roll(environment: Mapping[str, str]) -> Roll:
     return Roll(environment)
 
 
-def _job(stage: Stage[RlSection], life: int) -> Job:
+def _job(stage: Stage[RlSection], life: int, ours: Reserved) -> Job:
     return Job(
         section=stage.section,
         seed=stage.head.seed,
         run_name=stage.head.name,
+        namespace=f"packtrain-{ours.mark}",
         incarnation=life,
         model=stage.trail.model_before("rl").resolve(),
         directory=stage.directory.resolve(),

@@ -60,6 +60,9 @@ class FleetSection(Section):
 
     num_workers: int = Field(default=1, ge=1)
     """Ray actors with one engine each."""
+    max_workers: int | None = Field(default=None, ge=1)
+    """The fleet grows up to this and shrinks down to `min_workers` when learner and fleet drift
+    apart (rl/balance.py); left out, it keeps `num_workers`."""
     cpus_per_worker: float = Field(default=1, gt=0)
     """What Ray reserves for a worker."""
     reward_processes: int = Field(default=1, ge=1)
@@ -90,6 +93,20 @@ class FleetSection(Section):
     """Pause before the second restart in a row, then twice that; the first is made at once."""
     max_attempts: int = Field(default=5, ge=1)
     """Workers that may be lost under one group before the group itself is blamed."""
+
+    @property
+    def most_workers(self) -> int:
+        """Workers that there may be at a time."""
+        return self.num_workers if self.max_workers is None else self.max_workers
+
+    @model_validator(mode="after")
+    def _grows_from_where_it_begins(self) -> Self:
+        if self.max_workers is not None and self.max_workers < self.num_workers:
+            raise ValueError(
+                f"max_workers must be at least num_workers ({self.num_workers}), "
+                f"got {self.max_workers}"
+            )
+        return self
 
 
 class MeasureSection(Section):

@@ -78,6 +78,24 @@ class FleetStats:
         return sum(worker.in_flight for worker in self.workers)
 
 
+@dataclass(frozen=True, slots=True)
+class FleetUse:
+    """What a fleet has done since it began, by which its speed is known.
+
+    Example:
+        FleetUse(workers=2, filled_seconds=118.0, rollouts=2_560, reward_seconds=6.2)
+    """
+
+    workers: int
+    """That stay."""
+    filled_seconds: float
+    """Seconds of workers, each weighed by how full it was of groups."""
+    rollouts: int
+    """Of finished groups."""
+    reward_seconds: float
+    """From the last token of a group to its last verdict, summed over groups."""
+
+
 class Fleet:
     """Spreads tasks over workers and hands weights to all of them.
 
@@ -86,6 +104,8 @@ class Fleet:
     Args:
         spawn: makes a new worker (`RayWorker`); returns at once.
         note: receives an event for the timeline, kinds "rollout", "lost" and "restart".
+        full_at: groups with which a worker is full.
+        now: the clock by which its use is measured.
     """
 
     def __init__(
@@ -93,8 +113,14 @@ class Fleet:
         section: FleetSection,
         spawn: Callable[[], Worker],
         note: Callable[[Event], None] = lambda event: None,
+        *,
+        full_at: float = 1.0,
+        now: Callable[[], float] = time.monotonic,
     ) -> None:
         self._section, self._note = section, note
+        self._full_at, self._now = full_at, now
+        self._filled = self._filled_seconds = self._reward_seconds = 0.0
+        self._rollouts, self._since = 0, now()
         self._roster = Roster(section, spawn, note)
         self._groups = self._tokens = self._retries = 0
 
@@ -142,6 +168,16 @@ class Fleet:
             fix="look at the workers' logs for what this prompt does to them",
         )
 
+    def resize(self, num_workers: int) -> None:
+        """Have so many workers from now on; see `Roster.resize`."""
+        self._roster.resize(num_workers)
+
+    def use(self) -> FleetUse:
+        """What the fleet has done since it began."""
+        self._count(0.0)
+        active = sum(not seat.is_retired and not seat.is_leaving for seat in self._roster.seats)
+        return FleetUse(active, self._filled_seconds, self._rollouts, self._reward_seconds)
+
     def stats(self) -> FleetStats:
         """A snapshot."""
         return FleetStats(
@@ -160,7 +196,7 @@ class Fleet:
     async def _attempt(self, seat: Seat, task: GroupTask, attempt: int) -> Group:
         assert seat.worker
         started, life = time.time(), seat.lost
-        seat.in_flight += 1
+        self._load(seat, 1)
         try:
             result = await seat.within(
                 self._section.rollout_deadline_seconds,
@@ -174,13 +210,27 @@ class Fleet:
                 self._count_failure(seat, error)
             raise
         finally:
-            seat.in_flight -= 1
+            self._load(seat, -1)
             self._roster.tell()
         seat.failures = seat.failed_tasks = 0
         self._groups += 1
         self._tokens += result.num_tokens
+        self._rollouts += len(result.group.rollouts)
+        self._reward_seconds += result.ended - result.sampled
         self._mark(seat, started, task, attempt, result)
         return result.group
+
+    def _load(self, seat: Seat, groups: int) -> None:
+        """A worker gets a group, or is rid of one."""
+        before = min(seat.in_flight / self._full_at, 1.0)
+        seat.in_flight += groups
+        self._count(min(seat.in_flight / self._full_at, 1.0) - before)
+
+    def _count(self, change: float) -> None:
+        """Sum up how full the workers were until now; from now on it is so much more."""
+        now = self._now()
+        self._filled_seconds += self._filled * (now - self._since)
+        self._since, self._filled = now, self._filled + change
 
     def _put_offs(self, seat: Seat, task: GroupTask, attempt: int) -> Iterator[float]:
         """Seconds that a group still has when its deadline has passed.
@@ -239,7 +289,7 @@ def _check_is_ours(result: GroupResult, task: GroupTask, attempt: int) -> None:
 def _stats_of(seat: Seat) -> WorkerStats:
     return WorkerStats(
         name=seat.name,
-        state=str(seat.state),
+        state="leaving" if seat.is_leaving and not seat.is_retired else str(seat.state),
         since=seat.since,
         version=seat.version,
         in_flight=seat.in_flight,

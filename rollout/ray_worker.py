@@ -2,6 +2,8 @@
 
 What leaves this module is one of our own errors: `InfraError` when the process, node or object was
 lost, the worker's own error when it had one, and an error of kind CODE for all that is unknown.
+Ray calls most ends a lost connection; what really ended a process of this machine the kernel tells
+(ground/exits.py).
 """
 
 from __future__ import annotations
@@ -22,7 +24,9 @@ from ray.exceptions import OutOfMemoryError as NodeOutOfMemoryError
 from ray.exceptions import RayActorError, RayError, RayTaskError
 
 from ground.errors import InfraError, PacktrainError
+from ground.exits import ExitWatch
 from rollout.failures import memory_kills
+from rollout.luggage import Luggage
 from rollout.seat import OutOfMemoryError, WorkerDiedError
 from rollout.task import GroupResult, GroupTask, Loaded, Pong, WorkerConfig
 from rollout.worker import RolloutWorker
@@ -30,6 +34,8 @@ from rollout.worker import RolloutWorker
 _CLOSE_SECONDS = 3.0
 _GONE_SECONDS = 5.0
 _POLL_SECONDS = 0.05
+_STATUS_SECONDS = 0.5
+"""Until the kernel has the exit status of a process that Ray calls dead."""
 
 Value = TypeVar("Value")
 
@@ -49,14 +55,18 @@ class RayWorker:
             max_concurrency=1000,
             enable_task_events=False,
         )
-        self._actor: ActorProxy[RolloutWorker] = actor.remote(config)
+        luggage = Luggage.pack(config.model_path, config.reward_files)
+        self._actor: ActorProxy[RolloutWorker] = actor.remote(config, luggage)
         self._incarnation = config.incarnation
         self._memory_kills = memory_kills()
         self._process: tuple[str, int] | None = None
+        self._exit: ExitWatch | None = None
 
     async def prepare(self) -> None:
         """See `Worker.prepare`; remembers the process, so that it can be killed when it hangs."""
-        self._process = await self._sorted(self._actor.prepare.remote())
+        self._process = process = await self._sorted(self._actor.prepare.remote())
+        if self._is_near:
+            self._exit = ExitWatch(process[1])
 
     async def open(self, index: int, slots_share: float = 1.0) -> None:
         """See `Worker.open`."""
@@ -121,15 +131,17 @@ class RayWorker:
         except NodeOutOfMemoryError as error:
             raise OutOfMemoryError(f"Ray ended it: {_first_sentence(error)}") from None
         except RayActorError as error:
-            raise self._death(error) from None
+            raise await self._death(error) from None
         except RayError as error:
             raise InfraError(f"{type(error).__name__}: {_first_sentence(error)}") from None
 
-    def _death(self, error: RayActorError) -> WorkerDiedError:
-        """Ray calls many ends a lost connection; the kernel counts those for want of memory."""
+    async def _death(self, error: RayActorError) -> WorkerDiedError:
+        """What ended it, as far as the kernel tells, and what Ray says of it."""
         if memory_kills() > self._memory_kills:
             return OutOfMemoryError("the kernel has ended a process for want of memory meanwhile")
-        return WorkerDiedError(f"{type(error).__name__}: {_first_sentence(error)}")
+        cause = await self._exit.cause(_STATUS_SECONDS) if self._exit else ""
+        ended = f"ended by {cause}; " if cause else ""
+        return WorkerDiedError(f"{ended}{type(error).__name__}: {_first_sentence(error)}")
 
 
 def _own_error(error: RayTaskError) -> PacktrainError:

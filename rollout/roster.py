@@ -3,10 +3,11 @@
     starting → stale → healthy ⇄ suspect (a ping is late: no new work until it answers)
        ▲                  └────────┴──▶ dead → restarting ┐
        └──────────────────────────────────────────────────┘
-                                             └──▶ retired (restart budget spent)
+                                             └──▶ retired (restart budget spent, or dismissed)
 
 A worker becomes healthy by acknowledging the current weights, and in no other way. One coroutine
-per seat, `_tend`, carries it around this picture.
+per seat, `_tend`, carries it around this picture. `resize` adds seats, or dismisses some: these get
+no new groups, end those that they have under the weights of the day, and go.
 """
 
 from __future__ import annotations
@@ -57,12 +58,25 @@ class Roster:
         Raises:
             WorkersLostError: fewer than `min_workers` came up.
         """
-        self.seats = [Seat(index) for index in range(self._section.num_workers)]
-        works = [(self._tend(seat), seat.name) for seat in self.seats]
+        self.resize(self._section.num_workers)
         if self._section.spare:
-            works.append((self._keep_spare(), "spare worker"))
-        self._background = [asyncio.create_task(work, name=name) for work, name in works]
+            self._background.append(asyncio.create_task(self._keep_spare(), name="spare worker"))
         await self.until(lambda: all(seat.state not in _UNBORN for seat in self.seats))
+
+    def resize(self, num_workers: int) -> None:
+        """Have so many workers from now on: new ones come up, the youngest ones leave.
+
+        Nothing waits here. A new one is given work when it has the current weights, one that leaves
+        ends what it has begun; no group is lost or sampled twice.
+        """
+        staying = [seat for seat in self.seats if not seat.is_leaving and not seat.is_retired]
+        for seat in staying[num_workers:]:
+            seat.is_leaving = True
+        for _ in range(num_workers - len(staying)):
+            seat = Seat(len(self.seats))
+            self.seats.append(seat)
+            self._background.append(asyncio.create_task(self._tend(seat), name=seat.name))
+        self.tell()
 
     async def refit(self, version: int, weights: object) -> None:
         """Load a version everywhere; returns when all that serve have it, and one at least does.
@@ -124,6 +138,8 @@ class Roster:
             while True:
                 began = time.time()
                 await self._live(seat, began)
+                if seat.is_leaving:
+                    return await self._dismiss(seat)
                 self._bury(seat)
                 if seat.failures > self._section.max_restarts:
                     return self._retire(seat)
@@ -149,7 +165,7 @@ class Roster:
         return self._section.backoff_seconds * 2 ** (failures - 2) if failures > 1 else 0.0
 
     async def _live(self, seat: Seat, began: float) -> None:
-        """One life, from birth to the loss; returns when it is over."""
+        """One life, from birth to the loss or dismissal; returns when it is over."""
         seat.lost, seat.version, seat.failed_tasks = asyncio.Future(), -1, 0
         seat.lacked_memory = False
         seat.lives += 1
@@ -164,7 +180,7 @@ class Roster:
             await self._become_healthy(seat)
             if seat.failures:
                 self._mark("restart", seat, began, cause=seat.causes[-1])
-            while True:
+            while not seat.may_go:
                 await self._ping(seat)
                 if seat.state is State.SUSPECT:
                     await self._become_healthy(seat)
@@ -240,9 +256,18 @@ class Roster:
         self._move(seat, State.DEAD)
         self._mark("lost", seat, time.time(), cause=cause)
 
+    async def _dismiss(self, seat: Seat) -> None:
+        """A seat that leaves has ended its groups, or was lost and these went to others."""
+        worker, seat.worker = seat.worker, None
+        seat.lose("dismissed")
+        self._move(seat, State.RETIRED)
+        self._mark("dismissed", seat, time.time())
+        if worker:
+            await worker.close()
+
     def _retire(self, seat: Seat) -> None:
         self._move(seat, State.RETIRED)
-        left = sum(other.state is not State.RETIRED for other in self.seats)
+        left = sum(not other.is_retired for other in self.seats)
         if left >= self._section.min_workers:
             return
         lacked_memory = any(seat.memory_losses for seat in self.seats)

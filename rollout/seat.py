@@ -95,6 +95,8 @@ class Seat:
     """Whether this life was ended because memory ran out."""
     memory_losses: int = 0
     """Lives that were."""
+    is_leaving: bool = False
+    """Whether it ends its groups, gets no others, and then goes."""
     pong: Pong = field(default_factory=Pong)
     """Its newest answer to a ping."""
 
@@ -111,7 +113,17 @@ class Seat:
     @property
     def is_serving(self) -> bool:
         """Whether it may be given work."""
-        return self.state is State.HEALTHY and not self.lost.done()
+        return self.state is State.HEALTHY and not self.lost.done() and not self.is_leaving
+
+    @property
+    def is_retired(self) -> bool:
+        """Whether it has gone for good."""
+        return self.state is State.RETIRED
+
+    @property
+    def may_go(self) -> bool:
+        """Whether it is leaving and has ended its last group."""
+        return self.is_leaving and not self.in_flight
 
     def lose(self, cause: str) -> None:
         """Declare the present life over; the first cause counts."""

@@ -69,3 +69,14 @@ def test_a_quick_run_compares_and_writes_nothing(
     assert run(tmp_path, 4.4, "--quick") == 1
     assert "committed 5, tolerance 0.5: WORSE" in capsys.readouterr().out
     assert (tmp_path / "toy.json").read_bytes() == before
+
+
+def test_a_quick_run_that_misses_as_the_committed_one_did_only_tells(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    assert run(tmp_path, 0.8) == 1, "the full run fails"
+    assert run(tmp_path, 0.9, "--quick") == 0
+    assert "MISSED, as in the committed run (0.8)" in capsys.readouterr().out
+    assert run(tmp_path, 0.2, "--quick") == 1, "worse than it was"
+    run(tmp_path, 1.2)
+    assert run(tmp_path, 0.9, "--quick") == 1, "near the committed figure, but that met the goal"

@@ -15,7 +15,7 @@ from test_packtrain_runner import Trail, trail
 import packtrain
 from ground.errors import DataError, PacktrainError, RecipeError
 from packtrain import runner
-from packtrain.plan import Step
+from packtrain.steps import Step
 
 __all__ = ["trail"]
 
@@ -65,7 +65,7 @@ def test_a_recipe_is_run_with_overrides_and_a_failure_is_an_error(
     trail: Trail, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     steps = [Step(name, name, f"stage_{name}") for name in ("sft", "dpo")]
-    monkeypatch.setattr(runner, "plan", lambda document: steps)
+    monkeypatch.setattr(runner, "steps_of", lambda document: steps)
     monkeypatch.setattr(runner, "read_recipe", lambda document: document.head())
     monkeypatch.setattr(runner, "check_inputs", lambda document, recipe: None)
     with pytest.raises(PacktrainError, match="the run ended with exit code 3"):

@@ -35,8 +35,8 @@ sys.stderr.write(f"code={code} heavy={sorted(heavy)}\\n")
 """
 
 
-@pytest.mark.parametrize("words", [("--help",), ("validate", str(TINY))])
-def test_help_and_validate_are_light_and_quick(words: tuple[str, ...], tmp_path: Path) -> None:
+@pytest.mark.parametrize("words", [("--help",), ("validate", str(TINY)), ("plan", str(TINY))])
+def test_help_validate_and_plan_are_light_and_quick(words: tuple[str, ...], tmp_path: Path) -> None:
     """Seconds of work, not of waiting for others on a busy machine."""
     times = []
     for _ in range(3):

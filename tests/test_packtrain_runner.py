@@ -21,9 +21,9 @@ from ground.run import RunDir
 from packtrain import runner
 from packtrain.cli import parse
 from packtrain.panel import LivePanel
-from packtrain.plan import Step, folders_from, launch_line, plan, start_of
 from packtrain.runner import Order, command, discard, require_resumable, run_steps
 from packtrain.status import read_status
+from packtrain.steps import Step, folders_from, launch_line, start_of, steps_of
 
 STAGE = """\
 import json, os, sys, time
@@ -99,7 +99,7 @@ def trail(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Trail:
 
 def test_the_tiny_recipe_has_ten_steps_in_the_order_of_the_trail() -> None:
     recipe = Path(__file__).parents[1] / "recipes" / "tiny" / "recipe.yaml"
-    assert [step.title for step in plan(load_recipe(recipe))] == [
+    assert [step.title for step in steps_of(load_recipe(recipe))] == [
         *("herd", "evaluate base", "prune", "sft", "evaluate sft", "mine"),
         *("rl", "evaluate rl", "dpo", "evaluate dpo"),
     ]
@@ -108,7 +108,7 @@ def test_the_tiny_recipe_has_ten_steps_in_the_order_of_the_trail() -> None:
 def test_without_a_herd_the_base_is_evaluated_first(tmp_path: Path) -> None:
     path = tmp_path / "r.yaml"
     path.write_text("name: x\nsft: {}\nevaluate: {}\n")
-    assert [step.folder for step in plan(load_recipe(path))] == [
+    assert [step.folder for step in steps_of(load_recipe(path))] == [
         *("base/evaluation", "sft", "sft/evaluation")
     ]
 
@@ -116,7 +116,7 @@ def test_without_a_herd_the_base_is_evaluated_first(tmp_path: Path) -> None:
 def test_a_recipe_without_stages_is_refused(tmp_path: Path) -> None:
     (tmp_path / "r.yaml").write_text("name: x\n")
     with pytest.raises(RecipeError, match="needs at least one stage"):
-        plan(load_recipe(tmp_path / "r.yaml"))
+        steps_of(load_recipe(tmp_path / "r.yaml"))
 
 
 def test_the_launch_line_can_be_typed_again() -> None:

@@ -19,8 +19,8 @@ from packtrain.cli import main
 from packtrain.loop_view import loop_lines
 from packtrain.observe import last_metrics, read_json, read_lines, read_rows
 from packtrain.panel import LivePanel, PlainPanel, panel_numbers, shown_line
-from packtrain.plan import Step
 from packtrain.status import read_status
+from packtrain.steps import Step
 
 STEPS = (
     Step("prune", "prune", "curation.prune"),

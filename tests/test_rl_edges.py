@@ -11,13 +11,14 @@ import torch
 from pydantic import ValidationError
 from torch import nn
 
-from ground.errors import DataError, FailureKind, InfraError, PacktrainError, SetupError
+from ground.errors import DataError, FailureKind, InfraError, PacktrainError
 from ground.records import Message, Prompt
 from rl import supervisor
 from rl.cluster import cluster
 from rl.config import RlSection
 from rl.journal import Journal, read_journal
 from rl.pool import split_pool
+from rl.room import PlacementError
 from rl.snapshot import restore
 
 
@@ -61,7 +62,7 @@ def test_a_pool_that_is_all_validation_is_refused() -> None:
 
 def test_a_fleet_larger_than_the_machine_is_refused_before_ray_starts(tmp_path: Path) -> None:
     with (
-        pytest.raises(SetupError, match="asks for 4096 processors"),
+        pytest.raises(PlacementError, match="they want 4096 processors, there are"),
         cluster(tmp_path, 4096, tmp_path),
     ):
         pass

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import rl_rank
+import rl_rank_losses
 import torch
 from launching import (
     KINDS,
@@ -28,8 +29,10 @@ SECONDS = 240
 pytestmark = pytest.mark.slow
 
 
-def run_ranks(kind: str, model: Path, out: Path, *cut: Path) -> dict[str, Any]:
-    """Two ranks; what rank 0 found."""
+def run_ranks(
+    kind: str, model: Path, out: Path, *cut: Path, script: str = rl_rank.__file__
+) -> None:
+    """Run two ranks to their end."""
     port = free_port()
     given = environment()
     if kind == "zero3":
@@ -37,7 +40,7 @@ def run_ranks(kind: str, model: Path, out: Path, *cut: Path) -> dict[str, Any]:
         given["ACCELERATE_DEEPSPEED_CONFIG_FILE"] = str(out / "zero3.json")
     ranks = [
         subprocess.Popen(
-            [sys.executable, rl_rank.__file__, str(model), str(out), *map(str, cut)],
+            [sys.executable, script, str(model), str(out), *map(str, cut)],
             env={**given, **rank_environment(kind, rank, port)},
             stderr=subprocess.PIPE,
             text=True,
@@ -51,7 +54,11 @@ def run_ranks(kind: str, model: Path, out: Path, *cut: Path) -> dict[str, Any]:
     finally:
         for process in ranks:
             process.kill()
-    return json.loads((out / "found.json").read_text())
+
+
+def found_by(folder: Path) -> dict[str, Any]:
+    """What rank 0 has written."""
+    return json.loads((folder / "found.json").read_text())
 
 
 @pytest.fixture(scope="module")
@@ -75,7 +82,8 @@ def test_75_two_ranks_make_the_step_of_one_and_refuse_a_nan_together(
     kind: str, tiny_model: Path, tmp_path: Path, alone: tuple[Path, dict[str, Any]]
 ) -> None:
     folder, expected = alone
-    found = run_ranks(kind, tiny_model, tmp_path)
+    run_ranks(kind, tiny_model, tmp_path)
+    found = found_by(tmp_path)
     braked = [numbers["brake"] < 1 for numbers in expected["numbers"]]
     assert any(braked), "the brake must have something to do"
     for step, (got, want) in enumerate(zip(found["numbers"], expected["numbers"], strict=True)):
@@ -99,7 +107,8 @@ def test_a_cut_of_one_process_goes_on_on_two_ranks(
 ) -> None:
     """Two of three steps were taken: wrong moments would show in the weights of the third."""
     folder, expected = alone
-    found = run_ranks(kind, tiny_model, tmp_path, folder)
+    run_ranks(kind, tiny_model, tmp_path, folder)
+    found = found_by(tmp_path)
     assert found["numbers"][0] == pytest.approx(expected["numbers"][2], rel=1e-4, abs=1e-6)
     check_same(tmp_path / "last.safetensors", folder / "last.safetensors", 2e-5)
 
@@ -115,3 +124,24 @@ def test_a_cut_of_two_zero_3_ranks_goes_on_in_one_process(
     found = rl_rank.go_on(learners, tmp_path, tmp_path / "one")
     assert found["numbers"][0] == pytest.approx(expected["numbers"][2], rel=1e-4, abs=1e-6)
     check_same(tmp_path / "one" / "last.safetensors", folder / "last.safetensors", 2e-5)
+
+
+def test_75_with_every_loss_two_ranks_have_the_numbers_gradients_and_weights_of_one(
+    tiny_model: Path, tmp_path: Path
+) -> None:
+    run_ranks("ddp", tiny_model, tmp_path, script=rl_rank_losses.__file__)
+    for loss in rl_rank_losses.LOSSES:
+        one = rl_rank_losses.ensemble(tiny_model, Ranks(Launch(), 0.0), loss)
+        expected, wanted = rl_rank_losses.train(one)
+        found = json.loads((tmp_path / f"{loss['kind']}.json").read_text())
+        for step, (got, want) in enumerate(zip(found["numbers"], expected["numbers"], strict=True)):
+            assert got == pytest.approx(want, rel=1e-6, abs=1e-9), f"{loss}, step {step}"
+        assert found["error"] == expected["error"]
+        assert "must be finite, got nan and a gradient norm nan" in found["error"]
+        assert found["kept"] and expected["kept"]
+        tensors = load_file(tmp_path / f"{loss['kind']}.safetensors")
+        assert sum(name.startswith("gradient") for name in wanted) == 3
+        for name, want in wanted.items():
+            size = want.abs().max() if name.startswith("gradient") else 1.0
+            assert size > 0
+            assert (tensors[name] - want).abs().max() < 1e-6 * size, (loss, name)

@@ -5,7 +5,6 @@ Sampling itself (bits, distribution, log-probs) is in test_rollout_hf_engine.py.
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future
 from concurrent.futures import TimeoutError as FutureTimeoutError
@@ -129,7 +128,7 @@ def _when_running(engine: Engine) -> Future[Completion]:
 def test_abort_keeps_the_tokens_so_far(engine: Engine) -> None:
     long = _when_running(engine)
     engine.abort(["long", "unknown"])
-    completion = long.result(1)
+    completion = long.result(60)
 
     assert completion.finish == "aborted"
     assert 4 <= len(completion.segment.token_ids) < 500
@@ -169,9 +168,9 @@ def test_generate_has_a_deadline_and_leaves_nothing_running(engine: Engine) -> N
     requests = [_request(str(n), tokens=500) for n in range(64)]
     with pytest.raises(InfraError, match=r"within 0\.05 s, 0 of 64"):
         generate(engine, requests, timeout_seconds=0.05)
-    started = time.monotonic()
-    generate(engine, [_request("0", tokens=1)], timeout_seconds=60)
-    assert time.monotonic() - started < 2
+    # An id that is still in flight would be refused.
+    again = [_request(str(n), tokens=1) for n in range(64)]
+    assert len(generate(engine, again, timeout_seconds=60)) == 64
 
 
 def test_score_gives_one_logprob_for_each_token_after_the_first(engine: Engine) -> None:
@@ -187,7 +186,7 @@ def test_closed_engine_fails_what_is_in_flight_and_refuses_more() -> None:
     engine.close()
     engine.close()
     with pytest.raises(InfraError, match="closed"):
-        future.result(1)
+        future.result(60)
     with pytest.raises(InfraError, match="closed"):
         engine.submit(_request("b"))
 

@@ -1,0 +1,40 @@
+"""What the measured speeds of RL say about its devices, in a sentence for `packtrain status`."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+
+from packtrain.observe import number
+from rl.speeds import BAND, Speeds, wanted
+
+_MANY = 1_000_000
+
+
+def advice(metrics: Mapping[str, object]) -> str:
+    """Who waits for whom and what would mend it; empty when both keep pace, or before speeds are
+    known.
+
+    Args:
+        metrics: the newest line of rl/metrics.jsonl.
+    """
+    names = ("learner_seconds_per_sample", "rollout_seconds_per_sample", "workers")
+    learner, rollout, workers = (number(metrics.get(name)) for name in names)
+    if not learner or not rollout or not workers:
+        return ""
+    pace = rollout / workers
+    number_wanted = wanted(Speeds(learner, rollout, 0.0), int(workers), 1, _MANY)
+    if pace > learner * (1 + BAND):
+        return (
+            f"the learner waits {1 - learner / pace:.0%} of the time: {number_wanted} workers "
+            f"would keep pace with it, there are {workers:g} (rl.fleet.num_workers; "
+            "rl.fleet.max_workers lets the fleet grow by itself)"
+        )
+    if pace < learner * (1 - BAND):
+        enough = min(math.ceil(rollout / learner), int(workers))
+        fewer = f"; {enough} workers would do" if enough < workers else ""
+        return (
+            f"rollout idles {1 - pace / learner:.0%} of the time: give the learner "
+            f"{learner / (learner + rollout):.0%} of the devices{fewer}"
+        )
+    return ""

@@ -1,0 +1,116 @@
+"""What a recipe means as a list of processes: one step per stage and per evaluation, in order."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from ground.config import STAGES
+from ground.errors import RecipeError
+from ground.recipe import RecipeDocument
+from ground.trail import PLACES
+
+ENTRIES = {
+    "herd": "ground.herd.train",
+    "prune": "curation.prune",
+    "sft": "sft.train",
+    "mine": "curation.mine",
+    "rl": "rl.train",
+    "dpo": "dpo.train",
+}
+"""Stage → the module that is run with -m."""
+EVALUATION = "rollout.evaluate"
+LAUNCHED = ("sft", "rl", "dpo")
+"""Stages that `accelerate launch` may start."""
+STARTS = (STAGES[0], "base", *STAGES[1:], "evaluate")
+"""Where `--from` can begin: the trail in order, or the evaluations alone."""
+
+
+@dataclass(frozen=True, slots=True)
+class Step:
+    """One process of a run: a stage, or the evaluation that follows it.
+
+    Example:
+        Step("evaluate sft", "sft/evaluation", "rollout.evaluate", ("--of", "sft"))
+    """
+
+    title: str
+    folder: str
+    """Relative to the run; its manifest.json means that the step is done."""
+    module: str
+    arguments: tuple[str, ...] = ()
+
+    @property
+    def stage(self) -> str:
+        """The stage this belongs to: `sft` for both sft and its evaluation."""
+        return self.folder.split("/")[0]
+
+    @property
+    def log(self) -> str:
+        """Name of its log file under log/, as ground.entry names it."""
+        return f"{self.folder.replace('/', '.')}.log"
+
+    @property
+    def is_evaluation(self) -> bool:
+        """True for the evaluation of a model, False for a stage."""
+        return self.module == EVALUATION
+
+
+def steps_of(document: RecipeDocument) -> list[Step]:
+    """The steps of a recipe, in the order of the trail.
+
+    The base is evaluated as soon as it exists: after `herd`, or first.
+
+    Raises:
+        RecipeError: no stage is on.
+    """
+    stages = document.stages
+    if not stages and not document.has("evaluate"):
+        raise RecipeError(
+            "a recipe needs at least one stage",
+            where=document.shown,
+            fix=f"add a section: {', '.join([*ENTRIES, 'evaluate'])}",
+        )
+    steps = [] if "herd" in stages else _evaluations(document, "base")
+    for stage in stages:
+        steps.append(Step(stage, stage, ENTRIES[stage]))
+        steps += _evaluations(document, "base" if stage == "herd" else stage)
+    return steps
+
+
+def folders_from(start: str) -> tuple[str, ...]:
+    """Folders of the trail from `start` on, whether a recipe turns them on or not.
+
+    Example:
+        folders_from("rl") → ("rl", "dpo");  folders_from("evaluate") → every evaluation's
+    """
+    if start == "evaluate":
+        return tuple(f"{place}/evaluation" for place in PLACES)
+    trail = STARTS[STARTS.index(start) : -1]
+    return tuple("base/evaluation" if name == "base" else name for name in trail)
+
+
+def start_of(step: Step, changes: Sequence[str]) -> str:
+    """The word for `--from` that makes a step again whose settings changed, and what follows it."""
+    if step.is_evaluation and (step.stage != "base" or list(changes) == ["evaluate"]):
+        return "evaluate"
+    return step.stage
+
+
+def launch_line(
+    step: Step, recipe: Path, run: Path, flags: Sequence[str], accelerate: Path | None = None
+) -> list[str]:
+    """The command of a step, as it is run and printed: it can be typed again as it stands."""
+    own = ["-m", step.module, str(recipe), *step.arguments, "--run", str(run), *flags]
+    if accelerate is not None and step.title in LAUNCHED:
+        module = ["-m", "accelerate.commands.launch", "--config_file", str(accelerate)]
+        return [sys.executable, *module, *own]
+    return [sys.executable, *own]
+
+
+def _evaluations(document: RecipeDocument, where: str) -> list[Step]:
+    if not document.has("evaluate") or where not in PLACES:
+        return []
+    return [Step(f"evaluate {where}", f"{where}/evaluation", EVALUATION, ("--of", where))]

@@ -1,0 +1,114 @@
+"""What lies in a device's memory, part by part: the learner's side and an engine's.
+
+The learner holds weights, gradients and two moments in FP32, 16 bytes a parameter, sharded over all
+its devices (FSDP2 or ZeRO-3), and activations of one micro-batch: what enters each layer in BF16,
+and one layer's own while it is computed again. An engine holds its weights and the keys and values
+of all its places at full length, spread over the devices of its replica.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from ground.shape import ModelShape
+from rl.config import RlSection
+from rl.hardware import Device, Efficiency
+
+_FULL = 4
+"""Bytes of the learner's numbers: it computes in FP32 where it sums."""
+_HALF = 2
+_WORKING_SET = 34
+"""Bytes per token and hidden number of a layer under computation (Korthikanti and others, arXiv
+2205.05198, equation 1, without attention's square, which fused kernels do not store)."""
+_TILES = 3
+_TILE_NUMBERS = {"cpu": 1 << 20}
+_TILE_NUMBERS_ELSEWHERE = 1 << 26
+"""Of a tile of logits in ground/logprobs.py, however large the vocabulary; three are held."""
+
+
+@dataclass(frozen=True, slots=True)
+class Footprint:
+    """Bytes by part, as `Consumer` counts them.
+
+    Example:
+        Footprint(shared={"weights": 32e9, …}, replica={}, device={"activations": 2e9})
+    """
+
+    shared: Mapping[str, float]
+    """Spread over all devices of the consumer."""
+    replica: Mapping[str, float]
+    """Spread over the devices of each replica."""
+    device: Mapping[str, float]
+    """On each device."""
+
+    def on_each(self, devices: int, width: int) -> dict[str, float]:
+        """Part → bytes on one device."""
+        parts = {name: size / max(devices, 1) for name, size in self.shared.items()}
+        parts |= {name: size / width for name, size in self.replica.items()}
+        return parts | dict(self.device)
+
+
+def learner_footprint(
+    shape: ModelShape, device: Device, section: RlSection, width: int
+) -> Footprint:
+    """Weights, gradients, moments, perhaps a reference; activations, gathered layers, logits.
+
+    Args:
+        width: devices over which the experts of a gathered layer are spread.
+    """
+    size = float(shape.parameters * _FULL)
+    shared = {"weights": size, "gradients": size, "moments (AdamW)": 2 * size}
+    if section.loss.reference_kl:
+        shared["reference"] = size
+    tokens = section.micro_batch_tokens
+    activations = tokens * shape.hidden * (_HALF * shape.layers + _WORKING_SET)
+    experts = shape.experts * shape.one_expert / width
+    layer = (shape.dense - shape.embedding + experts) / shape.layers * _HALF
+    tile = _TILE_NUMBERS.get(device.name, _TILE_NUMBERS_ELSEWHERE) * _FULL
+    own = {
+        "activations": float(activations),
+        "two gathered layers": 2 * layer,
+        "logits chunk": float(_TILES * tile),
+    }
+    return Footprint(shared, {}, own)
+
+
+def engine_footprint(shape: ModelShape, device: Device, section: RlSection) -> Footprint:
+    """Weights, and keys and values of every place at its full length."""
+    each = device.number_bytes
+    cache = section.engine.num_slots * section.engine.max_length * shape.cache_bytes(each)
+    return Footprint({}, {"weights": float(shape.parameters * each), "KV cache": float(cache)}, {})
+
+
+def engine_width(shape: ModelShape, device: Device, section: RlSection, counted: Efficiency) -> int:
+    """Devices of a replica: the fewest that hold it, a power of two.
+
+    Within a machine it must divide the heads (tensor parallelism); beyond, whole machines take
+    layers in turn. Where even the widest does not hold it, the plan says what does not fit.
+    """
+    footprint, width = engine_footprint(shape, device, section), 1
+    while sum(footprint.on_each(1, width).values()) > device.memory * counted.memory:
+        within = 2 * width <= device.per_machine
+        if shape.heads % (2 * width) if within else 2 * width > shape.layers * device.per_machine:
+            break
+        width *= 2
+    return width
+
+
+def learner_width(
+    shape: ModelShape, device: Device, section: RlSection, counted: Efficiency
+) -> int:
+    """Devices over which a layer's experts are spread: the fewest that leave half of each free."""
+    room, width = device.memory * counted.memory / 2, 1
+    while width < device.per_machine and shape.experts % (2 * width) == 0 and shape.experts:
+        footprint = learner_footprint(shape, device, section, width)
+        if sum(footprint.device.values()) <= room:
+            break
+        width *= 2
+    return width
+
+
+def host_bytes(shape: ModelShape, device: Device) -> float:
+    """Of machine memory that the keeper holds: the version in use and the one that comes."""
+    return 2.0 * shape.parameters * device.number_bytes
