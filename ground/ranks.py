@@ -201,7 +201,7 @@ def _initialise(launch: Launch, world: str, seconds: float) -> None:
     roll.gather(world, seconds)
     dist.init_process_group(
         backend,
-        store=dist.PrefixStore(world, roll.store),
+        store=dist.PrefixStore(world, roll.store),  # pyright: ignore[reportPrivateImportUsage]
         rank=launch.rank,
         world_size=launch.num_ranks,
         timeout=timedelta(seconds=seconds),

@@ -12,7 +12,10 @@ import time
 from collections.abc import Callable, Mapping
 from datetime import timedelta
 
-from torch.distributed import DistError, TCPStore
+from torch.distributed import (
+    DistError,
+    TCPStore,  # pyright: ignore[reportPrivateImportUsage]
+)
 
 from ground.errors import InfraError
 from ground.launch import Launch, launch_of

@@ -225,14 +225,14 @@ def _run_step(order: Order, lock: RunLock, panel: Panel, index: int, step: Step)
             output=_output(order, step) if isinstance(panel, LivePanel) else None,
         ) as child,
     ):
-        code = _told_code(told, child.wait(panel.refresh))
+        code = told_code(told, child.wait(panel.refresh))
     if code == 0 and not order.run.is_done(step.folder):
         code = 1
     _note(order, step, _state(code, child.stopped_by), code)
     return code
 
 
-def _told_code(path: Path, code: int) -> int:
+def told_code(path: Path, code: int) -> int:
     """The stage's own exit code, of which a launcher makes 1; its file goes."""
     with suppress(OSError, ValueError):
         told = int(path.read_text(encoding="utf-8"))

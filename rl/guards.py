@@ -10,9 +10,13 @@ from __future__ import annotations
 
 import math
 from collections import Counter
+from collections.abc import Callable
 
 from ground.errors import DivergedError
 from rl.books import Plan
+
+Check = Callable[[float], None]
+"""Takes a gradient's norm and raises where that, or the loss it knows of, is not finite."""
 
 _FIXES = {
     "all-0": "easier prompts: every answer was wrong; mine again with this model",

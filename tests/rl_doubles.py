@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -61,7 +62,7 @@ def make_ensemble(learner: Learner, ranks: Ranks | None = None) -> Ensemble:
 
 def make_learner(
     path: Path,
-    accelerator: Accelerator | None = None,
+    accelerator: Callable[[], Accelerator] = lambda: Accelerator(cpu=True),
     dtype: torch.dtype = torch.float64,
     **settings: object,
 ) -> Learner:
@@ -73,9 +74,5 @@ def make_learner(
             **settings,
         }
     )
-    return Learner(
-        load_model(path, dtype=dtype),
-        accelerator or Accelerator(cpu=True),
-        section,
-        pad_id=261,
-    )
+    model = load_model(path, dtype=dtype)  # first: with ZeRO-3 at hand it would come in parts
+    return Learner(model, accelerator(), section, pad_id=261)

@@ -90,7 +90,7 @@ def go_on(learners: Ensemble, cut: Path, out: Path) -> dict[str, Any]:
 
 def ensemble(model: Path, ranks: Ranks, **settings: Any) -> Ensemble:
     """The learners of all ranks over the tiny model, in fp32 as the stage has it."""
-    learner = make_learner(model, ranks.accelerator(), dtype=torch.float32, **settings)
+    learner = make_learner(model, ranks.accelerator, dtype=torch.float32, **settings)
     ranks.check(ranks.num_ranks, learner.update.module)
     return make_ensemble(learner, ranks)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -231,6 +232,8 @@ def nothing_left(run: Run) -> Iterator[Run]:
         run.process.communicate()
         run.check_nothing_is_left()
         run.end_watch()
+        for folder in run.place.glob("torch*"):  # what torch's launcher leaves
+            shutil.rmtree(folder)
         run.place.rmdir()
 
 

@@ -42,6 +42,7 @@ ADDRESSES: dict[str, set[str]] = {
         "rollout/vllm_scheduler.py",
         "rollout/vllm_worker.py",
     },
+    "deepspeed": {"ground/ranks.py", "rl/zero.py"},
     "pandas": {"curation/inspect.py"},
 }
 """Heavy dependency → the only files that may import it."""

@@ -21,7 +21,7 @@ from ground.run import RunDir
 from packtrain import runner
 from packtrain.cli import parse
 from packtrain.panel import LivePanel
-from packtrain.runner import Order, command, discard, require_resumable, run_steps
+from packtrain.runner import Order, command, discard, require_resumable, run_steps, told_code
 from packtrain.status import read_status
 from packtrain.steps import Step, folders_from, launch_line, start_of, steps_of
 
@@ -128,6 +128,21 @@ def test_the_launch_line_can_be_typed_again() -> None:
     ]
     sft = launch_line(Step("sft", "sft", "sft.train"), Path("r"), Path("d"), [], Path("zero3.yaml"))
     assert sft[1:5] == ["-m", "accelerate.commands.launch", "--config_file", "zero3.yaml"]
+
+
+def test_a_launcher_s_1_becomes_the_stage_s_own_code_and_no_other_does(tmp_path: Path) -> None:
+    told = tmp_path / "sft.exit"
+    for written, ended, code in (
+        ("4", 1, 4),
+        ("0", 1, 1),
+        ("5", 137, 137),
+        ("0", 0, 0),
+        ("x", 1, 1),
+    ):
+        told.write_text(written)
+        assert told_code(told, ended) == code
+    told.unlink(missing_ok=True)
+    assert told_code(told, 1) == 1
 
 
 def test_the_line_to_go_on_with_keeps_every_word(trail: Trail) -> None:
