@@ -40,6 +40,8 @@ bench: $(INSTALLED)
 	$(BIN)/python -m benchmarks.recovery
 	$(BIN)/python -m benchmarks.scale
 	$(BIN)/python -m benchmarks.overlap
+	$(BIN)/python -m benchmarks.allocation
+	$(BIN)/python -m benchmarks.cluster_model
 	$(BIN)/python -m benchmarks.chaos
 	$(BIN)/python -m benchmarks.trail
 
