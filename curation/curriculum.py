@@ -9,6 +9,9 @@ observed and refused before it, in order: it never depends on which group happen
 
 Prompts of a capability with the same mined evidence share a stratum, and only observed ones have
 one of their own: a version costs as much as what was observed, however large the pool.
+
+The band of a version is its active prompts. When they teach nothing the band is widened: prompts
+that pass rates have shut out, mined by another model perhaps, get half of the draws.
 """
 
 from __future__ import annotations
@@ -28,6 +31,9 @@ from ground.records import Prompt
 
 Floats = NDArray[np.float64]
 
+_WIDE_SHARE = 0.5
+"""Share of a widened version's draws that solved and hopeless prompts get."""
+
 
 @dataclass(frozen=True, slots=True)
 class Observation:
@@ -46,7 +52,8 @@ class Curriculum:
     """A pool of prompts with decayed evidence on each.
 
     Retired (pass rate at least `retire_at`) and deferred (tried, never passed) prompts stay in
-    the pool: together they get `review_share` of the draws, and a review can bring them back.
+    the pool: together they get `review_share` of the draws, half of them in a widened version, and
+    a review can bring them back.
 
     Example:
         curriculum.draw(0, "arithmetic", 0)                 # the same prompt however often asked
@@ -102,16 +109,22 @@ class Curriculum:
         return self._pool[drawn[n % len(drawn)]]
 
     def observe(
-        self, version: int, observations: Sequence[Observation], refused: Iterable[str] = ()
+        self,
+        version: int,
+        observations: Sequence[Observation],
+        refused: Iterable[str] = (),
+        *,
+        is_wide: bool = False,
     ) -> None:
         """Fade what is known, add what groups showed, and go on to the next version.
 
         Args:
             refused: prompts that can never be answered; they are not drawn any more.
+            is_wide: widen the band of the new version, and of this one only.
         """
         if version != self._version + 1:
             raise ValueError(f"version {self._version + 1} comes next, got version {version}")
-        self._version = version
+        self._version, self.is_wide = version, is_wide
         self._refuse(refused)
         self._successes *= self._section.decay
         self._trials *= self._section.decay
@@ -142,13 +155,19 @@ class Curriculum:
         }
         return {
             "version": self._version,
+            "is_wide": self.is_wide,
             "pool": self._fingerprint,
             "evidence": evidence,
             "refused": [self._pool[number].id for number in self._refused],
         }
 
     def load_state_dict(
-        self, version: int, pool: str, evidence: dict[str, list[float]], refused: list[str]
+        self,
+        version: int,
+        is_wide: bool,
+        pool: str,
+        evidence: dict[str, list[float]],
+        refused: list[str],
     ) -> None:
         """Go back to a saved state of the same pool."""
         if pool != self._fingerprint:
@@ -164,7 +183,7 @@ class Curriculum:
         self._separate([self._index[prompt_id] for prompt_id in evidence])
         for own, (successes, trials) in zip(self._own.values(), evidence.values(), strict=True):
             self._successes[own], self._trials[own] = successes, trials
-        self._version = version
+        self._version, self.is_wide = version, is_wide
         self._refuse(refused)
         self._forget_order()
 
@@ -181,6 +200,8 @@ class Curriculum:
         """Stratum of each prompt that was observed, by its number: it shares it with nobody."""
         self._refused: dict[int, None] = {}
         self._version = 0
+        self.is_wide = False
+        """Whether what is solved or hopeless gets half of this version's draws."""
         self._forget_order()
 
     def _separate(self, numbers: Sequence[int]) -> None:
@@ -233,6 +254,7 @@ class Curriculum:
         active, reviewed = float(mass[~review].sum()), float(mass[review].sum())
         if active > 0 and reviewed > 0:
             share = self._section.review_share
+            share = max(share, _WIDE_SHARE) if self.is_wide else share
             weights[review] *= active * share / (1 - share) / reviewed
         self._known = weights
         return weights

@@ -9,7 +9,6 @@ import logging
 import sys
 from collections.abc import Sequence
 
-from accelerate import PartialState
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from dpo.config import DpoSection
@@ -22,6 +21,7 @@ from ground.chat import ChatTemplate
 from ground.checkpoints import Checkpoints
 from ground.entry import Stage, stage_entry
 from ground.model import export_model, load_model, load_tokenizer
+from ground.ranks import Ranks, join_ranks
 from ground.storage import commit_directory
 from ground.tables import write_rows
 from ground.training import Fit, stage_card
@@ -31,12 +31,12 @@ logger = logging.getLogger(__name__)
 
 def train(stage: Stage[DpoSection]) -> dict[str, object]:
     """Prefer RL's best answers to its worst; leaves `pairs.parquet` and `model/`."""
-    base = stage.trail.model_before("dpo")
+    ranks, base = join_ranks("dpo"), stage.trail.model_before("dpo")
     tokenizer = load_tokenizer(base)
     chat = ChatTemplate(tokenizer)
     files, version = stage.trail.groups()
     mined = mine_pairs(read_groups(files), version, stage.section.pairs)
-    if PartialState().is_main_process:
+    if ranks.is_main:
         rows = [pair_row(pair) for pair in mined.pairs]
         write_rows(stage.directory / "pairs.parquet", rows, PAIR_SCHEMA)
     pairs, num_skipped = encode_pairs(
@@ -47,7 +47,7 @@ def train(stage: Stage[DpoSection]) -> dict[str, object]:
     facts: dict[str, object] = {}
     kept_because = _too_few(len(pairs), mined, stage.section)
     if not kept_because:
-        kept_because, facts = _prefer(stage, model, tokenizer, chat, pairs)
+        model, kept_because, facts = _prefer(stage, model, tokenizer, chat, pairs, ranks)
         model = load_model(base) if kept_because else model
     if kept_because:
         logger.warning("the RL model goes on unchanged: %s", kept_because)
@@ -59,7 +59,7 @@ def train(stage: Stage[DpoSection]) -> dict[str, object]:
         "kept_because": kept_because,
         **facts,
     }
-    if PartialState().is_main_process:
+    if ranks.is_main:
         provenance = {**stage_card(stage, base), "data": "pairs.parquet", **summary}
         with commit_directory(stage.directory / "model", provenance) as folder:
             export_model(model, tokenizer, folder, provenance)
@@ -72,31 +72,40 @@ def _prefer(
     tokenizer: PreTrainedTokenizerFast,
     chat: ChatTemplate,
     pairs: Sequence[EncodedPair],
-) -> tuple[str, dict[str, object]]:
-    """Train `model` in place; returns the gate's objection, if any, and the figures."""
+    ranks: Ranks,
+) -> tuple[PreTrainedModel, str, dict[str, object]]:
+    """Train the model; returns it, the gate's objection to it, if any, and the figures.
+
+    Rank 0 alone asks the gate: what other ranks return goes no further.
+    """
     trainer = stage.section.trainer
 
-    def score() -> list[PairLogprobs]:
+    def score(scored: PreTrainedModel) -> list[PairLogprobs]:
         return pair_logprobs(
-            model, pairs, pad_id=chat.pad_id, rows_per_pass=2 * trainer.rows_per_pass
+            scored, pairs, pad_id=chat.pad_id, rows_per_pass=2 * trainer.rows_per_pass
         )
 
-    reference = score()
+    reference = score(model)
     identity = {"pairs": fingerprint(pairs), "template": chat.fingerprint}
+    identity |= {"layout": ranks.launch.layout}
     checkpoints = Checkpoints(stage.directory / "checkpoints", trainer.keep_checkpoints, identity)
-    num_steps = run_dpo(
+    fitted = run_dpo(
         model,
         tokenizer,
         pairs,
         reference,
         trainer,
-        Fit(stage.directory, stage.metrics, checkpoints, trainer.max_seconds),
+        Fit(stage.directory, stage.metrics, checkpoints, trainer.max_seconds, ranks),
         seed=stage.head.seed,
         resume=stage.resume,
     )
-    figures = gate_figures(reference, score())
-    stage.metrics.log(num_steps, figures.numbers(), phase="gate")
-    return objection(figures, stage.section.gate), {"steps": num_steps, "gate": figures.numbers()}
+    facts: dict[str, object] = {"steps": fitted.steps}
+    if not ranks.is_main:
+        return model, "", facts
+    trained = fitted.whole(model, stage.trail.model_before("dpo"))
+    figures = gate_figures(reference, score(trained))
+    stage.metrics.log(fitted.steps, figures.numbers(), phase="gate")
+    return trained, objection(figures, stage.section.gate), {**facts, "gate": figures.numbers()}
 
 
 def _too_few(num_pairs: int, mined: Mined, section: DpoSection) -> str:

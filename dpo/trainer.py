@@ -12,7 +12,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence as Rows
 
-from accelerate import PartialState
 from datasets import Dataset, Features, Sequence, Value
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 from trl.trainer.dpo_config import DPOConfig
@@ -20,7 +19,7 @@ from trl.trainer.dpo_trainer import DPOTrainer
 
 from dpo.config import DpoTrainerSection
 from dpo.data import EncodedPair, PairLogprobs
-from ground.training import FiniteLoss, Fit, config_kept, fit, trainer_arguments
+from ground.training import FiniteLoss, Fit, Fitted, config_kept, fit, trainer_arguments
 
 _FEATURES = Features(
     {
@@ -43,8 +42,8 @@ def run_dpo(
     *,
     seed: int,
     resume: bool,
-) -> int:
-    """Train `model` in place and return the number of steps done.
+) -> Fitted:
+    """Train `model` in place.
 
     Args:
         reference: log-probs of the pairs' answers under the model that training started from.
@@ -52,7 +51,7 @@ def run_dpo(
     arguments = trainer_arguments(
         section,
         num_rows=len(pairs),
-        num_processes=PartialState().num_processes,
+        ranks=where.ranks,
         seed=seed,
         scratch=where.scratch,
     )

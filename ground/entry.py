@@ -13,7 +13,8 @@ import logging
 import os
 import sys
 import traceback
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Generic, TypeVar
@@ -21,7 +22,7 @@ from typing import Generic, TypeVar
 from ground.config import STAGES, Head, Section
 from ground.disk import disk_errors
 from ground.errors import PacktrainError, RecipeError
-from ground.lock import TOKEN, read_holder
+from ground.lock import TOKEN
 from ground.logs import install_redaction, raw_output_redacted, redact, setup_logging
 from ground.metrics import Metrics
 from ground.provenance import stage_settings
@@ -34,6 +35,12 @@ from ground.trail import PLACES, Trail, made_twice
 S = TypeVar("S", bound=Section)
 
 _Work = Callable[[Metrics, int], Mapping[str, object]]
+
+_VERDICT_SECONDS = 600.0
+"""How long rank 0 may take to lock the run and to look at what is there."""
+_STOP = "stop"
+EXIT_CODE = "PACKTRAIN_EXIT_CODE"
+"""Names a file for the exit code, which launchers turn into 1; set by `packtrain run`."""
 
 _LOG = logging.getLogger("packtrain")
 
@@ -102,6 +109,15 @@ def stage_entry(
     """
     order = _parse(name, argv)
     install_redaction()
+    code = _exit_code(order, model, function)
+    if not order.rank and (path := os.environ.get(EXIT_CODE)):
+        Path(path).write_text(str(code), encoding="utf-8")
+    return code
+
+
+def _exit_code(
+    order: _Order, model: type[S], function: Callable[[Stage[S]], Mapping[str, object]]
+) -> int:
     try:
         _carry_out(order, model, function)
     except PacktrainError as error:
@@ -139,7 +155,7 @@ def _parse(name: str, argv: Sequence[str] | None) -> _Order:
 def _carry_out(
     order: _Order, model: type[S], function: Callable[[Stage[S]], Mapping[str, object]]
 ) -> None:
-    if TOKEN in os.environ:
+    if TOKEN in os.environ or "RANK" in os.environ:
         end_with_parent()
     install_signals()
     document = load_recipe(order.recipe, order.overrides)
@@ -172,8 +188,8 @@ def _carry_out(
 
 
 def _lead(order: _Order, run: RunDir, document: RecipeDocument, head: Head, work: _Work) -> None:
-    """Rank 0: lock, decide, work, write the manifest."""
-    with run.open() as lock:
+    """Rank 0: lock, decide, tell the other ranks, work, write the manifest."""
+    with _told_to_others(order) as tell, run.open() as lock:
         setup_logging(run.path / "log" / order.log_name)
         _warn_of_gaps(order, run, document)
         settings = stage_settings(document, run, order.place)
@@ -184,6 +200,7 @@ def _lead(order: _Order, run: RunDir, document: RecipeDocument, head: Head, work
             return
         if not lock.is_guest:
             run.describe(document)
+        tell(str(lock.incarnation))
         directory = run.stage(order.place)
         sinks = open_sinks(head.sinks, directory, head.name)
         with (
@@ -197,14 +214,33 @@ def _lead(order: _Order, run: RunDir, document: RecipeDocument, head: Head, work
 
 
 def _follow(order: _Order, run: RunDir, work: _Work) -> None:
-    """Any other rank: rank 0 has the lock and decides; its refusal ends the whole launch."""
-    if run.is_done(order.place) and not order.overwrite:
+    """Any other rank: rank 0 has the lock and decides; nothing is touched before it has."""
+    from ground.roll import Roll
+
+    purpose = "hear whether rank 0 begins"
+    word = Roll(os.environ).hear(f"{order.place}/verdict", purpose, _VERDICT_SECONDS)
+    if word == _STOP:
         return
     log = run.path / "log"
     setup_logging(log / order.log_name)
-    holder = read_holder(run.path)
     with Metrics(log / f"{order.log_name}.metrics.jsonl") as metrics:
-        work(metrics, holder.incarnation if holder else 0)
+        work(metrics, int(word))
+
+
+@contextmanager
+def _told_to_others(order: _Order) -> Iterator[Callable[[str], None]]:
+    """A way to tell the other ranks to begin; they are told to stop when rank 0 is through."""
+    if "RANK" not in os.environ:
+        yield lambda word: None
+        return
+    from ground.roll import Roll  # brings torch along, which one process alone does not need here
+
+    roll = Roll(os.environ)
+    try:
+        yield lambda word: roll.tell(f"{order.place}/verdict", word)
+    finally:
+        with suppress(PacktrainError):
+            roll.tell(f"{order.place}/verdict", _STOP)
 
 
 def _warn_of_gaps(order: _Order, run: RunDir, document: RecipeDocument) -> None:

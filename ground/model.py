@@ -16,7 +16,7 @@ from typing import cast
 import torch
 from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import (
     Llama4Config,
     Llama4ForConditionalGeneration,
@@ -68,6 +68,33 @@ def load_model(path: Path, *, dtype: torch.dtype = torch.float32) -> PreTrainedM
         ) from error
     _check_loaded(path, model, loading)
     return model
+
+
+def random_model(path: Path, *, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
+    """The model of a folder that needs no weight files, with random weights: others come later.
+
+    Raises:
+        DataError: config.json is missing, damaged or not allowed.
+    """
+    config = read_config(path)
+    apply_shims()
+    typed_config = _typed_config(path, config)
+    model = _architecture(typed_config)(typed_config)
+    cast(nn.Module, model).to(dtype)
+    return model
+
+
+def blank_model(path: Path) -> PreTrainedModel:
+    """The model that `load_model` would give, without its weights: tensors have a shape and a type
+    only (they are on the device "meta").
+
+    Raises:
+        DataError: config.json is missing, damaged or not allowed.
+    """
+    apply_shims()
+    config = _typed_config(path, read_config(path))
+    with torch.device("meta"):
+        return _architecture(config)(config).float()
 
 
 def load_tokenizer(path: Path) -> PreTrainedTokenizerFast:

@@ -40,6 +40,8 @@ VOLATILE = frozenset(
     (STARTED, "metrics.jsonl", "events.jsonl", "progress.json", "checkpoints", "evaluation")
 )
 """What may change after a stage is done, or is verified on its own: not in its manifest."""
+_RAY_COPIES = "working_dir_files"
+"""Ray's name for the folders that it copies a job's working directory to."""
 _MARK_TEXT = "This folder is a run of packtrain: see `packtrain status` and `packtrain report`.\n"
 
 _LOG = logging.getLogger("packtrain")
@@ -78,12 +80,23 @@ class RunDir:
         """Make the directory (0700) if need be and lock it.
 
         Raises:
-            SetupError: somebody else's run or folder, or not writable.
+            SetupError: somebody else's run or folder, not writable, or sure to be removed.
         """
+        self._require_lasting()
         with disk_errors(self.path / "recipe.yaml"):
             self._make()
         with RunLock.acquire(self.path) as lock:
             yield lock
+
+    def _require_lasting(self) -> None:
+        """Refuse Ray's copy of a job's folder, which goes with the job."""
+        if _RAY_COPIES in self.path.resolve().parts:
+            raise SetupError(
+                "a run must be in a folder that stays; this one is in Ray's copy of the job's "
+                "working directory, which Ray removes",
+                where=str(self.path),
+                fix="choose another directory with --run /…",
+            )
 
     def require_usable(self) -> None:
         """Refuse a directory that holds anything and is not a run.

@@ -8,6 +8,7 @@ from typing import Literal, Self
 from pydantic import Field, model_validator
 
 from ground.config import Section
+from ground.errors import RecipeError
 
 
 class TrainerSection(Section):
@@ -56,6 +57,22 @@ class TrainerSection(Section):
     def pass_size(self, num_processes: int) -> int:
         """Rows of one pass on one process; fewer than asked where a step has fewer."""
         return max(1, min(self.rows_per_pass, self.rows_per_step // num_processes))
+
+    def require_divisible(self, num_processes: int) -> None:
+        """Refuse a number of ranks that would make a step of another size.
+
+        Raises:
+            RecipeError: the rows of a step cannot be dealt out evenly.
+        """
+        rows = self.pass_size(num_processes) * self.passes_per_step(num_processes) * num_processes
+        if rows != self.rows_per_step:
+            raise RecipeError(
+                f"{num_processes} ranks cannot share the {self.rows_per_step} rows of a step in "
+                f"passes of {self.rows_per_pass}: they would make steps of {rows}",
+                where="trainer.rows_per_step",
+                fix=f"make rows_per_step a multiple of {num_processes} x rows_per_pass, or smaller "
+                f"than that and a multiple of {num_processes}",
+            )
 
     def num_steps(self, num_rows: int) -> int:
         """Optimizer steps over that many rows."""

@@ -13,12 +13,14 @@ from __future__ import annotations
 import math
 import shutil
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import cast
 
 import torch
+from datasets import Dataset
 from torch import Tensor, nn
 from transformers import (
     PreTrainedModel,
@@ -29,18 +31,24 @@ from transformers import (
     TrainerState,
     TrainingArguments,
 )
+from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
 from ground.checkpoints import Checkpoints, step_of
 from ground.console import progress
 from ground.entry import S, Stage
 from ground.errors import DivergedError
+from ground.launch import Launch
 from ground.manifest import digest
 from ground.metrics import Metrics
+from ground.model import load_model
+from ground.ranks import Ranks, lost_ranks
+from ground.row_stream import RowStream
 from ground.signals import Pending, held_signals
 from ground.trainer_config import TrainerSection
 
-_LEFT_OUT = ("training_args.bin", "README.md")
-"""Files of the Trainer that resuming does not need, the first of them a pickle."""
+_LEFT_OUT = ("training_args.bin", "README.md", "zero_to_fp32.py", "zero_to_torch.py")
+"""Files of the Trainer that resuming does not need: a pickle, a card, scripts of DeepSpeed's."""
+_ALONE = Ranks(Launch(), 0.0)
 
 
 @dataclass(frozen=True)
@@ -55,6 +63,7 @@ class Fit:
     metrics: Metrics
     checkpoints: Checkpoints
     max_seconds: float | None = None
+    ranks: Ranks = _ALONE
 
     @property
     def scratch(self) -> Path:
@@ -68,10 +77,15 @@ def scratch_of(directory: Path) -> Path:
 
 
 def trainer_arguments(
-    section: TrainerSection, *, num_rows: int, num_processes: int, seed: int, scratch: Path
+    section: TrainerSection, *, num_rows: int, ranks: Ranks, seed: int, scratch: Path
 ) -> dict[str, object]:
-    """Arguments of TrainingArguments (and of TRL's SFTConfig and DPOConfig) for a section."""
-    num_steps = section.num_steps(num_rows)
+    """Arguments of TrainingArguments (and of TRL's SFTConfig and DPOConfig) for a section.
+
+    Raises:
+        RecipeError: the ranks cannot share a step evenly.
+    """
+    num_steps, num_processes = section.num_steps(num_rows), ranks.num_ranks
+    section.require_divisible(num_processes)
     return {
         "output_dir": str(scratch),
         "per_device_train_batch_size": section.pass_size(num_processes),
@@ -95,31 +109,84 @@ def trainer_arguments(
         "report_to": "none",
         "disable_tqdm": True,
         "use_cpu": not torch.cuda.is_available(),
+        "ddp_backend": ranks.backend,
         "bf16": False,
         "gradient_checkpointing": False,
         "dataloader_pin_memory": torch.cuda.is_available(),
     }
 
 
-def fit(trainer: Trainer, where: Fit, *, resume: bool) -> int:
-    """Train to the end, or from the newest sound checkpoint on; returns the steps done.
+@dataclass(frozen=True)
+class Fitted:
+    """What training left.
+
+    Example:
+        Fitted(steps=300)
+        Fitted(steps=300, weights={"lm_head.weight": …})  # rank 0 where ranks hold parts of a model
+    """
+
+    steps: int
+    weights: Mapping[str, Tensor] | None = None
+
+    def whole(self, model: PreTrainedModel, base: Path) -> PreTrainedModel:
+        """The trained model as one piece; called on rank 0.
+
+        Args:
+            model: what was trained, in parts where `weights` is set.
+            base: what it was loaded from.
+        """
+        if self.weights is None:
+            return model
+        unset_hf_deepspeed_config()  # or the plain one would be split among the ranks too
+        plain = load_model(base)
+        plain.load_state_dict(dict(self.weights))
+        return plain
+
+
+def fit(trainer: FiniteLoss, where: Fit, *, resume: bool) -> Fitted:
+    """Train to the end, or from the newest sound checkpoint on.
 
     Raises:
         DivergedError: a loss or gradient was not finite; the weights of the last checkpoint stand.
         Interrupted: a signal came; the step was finished and saved.
+        InfraError: another rank is gone.
     """
-    latest = where.checkpoints.latest() if resume else None
+    ranks = trainer.ranks = where.ranks
+    latest = where.checkpoints.latest() if resume and ranks.is_main else None
+    latest = ranks.shared(latest)
     where.metrics.rewind(0 if latest is None else step_of(latest))
     trainer.remove_callback(PrinterCallback)
-    with held_signals() as pending:
+    with held_signals() as pending, lost_ranks(ranks.launch, "train on", ranks.seconds):
         trainer.add_callback(_Watch(trainer, where, pending))
         trainer.train(resume_from_checkpoint=None if latest is None else str(latest))
-    shutil.rmtree(where.scratch, ignore_errors=True)
-    return trainer.state.global_step
+        weights = _gathered(trainer)
+    if ranks.is_main:
+        shutil.rmtree(where.scratch, ignore_errors=True)
+    return Fitted(trainer.state.global_step, weights)
+
+
+def _gathered(trainer: FiniteLoss) -> Mapping[str, Tensor] | None:
+    """Whole weights on rank 0 where the ranks hold parts; all ranks must ask together."""
+    if trainer.ranks.launch.kind not in ("zero3", "fsdp2"):
+        return None
+    return cast(
+        Mapping[str, Tensor] | None, trainer.accelerator.get_state_dict(trainer.model_wrapped)
+    )
 
 
 class FiniteLoss(Trainer):
-    """Stops a trainer at the first loss that is not finite; stands first among the bases."""
+    """A trainer over a RowStream that stops at the first loss that is not finite.
+
+    Stands first among the bases. All ranks stop at a loss that is not finite on one of them.
+    """
+
+    ranks = _ALONE
+
+    def _get_train_sampler(self, train_dataset: Dataset | None = None) -> RowStream:
+        args, rows = self.args, cast(Dataset, train_dataset or self.train_dataset)
+        passes = args.max_steps * args.gradient_accumulation_steps
+        wanted = passes * args.per_device_train_batch_size * args.world_size
+        return RowStream(len(rows), wanted, args.seed)
 
     def compute_loss(
         self,
@@ -131,7 +198,7 @@ class FiniteLoss(Trainer):
         """The loss of the trainer next in line, checked before its backward pass."""
         result = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
         loss = result[0] if isinstance(result, tuple) else result
-        if not torch.isfinite(loss).all():
+        if self.ranks.any(not bool(torch.isfinite(loss).all())):
             raise _diverged(f"the loss must be finite, got {loss.item()}", self.state.global_step)
         return result
 
@@ -163,11 +230,22 @@ def config_kept(model: PreTrainedModel) -> Iterator[None]:
 class _Watch(TrainerCallback):
     """Hears what the Trainer does and writes it down our way."""
 
-    def __init__(self, trainer: Trainer, where: Fit, pending: Pending) -> None:
+    def __init__(self, trainer: FiniteLoss, where: Fit, pending: Pending) -> None:
         self._trainer = trainer
         self._where = where
         self._pending = pending
         self._began = time.monotonic()
+
+    def on_train_begin(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        **kwargs: object,
+    ) -> None:
+        """The model is wrapped now: as it was asked for?"""
+        ranks = self._where.ranks
+        ranks.check(args.world_size, cast(nn.Module, self._trainer.model_wrapped))
 
     def on_pre_optimizer_step(
         self,
@@ -177,9 +255,17 @@ class _Watch(TrainerCallback):
         model: nn.Module | None = None,
         **kwargs: object,
     ) -> None:
-        """Stop before a gradient that is not finite reaches the weights."""
-        gradients = [p.grad for p in model.parameters() if p.grad is not None] if model else []
-        if gradients and not torch.isfinite(nn.utils.get_total_norm(gradients)):
+        """Stop before a gradient that is not finite reaches the weights.
+
+        DeepSpeed has stepped already when this is called, unless the norm was not finite: then it
+        has left the weights alone.
+        """
+        if self._where.ranks.launch.is_zero:
+            is_finite = not self._trainer.accelerator.optimizer_step_was_skipped
+        else:
+            gradients = [p.grad for p in model.parameters() if p.grad is not None] if model else []
+            is_finite = not gradients or bool(torch.isfinite(nn.utils.get_total_norm(gradients)))
+        if not is_finite:
             raise _diverged("the gradient must be finite, got NaN or infinity", state.global_step)
 
     def on_step_end(
@@ -192,7 +278,7 @@ class _Watch(TrainerCallback):
         """End early, with a checkpoint, on a signal or when the time is up."""
         limit = self._where.max_seconds
         out_of_time = limit is not None and time.monotonic() - self._began > limit
-        if self._pending.requested or out_of_time:
+        if self._where.ranks.any(self._pending.requested or out_of_time):
             control.should_save = True
             control.should_training_stop = True
 

@@ -156,7 +156,7 @@ def _run_arguments(parser: argparse.ArgumentParser) -> None:
         "--accelerate",
         type=Path,
         metavar="FILE",
-        help="start sft and dpo through `accelerate launch --config_file FILE`",
+        help="start sft, rl and dpo through `accelerate launch --config_file FILE`",
     )
 
 

@@ -21,6 +21,7 @@ from rich.text import Text
 from ground.disk import free_bytes, show_bytes
 from ground.errors import SetupError
 from ground.memory import available_bytes
+from rollout.installed import VLLM_FIX, has_vllm
 
 GIB = 1 << 30
 ROOMS = ("ground", "rollout", "curation", "sft", "dpo", "rl", "packtrain")
@@ -92,6 +93,14 @@ def check_versions(
             yield Finding("warn", name, f"{found}; tested with {wanted}", fix)
 
 
+def check_vllm(has: Callable[[], bool] = has_vllm) -> Iterator[Finding]:
+    """vLLM is needed by recipes that name it as their engine, and by no other."""
+    if has():
+        yield Finding("ok", "vllm", "installed, for engine.kind: vllm")
+    else:
+        yield Finding("warn", "vllm", "not installed; engine.kind: vllm needs it", VLLM_FIX)
+
+
 def check_imports() -> Iterator[Finding]:
     """The heavy libraries import, each in a process of its own."""
     for name in IMPORTS:
@@ -148,6 +157,7 @@ def check_ports() -> Iterator[Finding]:
 CHECKS: tuple[Callable[[], Iterator[Finding]], ...] = (
     check_python,
     check_versions,
+    check_vllm,
     check_imports,
     check_shadows,
     check_space,

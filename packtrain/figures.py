@@ -123,7 +123,7 @@ def training(run: Path) -> list[Figure]:
             _lines("RL: reward and pass rate", rl, {"reward": "reward", **solved}, "mean"),
             _lines("RL: pass rate on its validation slice", looks, solved, "mean"),
             _lines("RL: entropy", rl, {"entropy": "entropy"}, "nats per token"),
-            _lines("RL: mismatch of sampler and learner", rl, {"mismatch_kl": "KL"}, "nats"),
+            _lines("RL: mismatch of sampler and learner", rl, {"mismatch_kl": "KL(μ‖π)"}, "nats"),
             _lines("RL: engine against learner, fresh answers", rl, GAPS, "nats"),
             _lines("RL: effective sample size", rl, {"ess": "ESS / n"}, "share"),
             _lines("RL: shares of the drawn groups", rl, SHARES, "share of the draws"),

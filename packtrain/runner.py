@@ -20,6 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ground.console import plain_text, say
+from ground.entry import EXIT_CODE
 from ground.errors import RecipeError, SetupError
 from ground.lock import RunLock
 from ground.logs import raw_output_redacted, redact
@@ -30,6 +31,7 @@ from ground.storage import remove_directory, write_file
 from ground.validation import suggest
 from packtrain.child import Child, exit_name
 from packtrain.doctor import shadows
+from packtrain.launch_file import check_launch_file
 from packtrain.panel import LivePanel, Panel, open_panel
 from packtrain.recipe import read_recipe
 from packtrain.report import write_report
@@ -88,7 +90,7 @@ class Wish:
     """Stage from which all is discarded and made again."""
     overwrite: bool = False
     accelerate: Path | None = None
-    """File with which sft and dpo are started through `accelerate launch`."""
+    """File with which sft, rl and dpo are started through `accelerate launch`."""
 
 
 def command(arguments: argparse.Namespace) -> int:
@@ -128,10 +130,12 @@ def check_words(steps: Sequence[Step], start: str, accelerate: Path | None) -> N
     """Refuse words of the command line that cannot be followed, before anything is touched.
 
     Raises:
-        RecipeError: `--accelerate` names no file, or `--from` nothing that the recipe turns on.
+        RecipeError: `--accelerate` names no launch file, or `--from` nothing that the recipe turns
+            on.
+        SetupError: the launch file asks for DeepSpeed, which is not installed.
     """
-    if accelerate is not None and not accelerate.is_file():
-        raise RecipeError(f"--accelerate names {accelerate}, which is not a file")
+    if accelerate is not None:
+        check_launch_file(accelerate)
     names = {step.stage for step in steps} | {"evaluate" for step in steps if step.is_evaluation}
     if start and start not in names:
         known = [name for name in STARTS if name in names]
@@ -210,19 +214,30 @@ def _run_step(order: Order, lock: RunLock, panel: Panel, index: int, step: Step)
     line = launch_line(step, order.document.path, order.run.path, flags, order.accelerate)
     _note(order, step, "running")
     panel.begin(index, line)
+    told = (order.run.path / "log" / f"{step.log.removesuffix('.log')}.exit").resolve()
+    told.unlink(missing_ok=True)
     with (
         raw_output_redacted(order.run.path / "log", "*.out", "*.err"),
         Child(
             line,
-            lock.environment,
+            {**lock.environment, EXIT_CODE: str(told)},
             keep_open=() if lock.is_guest else (lock.fileno(),),
             output=_output(order, step) if isinstance(panel, LivePanel) else None,
         ) as child,
     ):
-        code = child.wait(panel.refresh)
+        code = _told_code(told, child.wait(panel.refresh))
     if code == 0 and not order.run.is_done(step.folder):
         code = 1
     _note(order, step, _state(code, child.stopped_by), code)
+    return code
+
+
+def _told_code(path: Path, code: int) -> int:
+    """The stage's own exit code, of which a launcher makes 1; its file goes."""
+    with suppress(OSError, ValueError):
+        told = int(path.read_text(encoding="utf-8"))
+        path.unlink()
+        return told if code == 1 and told else code
     return code
 
 

@@ -22,8 +22,8 @@ ENTRIES = {
 }
 """Stage → the module that is run with -m."""
 EVALUATION = "rollout.evaluate"
-LAUNCHED = ("sft", "dpo")
-"""Stages that `accelerate launch` may start; rl starts its own learner ranks."""
+LAUNCHED = ("sft", "rl", "dpo")
+"""Stages that `accelerate launch` may start."""
 STARTS = (STAGES[0], "base", *STAGES[1:], "evaluate")
 """Where `--from` can begin: the trail in order, or the evaluations alone."""
 

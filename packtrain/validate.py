@@ -12,6 +12,8 @@ from ground.recipe import RecipeDocument, load_recipe
 from ground.trail import made_twice
 from packtrain.recipe import Recipe, read_recipe
 from packtrain.steps import steps_of
+from rollout.config import EngineSection
+from rollout.installed import require_engine
 
 NEEDS = {
     "prune": ("teacher.path", "data.sft"),
@@ -41,7 +43,10 @@ def check_inputs(document: RecipeDocument, recipe: Recipe) -> None:
 
     Raises:
         RecipeError: naming all that is wrong at once.
+        SetupError: an engine's library is not installed.
     """
+    for key, engine in _engines(recipe).items():
+        require_engine(engine.kind, f"{key}.kind")
     given = _given(recipe)
     problems = [
         f"{key} names {path}, which does not exist"
@@ -65,6 +70,17 @@ def check_inputs(document: RecipeDocument, recipe: Recipe) -> None:
     problems += _useless(recipe)
     if problems:
         raise RecipeError("\n  ".join(problems), where=document.shown)
+
+
+def _engines(recipe: Recipe) -> dict[str, EngineSection]:
+    """The engine of each stage that has one, by its key."""
+    stages = {
+        "prune": recipe.prune,
+        "mine": recipe.mine,
+        "rl": recipe.rl,
+        "evaluate": recipe.evaluate,
+    }
+    return {f"{name}.engine": stage.engine for name, stage in stages.items() if stage}
 
 
 def _given(head: Head) -> dict[str, Path | None]:

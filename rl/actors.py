@@ -27,7 +27,7 @@ from rollout.fleet import Fleet
 from rollout.ray_worker import RayWorker
 from rollout.systems import draw_system
 from rollout.task import WorkerConfig
-from rollout.weights import Published, WeightKeeper, start_keeper
+from rollout.weights import Published, WeightKeeper, on_this_machine, start_keeper
 
 
 class ControllerActor:
@@ -214,10 +214,14 @@ def restore_books(
 
 
 def start_controller(job: Job, pool: Pool) -> ActorHandle:
-    """Start the controller of a job and, in the background, its workers."""
+    """Start the controller of a job and, in the background, its workers.
+
+    It runs where the run directory is: here.
+    """
+    options = {"name": job.controller_name, "num_cpus": 0, "max_restarts": 0}
     actor = (
         ray.remote(ControllerActor)
-        .options(name=job.controller_name, num_cpus=0, max_restarts=0, max_concurrency=1000)
+        .options(**options, max_concurrency=1000, scheduling_strategy=on_this_machine())
         .remote(job, pool)
     )
     actor.start.remote()

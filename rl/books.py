@@ -12,6 +12,9 @@ from any version on the books can be brought forward again by the outcomes alone
 is settled, and `drop_late` gives the others up. Their draws come back, first in line, in the slots
 that the step's own publication opens. A draw that comes back is waited for, so none is put off for
 ever; and near the end of the run, when no slots open any more, all are.
+
+After `max_empty_steps` steps in a row without a group that teaches, publications widen the
+curriculum's band until one teaches. Steps count, not seconds: draws follow from outcomes alone.
 """
 
 from __future__ import annotations
@@ -38,7 +41,6 @@ and leaves the pool. Neither says anything about how hard the prompt is."""
 MISVERSIONED = "misversioned"
 """Reason of a group with a token of a version that it cannot have been sampled with: older than its
 slot, or newer than what was handed out. A worker errs about its weights."""
-
 
 _CENTERED = BaselineAdvantages()
 
@@ -106,9 +108,11 @@ class Books:
         write: Callable[[Mapping[str, object]], None],
         advantages: AdvantageSection = _CENTERED,
         late_floor: float = 1.0,
+        max_empty_steps: int = 3,
     ) -> None:
         self.source, self.buffer, self.ledger = source, buffer, Ledger(write)
         self._advantages, self._late_floor = advantages, late_floor
+        self._max_empty_steps, self._empty_steps = max_empty_steps, 0
         self._late: list[Draw] = []
         """Given up by a step that is published, and still without a slot."""
         self.version = 0
@@ -141,7 +145,7 @@ class Books:
             groups_per_step=section.groups_per_step, max_staleness=section.max_staleness
         )
         floor = section.late_floor if section.late == "drop" else 1.0
-        return Books(source, buffer, write, section.advantages, floor)
+        return Books(source, buffer, write, section.advantages, floor, section.max_empty_steps)
 
     @property
     def curriculum(self) -> Curriculum:
@@ -200,14 +204,16 @@ class Books:
         """
         slots = self.buffer.free(version - 1)
         outcomes = [outcome for slot in slots for outcome in slot.outcomes]
-        for outcome in outcomes:
-            if not outcome.reason:
-                self.ledger.move(outcome.draw.number, State.TRAINED)
+        trained = [outcome.draw for outcome in outcomes if not outcome.reason]
+        for draw in trained:
+            self.ledger.move(draw.number, State.TRAINED)
         self.version = version
         self._late += [outcome.draw for outcome in outcomes if outcome.reason == LATE]
-        told = [outcome.observation for outcome in outcomes if outcome.observation]
+        told = [each.observation for each in outcomes if each.observation]
         refused = [each.draw.prompt.id for each in outcomes if each.reason == "refused"]
-        self.curriculum.observe(version, told, refused)
+        self._empty_steps = 0 if trained else self._empty_steps + 1
+        is_starved = self._empty_steps >= self._max_empty_steps
+        self.curriculum.observe(version, told, refused, is_wide=is_starved)
         return self.open()
 
     def replay(self, outcomes: Sequence[Outcome]) -> None:
@@ -244,6 +250,7 @@ class Books:
         """
         return {
             "version": self.version,
+            "empty_steps": self._empty_steps,
             "curriculum": self.curriculum.state_dict(),
             "ledger": self.ledger.state_dict(),
             "slots": [_saved(slot) for slot in self.buffer.slots()],
@@ -260,6 +267,7 @@ class Books:
             pool: prompts by id; the curriculum has refused a pool that differs by then.
         """
         self.version = cast(int, state["version"])
+        self._empty_steps = cast(int, state["empty_steps"])
         self.curriculum.load_state_dict(**cast(dict, state["curriculum"]))
         ledger = cast(dict, state["ledger"])
         self.ledger.load_state_dict(ledger["drawn"], ledger["open"], ledger["closed"])

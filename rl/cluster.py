@@ -1,12 +1,17 @@
-"""A Ray cluster of our own on this machine, for one life of the loop."""
+"""The Ray cluster that a life of the loop runs in: one of our own, or the one that we are a job of.
+
+RAY_ADDRESS set (as in a Ray job) → join that cluster       otherwise → start one, end it
+"""
 
 from __future__ import annotations
 
 import logging
 import math
 import os
-from collections.abc import Iterator
-from contextlib import contextmanager
+import subprocess
+import sys
+from collections.abc import Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 
 import ray
@@ -14,69 +19,50 @@ import ray
 from ground.disk import require_space
 from ground.errors import InfraError, SetupError
 from ground.signals import install_signals
+from rl.processes import ADDRESS, cluster_address
 from rl.room import Want, require_room
 
 NAMESPACE = "packtrain"
+"""Of a cluster of our own; in another one each run has a namespace of its own."""
+_TRAVELS = "PACKTRAIN_"
+"""Variables with this prefix go to our actors, which an older cluster's raylets start."""
 _SHARED_MEMORY = Path("/dev/shm")
 _MODELS_KEPT = 1
 """Room for a version that goes to another machine; here weights lie in the keeper's own memory."""
 _OTHER_BYTES = 128 << 20
+_PROBE_SECONDS = 20.0
 
 
 class ClusterStartError(InfraError):
     """Ray did not come up, as happens on a machine that is too busy: no fault of the run."""
 
 
-@contextmanager
 def cluster(
-    folder: Path, num_cpus: float, model: Path, *, num_spare_cpus: float = 0
-) -> Iterator[str]:
-    """Start Ray and yield its address: token authentication, no dashboard, files in `folder`.
+    folder: Path,
+    num_cpus: float,
+    model: Path,
+    *,
+    num_spare_cpus: float = 0,
+    namespace: str = NAMESPACE,
+) -> AbstractContextManager[str]:
+    """Join or start Ray; the body gets its address.
 
     Args:
+        folder: for the files of a cluster of our own.
         num_cpus: what the actors will ask for in all.
-        num_spare_cpus: what those in waiting ask for besides; the machine need not have them.
+        num_spare_cpus: what those in waiting ask for besides; the machines need not have them.
         model: folder of the weights that will be handed over; decides the object store's size.
 
     Raises:
-        PlacementError: the machine has fewer processors than that; Ray would wait for ever.
-        SetupError: it has less shared memory.
-        ClusterStartError: Ray does not come up.
+        PlacementError: the machines have fewer processors than that; Ray would wait for ever.
+        SetupError: this one has less shared memory, or a cluster that we should join lets anybody
+            in.
+        ClusterStartError: Ray does not come up, or does not answer.
     """
-    require_room(
-        [Want("rollout workers", num_cpus, "rl.fleet: workers x cpus_per_worker")],
-        os.cpu_count() or 1,
-        "processors",
-        where="rl.fleet",
-        fix="lower rl.fleet.num_workers or rl.fleet.cpus_per_worker",
-    )
-    store = _store_bytes(model)
-    try:
-        ray.init(
-            address="local",
-            num_cpus=max(math.ceil(num_cpus + num_spare_cpus), 1),
-            include_dashboard=False,
-            object_store_memory=store,
-            log_to_driver=False,
-            logging_level=logging.WARNING,
-            namespace=NAMESPACE,
-            _temp_dir=str(folder),
-            _system_config=system_config(),
-        )
-    except ValueError as error:
-        raise SetupError("Ray refuses these settings", where="rl", why=str(error)) from error
-    except Exception as error:  # a raylet that is slow to start is a bare Exception
-        ray.shutdown()
-        raise ClusterStartError(
-            "Ray must come up on this machine", where="rl", why=str(error)
-        ) from error
-    finally:
-        install_signals()
-    try:
-        yield ray.get_runtime_context().gcs_address
-    finally:
-        ray.shutdown()
-        install_signals()
+    address = cluster_address()
+    if address:
+        return _joined(address, num_cpus, namespace)
+    return _started(folder, num_cpus, model, num_spare_cpus, namespace)
 
 
 def system_config() -> dict[str, object]:
@@ -85,6 +71,110 @@ def system_config() -> dict[str, object]:
     Its workers' niceness is 15 otherwise: beside any other busy program, a thirtieth of a core.
     """
     return {"worker_niceness": 0}
+
+
+@contextmanager
+def _started(
+    folder: Path, num_cpus: float, model: Path, num_spare_cpus: float, namespace: str
+) -> Iterator[str]:
+    """A cluster on this machine: token authentication, no dashboard, files in `folder`."""
+    _require_processors(num_cpus, os.cpu_count() or 1)
+    with _connected(
+        "Ray must come up on this machine",
+        address="local",
+        num_cpus=max(math.ceil(num_cpus + num_spare_cpus), 1),
+        include_dashboard=False,
+        object_store_memory=_store_bytes(model),
+        namespace=namespace,
+        _temp_dir=str(folder),
+        _system_config=system_config(),
+    ):
+        yield ray.get_runtime_context().gcs_address
+
+
+@contextmanager
+def _joined(address: str, num_cpus: float, namespace: str) -> Iterator[str]:
+    """Somebody's cluster; ours in it are the actors alone, which leave with us."""
+    _check(address)
+    carried = {name: text for name, text in os.environ.items() if name.startswith(_TRAVELS)}
+    with _connected(
+        _must_answer(address),
+        address=address,
+        namespace=namespace,
+        runtime_env={"env_vars": carried},
+    ):
+        _require_processors(num_cpus, ray.cluster_resources().get("CPU", 0))
+        yield ray.get_runtime_context().gcs_address
+
+
+@contextmanager
+def _connected(purpose: str, **settings: object) -> Iterator[None]:
+    """Ray while the body runs, its failures as ours and its signal handlers undone."""
+    try:
+        ray.init(log_to_driver=False, logging_level=logging.WARNING, **settings)  # pyright: ignore[reportArgumentType]
+    except ValueError as error:
+        raise SetupError("Ray refuses these settings", where="rl", why=str(error)) from error
+    except Exception as error:  # a raylet that is slow to start is a bare Exception
+        ray.shutdown()
+        raise ClusterStartError(purpose, where="rl", why=str(error)) from error
+    finally:
+        install_signals()
+    try:
+        yield
+    finally:
+        ray.shutdown()
+        install_signals()
+
+
+def _check(address: str) -> None:
+    """See that the cluster is there and asks for a token: who reaches it can run code as us."""
+    if address.startswith("ray://"):
+        raise SetupError(
+            f"{ADDRESS} must name the cluster itself, got a client's address: {address}",
+            where="rl",
+            fix="submit the command as a job: ray job submit -- packtrain run …",
+        )
+    if why := _refusal(address, os.environ):
+        raise ClusterStartError(_must_answer(address), where="rl", why=why)
+    stranger = {n: t for n, t in os.environ.items() if not n.startswith("RAY_AUTH_")}
+    if not _refusal(address, stranger | {"RAY_AUTH_MODE": "disabled"}):
+        raise SetupError(
+            f"the Ray cluster at {address} must ask for a token, it lets anybody run code",
+            where="rl",
+            fix="start every node with RAY_AUTH_MODE=token and the same RAY_AUTH_TOKEN_PATH "
+            "(`ray get-auth-token --generate` makes one)",
+        )
+
+
+def _refusal(address: str, environment: Mapping[str, str]) -> str:
+    """Why the cluster does not answer somebody with this environment; empty if it does.
+
+    Asked in a process of its own: `ray.init` waits for minutes for a cluster that is gone.
+    """
+    line = [sys.executable, "-m", "ray.scripts.scripts", "health-check"]
+    line += [] if address == "auto" else ["--address", address]
+    try:
+        done = subprocess.run(
+            line, env=environment, capture_output=True, text=True, timeout=_PROBE_SECONDS
+        )
+    except subprocess.TimeoutExpired:
+        return f"no answer within {_PROBE_SECONDS:g} s"
+    told = [text for text in done.stderr.splitlines() if text.strip()] or ["no answer"]
+    return told[-1] if done.returncode else ""
+
+
+def _must_answer(address: str) -> str:
+    return f"the Ray cluster at {address} ({ADDRESS}) must answer"
+
+
+def _require_processors(wanted: float, have: float) -> None:
+    require_room(
+        [Want("rollout workers", wanted, "rl.fleet: workers x cpus_per_worker")],
+        have,
+        "processors",
+        where="rl.fleet",
+        fix="lower rl.fleet.num_workers or rl.fleet.cpus_per_worker",
+    )
 
 
 def _store_bytes(model: Path) -> int:

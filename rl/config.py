@@ -159,7 +159,8 @@ class RlSection(Section):
     max_braked_steps: int = Field(default=10, ge=1)
     """Braked steps in a row before the run stops."""
     max_empty_steps: int = Field(default=3, ge=1)
-    """Steps in a row without any group that teaches, before the run stops with the reasons."""
+    """Steps in a row without any group that teaches, before the curriculum is widened; after as
+    many with widened draws the run stops with the reasons."""
     threads: int = Field(default=1, ge=1)
     """CPU threads of the learner; the workers have `engine.threads` each."""
     checkpoint_every: int = Field(default=10, ge=1)
@@ -197,6 +198,12 @@ class RlSection(Section):
         turns and wait for a place as long as they then sample."""
         turns = math.ceil(self.validation.prompts / self.groups_in_flight)
         return 2 * self.step_deadline_seconds + 2 * turns * self.fleet.rollout_deadline_seconds
+
+    @property
+    def max_starved_steps(self) -> int:
+        """Steps in a row without any group that teaches, before the run stops: those that widen the
+        curriculum, those whose slots were open by then, and as many again with widened draws."""
+        return 2 * self.max_empty_steps + self.max_staleness
 
     @model_validator(mode="after")
     def _samples_from_the_policy(self) -> Self:

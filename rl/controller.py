@@ -132,7 +132,10 @@ class Controller:
         faults.point("publish.begin")
         await self._hand_over(version, weights)
         faults.point("publish.handed")
+        was_wide = self._books.curriculum.is_wide
         self._admit(self._books.publish(version))
+        if self._books.curriculum.is_wide and not was_wide:
+            self._tell_widened(version)
         self._moves += 1
         faults.point("publish.freed")
         score = await self.evaluate(version) if evaluate else None
@@ -268,8 +271,21 @@ class Controller:
         return {
             "rollout_idle_share": 1 - self._busy.share(),
             "buffered": float(self._books.buffer.num_settled),
+            "curriculum_wide": float(self._books.curriculum.is_wide),
             **{f"prompts_{name}": float(count) for name, count in counts.items()},
         }
+
+    def _tell_widened(self, version: int) -> None:
+        counts, empty = self._books.curriculum.counts(), self._section.max_empty_steps
+        logger.warning(
+            "no group of %d steps teaches: from version %d on %d solved and %d hopeless prompts "
+            "get half of the draws",
+            empty,
+            version,
+            counts["retired"],
+            counts["deferred"],
+        )
+        self._timeline("widened", time.time(), version)
 
     def _timeline(self, kind: str, start: float, version: int) -> None:
         now = time.time()

@@ -88,8 +88,11 @@ class EssBrake:
 class NoSignalGuard:
     """Stops a run that has nothing to learn from, and says why.
 
+    It is patient until the curriculum was widened (rl/books.py) and that was in vain too:
+    `RlSection.max_starved_steps`.
+
     Example:
-        max_empty_steps 3: three steps in a row without a group that teaches → DivergedError with
+        max_empty_steps 7: seven steps in a row without a group that teaches → DivergedError with
         "why: 192 groups were filtered: all-1 180, all-0 12"
     """
 

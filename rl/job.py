@@ -21,6 +21,8 @@ class Job(Section):
     section: RlSection
     seed: int
     run_name: str
+    namespace: str = "packtrain"
+    """Of our actors in Ray; no other run of the same cluster has it."""
     incarnation: int
     """Lives of the loop in this stage so far; names the actors, so that no old one is met."""
     model: Path
@@ -77,6 +79,11 @@ def phase(doing: str, step: int = 0, seconds: float = 0.0) -> Report:
         seconds: the deadline, if that of a step is not what it hangs on.
     """
     return Report(kind="phase", step=step, facts={"doing": doing, "seconds": seconds})
+
+
+def learner_name(rank: int) -> str:
+    """What the log files of a rank's learner are called."""
+    return f"rl.learner.rank{rank}" if rank else "rl.learner"
 
 
 class Voice(Protocol):

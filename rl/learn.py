@@ -2,6 +2,9 @@
 
 in:  Job (at once: imports and loading go on while Ray starts) → Ray's address → end of file: leave
 out: Report, one per step and validation, and one at the end
+
+With several ranks there is one such process per rank; rank 0's leads, and it alone is told Ray's
+address, speaks to the controller and writes files.
 """
 
 from __future__ import annotations
@@ -10,31 +13,33 @@ import logging
 import os
 import sys
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from typing import TextIO
 
 import ray
 import torch
-from accelerate import Accelerator
 from safetensors.torch import save_file
 from torch import Tensor
+from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
 from ground import faults
 from ground.chat import ChatTemplate
 from ground.checkpoints import Checkpoints, step_of
-from ground.errors import PacktrainError
+from ground.errors import InfraError, PacktrainError
+from ground.launch import launch_of
 from ground.logs import setup_logging
-from ground.model import export_model, live_tensors, load_model, load_tokenizer
+from ground.model import export_model, load_model, load_tokenizer
+from ground.ranks import join_ranks
 from ground.records import Group
 from ground.roles import enter_role
 from ground.signals import Interrupted, held_signals
 from ground.storage import commit_directory
 from rl.batch import collate, rows_of
 from rl.books import Plan
-from rl.cluster import NAMESPACE
 from rl.consumed import Consumed
-from rl.job import Job, Report, Voice, phase
+from rl.ensemble import Ensemble
+from rl.job import Job, Report, Voice, learner_name, phase
 from rl.learner import Learner
 from rl.loop import LearnerLoop, Loop
 from rl.prober import Prober
@@ -45,15 +50,20 @@ from rl.speaker import Speaker
 from rl.versions import Versions
 from rollout.failures import sort_failure
 
+_RANK_SLACK_SECONDS = 120.0
+"""Rank 0's own deadlines say more, so those of the ranks that follow it come later."""
+
 logger = logging.getLogger("packtrain")
 
 
 def main() -> int:
     """Live one life of the learner and return its exit code."""
-    speaker = Speaker()
+    speaker, launch = Speaker(), launch_of(os.environ)
     job = Job.model_validate_json(sys.stdin.readline())
-    setup_logging(job.log_directory / "rl.learner.log")
-    enter_role("learner")
+    setup_logging(job.log_directory / f"{learner_name(launch.rank)}.log")
+    enter_role("learner" if launch.is_main else f"learner/{launch.rank}")
+    if not launch.is_main:
+        _leave_with_owner(sys.stdin)
     try:
         speaker.say(Report(kind="done", facts=learn(job, speaker, join_ray)))
     except Interrupted as interruption:
@@ -69,21 +79,55 @@ def main() -> int:
 
 
 def learn(job: Job, speaker: Voice, join: Callable[[Job], Loop]) -> dict[str, object]:
-    """Load, join, train, export; returns the facts for the manifest.
+    """Load, join, train, export; returns the facts for the manifest, on rank 0.
 
     Args:
-        join: finds the controller of this life.
+        join: finds the controller of this life; only rank 0 asks for it.
 
     Raises:
         Interrupted: by a signal; the last version is saved and the ledger is closed.
     """
     torch.set_num_threads(job.section.threads)
     torch.manual_seed(job.seed)
-    accelerator = Accelerator()
+    longest = max(job.section.step_deadline_seconds, job.section.publication_seconds)
+    ranks = join_ranks(f"rl/{job.incarnation}", seconds=longest + _RANK_SLACK_SECONDS)
     model, tokenizer = load_model(job.model), load_tokenizer(job.model)
-    learner = Learner(model, accelerator, job.section, ChatTemplate(tokenizer).pad_id)
+    pad_id = ChatTemplate(tokenizer).pad_id
+    learner = Learner(model, ranks.accelerator(), job.section, pad_id)
+    ranks.check(ranks.num_ranks, learner.update.module)
+    prober = Prober(
+        model,
+        max_length=job.section.engine.max_length,
+        seed=job.seed,
+        floor=job.section.engine.parity_nats,
+        through=learner.update.module if learner.update.splits_weights else None,
+    )
+    ensemble = Ensemble(learner, prober, ranks)
+    if not ranks.is_main:
+        ensemble.follow()
+        return {}
+    try:
+        facts, weights = _lead(job, speaker, join, ensemble)
+    except (PacktrainError, Interrupted) as error:
+        if not isinstance(error, InfraError):
+            ensemble.end()
+        raise
+    if learner.update.splits_weights:
+        unset_hf_deepspeed_config()  # or the one to export would be split among the ranks too
+        model = load_model(job.model)
+    restore(model, weights)
+    with commit_directory(job.directory / "model", facts) as staging:
+        export_model(model, tokenizer, staging, facts)
+        faults.point("export")
+    return facts
+
+
+def _lead(
+    job: Job, speaker: Voice, join: Callable[[Job], Loop], ensemble: Ensemble
+) -> tuple[dict[str, object], Mapping[str, Tensor]]:
+    """Rank 0's part: the loop from the newest cut to its end; returns facts and best weights."""
     checkpoints = Checkpoints(job.checkpoints_directory, job.section.checkpoints_kept)
-    cut = _newest_cut(checkpoints, learner)
+    cut = _newest_cut(checkpoints, ensemble)
     logger.info("loaded %s at version %d", job.model, cut.version)
     speaker.say(phase("find the controller"))
     loop = join(job)
@@ -97,17 +141,17 @@ def learn(job: Job, speaker: Voice, join: Callable[[Job], Loop]) -> dict[str, ob
         Versions(job.directory / "validation.jsonl", "pass_rate"),
         speaker.score,
     )
-    prober = Prober(model, max_length=job.section.engine.max_length, seed=job.seed)
 
     def pack(version: int, trained: Sequence[Group] = ()) -> dict[str, Tensor]:
-        return loop.pack(version, live_tensors(model), lambda: prober.measure(trained))
+        probes = ensemble.probes_of(trained)
+        with ensemble.live() as tensors:
+            return loop.pack(version, tensors, probes)
 
     steps = LearnerLoop(
-        learner,
+        ensemble,
         loop,
         publisher,
         Consumed(job.directory / "groups", job.section.advantages),
-        accelerator,
         job.section,
         tell=speaker.say,
         keep_batch=lambda plan: keep_batch(job, plan),
@@ -117,25 +161,22 @@ def learn(job: Job, speaker: Voice, join: Callable[[Job], Loop]) -> dict[str, ob
     speaker.say(phase("close the loop and export", version))
     ledger = loop.close("run ended")
     best = publisher.best_weights()
-    if best is not None:
-        restore(model, best)
+    weights = ensemble.model_tensors() if best is None else best
+    ensemble.end()
     facts: dict[str, object] = {"stage": "rl", "run": job.run_name, "base": str(job.model)}
     facts |= {"version": publisher.best.version if publisher.best else version}
-    faults.point("export")
-    with commit_directory(job.directory / "model", facts) as staging:
-        export_model(model, tokenizer, staging, facts)
     score = publisher.best.score if publisher.best else None
-    return {**facts, "validation_pass_rate": score, "ledger": ledger}
+    return {**facts, "validation_pass_rate": score, "ledger": ledger}, weights
 
 
-def _newest_cut(checkpoints: Checkpoints, learner: Learner) -> Cut:
-    """Bring the learner to the newest whole cut, if there is one."""
+def _newest_cut(checkpoints: Checkpoints, learners: Ensemble) -> Cut:
+    """Bring the learners to the newest whole cut, if there is one."""
     folder = checkpoints.latest()
     if folder is None:
         return Cut()
     version = step_of(folder)
     snapshot = read_snapshot(folder, version)
-    learner.load(snapshot.model, snapshot.optimizer)
+    learners.load(snapshot.model, snapshot.optimizer)
     logger.info("going on from %s", folder)
     return Cut(version, read_books(folder), snapshot.guards)
 
@@ -174,15 +215,19 @@ def join_ray(job: Job) -> RemoteLoop:
     address = lines.readline().strip()
     if not address:
         sys.exit(0)
-    threading.Thread(target=_leave_at_end, args=(lines,), name="lifeline", daemon=True).start()
+    _leave_with_owner(lines)
     ray.init(
         address=address,
-        namespace=NAMESPACE,
+        namespace=job.namespace,
         log_to_driver=False,
         logging_level=logging.WARNING,
         configure_logging=False,
     )
     return RemoteLoop(job)
+
+
+def _leave_with_owner(lines: TextIO) -> None:
+    threading.Thread(target=_leave_at_end, args=(lines,), name="lifeline", daemon=True).start()
 
 
 def _leave_at_end(lines: TextIO) -> None:

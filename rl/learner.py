@@ -10,12 +10,12 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Sequence
-from contextlib import nullcontext
+from functools import partial
 from typing import cast
 
 import torch
 from accelerate import Accelerator
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import PreTrainedModel
 
 from ground import faults
@@ -28,15 +28,15 @@ from rl.guards import EssBrake, check_finite
 from rl.loss import effective_share, fresh_gap, mismatch, oldest_of_rows
 from rl.objective import Tokens, policy_loss
 from rl.routing import RouterLoad
-from rl.snapshot import restore
+from rl.update import make_update
 
 
 class Learner:
     """A model and its optimizer on accelerate.
 
     The loss is divided once by the global number of trained tokens, so that neither the
-    micro-batch split nor packing nor a split of the rows over ranks changes the update. The stage
-    starts one rank (rl/supervisor.py).
+    micro-batch split nor packing nor a split of the rows over ranks changes the update. Every rank
+    has one and all of them are called alike (rl/ensemble.py).
     """
 
     def __init__(
@@ -44,19 +44,10 @@ class Learner:
     ) -> None:
         self.model, self._accelerator, self._section = model, accelerator, section
         self._pad_id = pad_id
-        settings = section.optimizer
-        optimizer = torch.optim.AdamW(
-            model.parameters(),
-            lr=settings.learning_rate,
-            betas=settings.betas,
-            weight_decay=settings.weight_decay,
-        )
         self._reference = _frozen(model, accelerator) if section.loss.reference_kl else None
         self._routers = RouterLoad(model)
         self.brake = EssBrake(section.ess_floor, section.max_braked_steps)
-        module, wrapped = accelerator.prepare(LogprobModel(model.train()), optimizer)
-        self._module = cast(nn.Module, module)
-        self._optimizer = cast(torch.optim.Optimizer, wrapped)
+        self.update = make_update(model, accelerator, section.optimizer)
 
     def step(self, plan: Plan) -> dict[str, float]:
         """Take one optimizer step on a plan's groups; without groups nothing moves.
@@ -69,50 +60,37 @@ class Learner:
         num_tokens = sum(row.num_trained for row in rows)
         if not num_tokens:
             return {}
-        # One whole step: unless told so, accelerate skips it when another trainer of this process
-        # was stopped between two of its passes.
-        try:
-            with self._accelerator.accumulate(self._module):
-                loss, measured = self._accumulate(rows, num_tokens)
-            grad_norm = self._clipped_grad_norm()
-            check_finite(loss, grad_norm, step=plan.step, num_rows=len(rows))
-            brake = self.brake.factor(measured["ess_applied"], plan.step)
-            self._set_learning_rate(plan.step, brake)
-            self._optimizer.step()
-        finally:
-            self._optimizer.zero_grad()
+        with self.update.stepping():
+            loss, measured = self._accumulate(rows, num_tokens)
+            check = partial(check_finite, loss, step=plan.step, num_rows=len(rows))
+            brakes: list[float] = []
+
+            def rate() -> float:
+                brakes.append(self.brake.factor(measured["ess_applied"], plan.step))
+                return self._learning_rate(plan.step) * brakes[0]
+
+            grad_norm = self.update.apply(rate, check)
         return {
             "loss": loss,
             "grad_norm": grad_norm,
             "trained_tokens": num_tokens,
-            "brake": brake,
+            "brake": brakes[0],
             **measured,
         }
 
     def model_tensors(self) -> dict[str, Tensor]:
         """CPU copies of the weights."""
-        return tensors_of(self.model)
+        with self.update.whole():
+            return tensors_of(self.model)
 
     def optimizer_tensors(self) -> dict[str, Tensor]:
         """CPU copies of AdamW's moments, `<parameter number>.<name>`, and torch's RNG state."""
-        state = self._optimizer.state_dict()["state"]
-        tensors = {
-            f"{number}.{name}": value.detach().to("cpu", copy=True)
-            for number, moments in state.items()
-            for name, value in moments.items()
-        }
-        return {**tensors, "rng": torch.get_rng_state()}
+        return {**self.update.moments(), "rng": torch.get_rng_state()}
 
     def load(self, model: dict[str, Tensor], optimizer: dict[str, Tensor]) -> None:
         """Go back to saved weights, moments and RNG state."""
-        restore(self.model, model)
         torch.set_rng_state(optimizer.pop("rng"))
-        state: dict[int, dict[str, Tensor]] = {}
-        for key, value in optimizer.items():
-            number, name = key.split(".", 1)
-            state.setdefault(int(number), {})[name] = value
-        groups = self._optimizer.state_dict()["param_groups"]
-        self._optimizer.load_state_dict({"state": state, "param_groups": groups})
+        self.update.load(model, optimizer)
 
     def _accumulate(self, rows: Sequence[Row], num_tokens: int) -> tuple[float, dict[str, float]]:
         """Backward over this rank's rows; returns the global loss and what is measured."""
@@ -124,8 +102,7 @@ class Learner:
         for number in range(passes):
             # Every rank makes as many passes as the busiest one, and reduces in the last.
             batch = self._batch(cuts[rank], number, spare=cuts[0])
-            is_last = number == passes - 1
-            with nullcontext() if is_last else accelerator.no_sync(self._module):
+            with self.update.passing(is_last=number == passes - 1):
                 seen.append(self._backward(batch, accelerator.num_processes / num_tokens))
         counts = [_num_trained(share) for share in shares]
         numbers = self._gathered(torch.cat(seen, dim=1), counts)
@@ -146,14 +123,14 @@ class Learner:
         inputs = (batch.tokens_BT, batch.segments_BT, mask_BT, temperature)
         faults.point("step.forward")
         with self._routers.counting((batch.segments_BT != 0) & mask_BT.any()):
-            logprobs_BT, entropy_BT = self._module(*inputs)
+            logprobs_BT, entropy_BT = self.update.module(*inputs)
         reference_N = None
         if self._reference is not None:
             with torch.no_grad():
                 reference_N = self._reference(*inputs)[0][mask_BT]
         tokens = Tokens(
             logprobs_N=logprobs_BT[mask_BT],
-            behavior_N=batch.behavior_logprobs_BT[mask_BT],
+            behavior_N=faults.corrupted("step.behavior", batch.behavior_logprobs_BT[mask_BT]),
             advantages_N=batch.advantages_BT[mask_BT],
             ages_N=batch.ages_BT[mask_BT],
             rows_N=batch.segments_BT[mask_BT] - 1,
@@ -161,7 +138,7 @@ class Learner:
         )
         losses = policy_loss(self._section.loss, tokens)
         faults.point("step.backward")
-        self._accelerator.backward(losses.loss_N.sum() * scale)
+        self.update.backward(losses.loss_N.sum() * scale)
         numbers = (
             losses.loss_N,
             tokens.logprobs_N,
@@ -211,16 +188,10 @@ class Learner:
         total = self._accelerator.reduce(counts.to(self._accelerator.device), reduction="sum")
         return cast(Tensor, total)
 
-    def _clipped_grad_norm(self) -> float:
-        limit = self._section.optimizer.max_grad_norm
-        norm = self._accelerator.clip_grad_norm_(self._module.parameters(), limit)
-        return float(cast(Tensor, norm))
-
-    def _set_learning_rate(self, step: int, brake: float) -> None:
+    def _learning_rate(self, step: int) -> float:
         settings = self._section.optimizer
         share = min(1.0, (step + 1) / settings.warmup_steps) if settings.warmup_steps else 1.0
-        for group in self._optimizer.param_groups:
-            group["lr"] = settings.learning_rate * share * brake
+        return settings.learning_rate * share
 
 
 def _frozen(model: PreTrainedModel, accelerator: Accelerator) -> LogprobModel:

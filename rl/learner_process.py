@@ -5,16 +5,18 @@ started (imports go on while Ray starts) → told the job → told Ray's address
 
 from __future__ import annotations
 
+import os
 import queue
 import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 
-from ground.errors import InfraError
-from rl.job import Job, Report
+from ground.errors import InfraError, PacktrainError
+from ground.launch import launch_of
+from rl.job import Job, Report, learner_name
 
 _FIRST_WORD_SECONDS = 180.0
 """Python and its libraries may take so long to come up on a machine that is busy."""
@@ -30,10 +32,15 @@ class LearnerProcess:
 
     Args:
         on_silence: called before a silent learner is given up, so that its stacks can be kept.
+        environment: by which a launcher makes it a rank.
     """
 
-    def __init__(self, job: Job, on_silence: Callable[[], None]) -> None:
-        self._log = job.log_directory / "rl.learner.err"
+    def __init__(
+        self, job: Job, on_silence: Callable[[], None], environment: Mapping[str, str] | None = None
+    ) -> None:
+        environment = environment or {}
+        rank = launch_of(environment).rank
+        self._log = job.log_directory / f"{learner_name(rank)}.err"
         self._silent_seconds, self._on_silence = job.section.silent_seconds, on_silence
         with self._log.open("ab") as log:
             self._process = subprocess.Popen(
@@ -43,10 +50,11 @@ class LearnerProcess:
                 stderr=log,
                 text=True,
                 start_new_session=True,
+                env={**os.environ, **environment},
             )
         self._phase, self._phase_since = "start", time.monotonic()
         self._phase_seconds = self._step_seconds = job.section.step_deadline_seconds
-        self._lines: queue.SimpleQueue[str | InfraError] = queue.SimpleQueue()
+        self._lines: queue.SimpleQueue[str | PacktrainError] = queue.SimpleQueue()
         self._patience = _FIRST_WORD_SECONDS
         self.heard_at = time.time()
         self.last_report = Report(kind="alive")
@@ -73,7 +81,7 @@ class LearnerProcess:
             except queue.Empty:
                 self._on_silence()
                 raise self._lost(f"was silent for {self._patience:g} s") from None
-            if isinstance(line, InfraError):
+            if isinstance(line, PacktrainError):
                 raise line
             if not line:
                 code = self._process.wait()
@@ -89,13 +97,18 @@ class LearnerProcess:
         """What its main thread does, in words."""
         return self._phase
 
-    def give_up(self, error: InfraError) -> None:
+    def give_up(self, error: PacktrainError) -> None:
         """Have `hear` raise this, because the life that it belongs to is over; from any thread."""
         self._lines.put(error)
 
     def ask_to_stop(self) -> None:
         """Ask it to finish its step and save; the reports go on until it has."""
         self._process.terminate()
+
+    def ended_by(self) -> str:
+        """How it ended, other than in order; empty while it goes on."""
+        code = self._process.poll()
+        return f"ended with exit code {code}, see {self._log}" if code else ""
 
     def close(self) -> None:
         """It is gone when this returns."""
@@ -123,9 +136,11 @@ class LearnerProcess:
 
 
 @contextmanager
-def learner_process(job: Job, on_silence: Callable[[], None]) -> Iterator[LearnerProcess]:
+def learner_process(
+    job: Job, on_silence: Callable[[], None], environment: Mapping[str, str] | None = None
+) -> Iterator[LearnerProcess]:
     """A learner's process; started before Ray, for its imports take long; gone at the end."""
-    learner = LearnerProcess(job, on_silence)
+    learner = LearnerProcess(job, on_silence, environment)
     try:
         yield learner
     finally:

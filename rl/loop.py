@@ -13,10 +13,8 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Protocol, TypeVar
+from typing import Any, Protocol
 
-from accelerate import Accelerator
-from accelerate.utils import broadcast_object_list
 from torch import Tensor
 
 from ground import faults
@@ -27,15 +25,13 @@ from rl.books import MISVERSIONED, Plan
 from rl.buffer import LATE, Outcome
 from rl.config import RlSection
 from rl.consumed import Consumed
+from rl.ensemble import Ensemble
 from rl.guards import NoSignalGuard
 from rl.job import Report, phase
-from rl.learner import Learner
 from rl.publisher import Loop as Publications
 from rl.publisher import Publisher
 from rl.snapshot import Snapshot
 from rollout.weights import Probes
-
-Value = TypeVar("Value")
 
 logger = logging.getLogger("packtrain")
 
@@ -81,7 +77,7 @@ class Loop(Plans, Publications, Protocol):
 
 
 class LearnerLoop:
-    """Runs steps `start` to `section.steps` on every rank; rank 0 talks to the controller.
+    """Runs steps `start` to `section.steps`, on rank 0; other ranks follow what it orders.
 
     Args:
         pack: makes a copy of the live weights as a version, trained on these groups last.
@@ -89,11 +85,10 @@ class LearnerLoop:
 
     def __init__(
         self,
-        learner: Learner,
+        learner: Ensemble,
         plans: Plans,
         publisher: Publisher,
         consumed: Consumed,
-        accelerator: Accelerator,
         section: RlSection,
         *,
         tell: Callable[[Report], None],
@@ -101,17 +96,17 @@ class LearnerLoop:
         pack: Callable[[int, Sequence[Group]], dict[str, Tensor]],
     ) -> None:
         self._learner, self._plans, self._publisher = learner, plans, publisher
-        self._consumed, self._accelerator, self._section = consumed, accelerator, section
+        self._consumed, self._section = consumed, section
         self._tell, self._keep_batch, self._pack = tell, keep_batch, pack
-        self._guard = NoSignalGuard(section.max_empty_steps)
+        self._guard = NoSignalGuard(section.max_starved_steps)
 
     def guards(self) -> dict[str, Any]:
         """What the guards have counted so far, as JSON types: part of a cut."""
-        return {"braked_steps": self._learner.brake.steps, "no_signal": self._guard.state_dict()}
+        return {"braked_steps": self._learner.braked_steps, "no_signal": self._guard.state_dict()}
 
     def load_guards(self, saved: Mapping[str, Any]) -> None:
         """Go on counting where a cut was made."""
-        self._learner.brake.steps = saved["braked_steps"]
+        self._learner.go_on_braking(saved["braked_steps"])
         self._guard.load_state_dict(**saved["no_signal"])
 
     def repeat(self, cut: int) -> tuple[int, list[list[Outcome]]]:
@@ -126,22 +121,18 @@ class LearnerLoop:
             numbers = self._step(plan)
             version += 1
             replayed.append([outcome.without_group for outcome in plan.outcomes])
-            if self._accelerator.is_main_process:
-                is_same = self._publisher.repeat(version, self._learner.model_tensors)
-                if not is_same:
-                    logger.warning(_NOT_THE_SAME, version)
-                replay = {"replayed": 1.0, "replay_differs": float(not is_same)}
-                measured = {**_of_plan(plan), **numbers, **replay}
-                self._tell(Report(kind="step", step=version, numbers=measured))
-        if self._accelerator.is_main_process:
-            self._consumed.trim(version)
-            self._publisher.forget_after(version)
+            is_same = self._publisher.repeat(version, self._learner.model_tensors)
+            if not is_same:
+                logger.warning(_NOT_THE_SAME, version)
+            replay = {"replayed": 1.0, "replay_differs": float(not is_same)}
+            measured = {**_of_plan(plan), **numbers, **replay}
+            self._tell(Report(kind="step", step=version, numbers=measured))
+        self._consumed.trim(version)
+        self._publisher.forget_after(version)
         return version, replayed
 
     def catch_up(self, cut: int, version: int) -> None:
         """Begin what the version still owes that a restart goes on from: its look, a newer cut."""
-        if not self._accelerator.is_main_process:
-            return
         evaluate = version > 0 and self._is_look_due(version) and self._publisher.owes_look(version)
         save = any(self._is_cut_due(each) for each in range(cut + 1, version + 1))
         if evaluate or save:
@@ -157,11 +148,10 @@ class LearnerLoop:
         version = start
         while version < self._section.steps and self._one_step(version, pending):
             version += 1
-        if self._accelerator.is_main_process:
-            self._tell(self._publication(version))
-            self._publisher.finish()
-            if version < self._section.steps:
-                self._publisher.save(self._snapshot(version, with_optimizer=True))
+        self._tell(self._publication(version))
+        self._publisher.finish()
+        if version < self._section.steps:
+            self._publisher.save(self._snapshot(version, with_optimizer=True))
         return version
 
     def _one_step(self, step: int, pending: Pending) -> bool:
@@ -171,13 +161,11 @@ class LearnerLoop:
         if received is None:
             return False
         plan, gauges = received
-        if self._accelerator.is_main_process:
-            self._tell(phase(f"train step {step}", step))
+        self._tell(phase(f"train step {step}", step))
         waited, started = time.monotonic() - began, time.time()
         numbers = self._step(plan)
         stepped, ended = time.monotonic(), time.time()
-        if self._accelerator.is_main_process:
-            numbers |= self._publish(step + 1, plan.groups)
+        numbers |= self._publish(step + 1, plan.groups)
         now = time.monotonic()
         clock = {
             "seconds": now - began,
@@ -186,11 +174,9 @@ class LearnerLoop:
             "tokens_per_second": numbers.get("trained_tokens", 0) / (now - began),
         }
         measured = {**_of_plan(plan), **numbers, **gauges, **clock}
-        if self._accelerator.is_main_process:
-            report = Report(
-                kind="step", step=step + 1, numbers=measured, started=started, ended=ended
-            )
-            self._tell(report)
+        self._tell(
+            Report(kind="step", step=step + 1, numbers=measured, started=started, ended=ended)
+        )
         return True
 
     def _publish(self, version: int, trained: Sequence[Group]) -> dict[str, float]:
@@ -211,32 +197,22 @@ class LearnerLoop:
         return phase(f"have version {version} published", version, seconds)
 
     def _next_plan(self, step: int, pending: Pending) -> tuple[Plan, dict[str, float]] | None:
-        """Rank 0 asks and keeps; all ranks get the same plan, or the same order to stop."""
-        received = None
-        if self._accelerator.is_main_process:
-            received = self._plans.next_batch(step, lambda: pending.requested)
+        """Ask for a plan and keep it; None is the order to stop."""
+        received = self._plans.next_batch(step, lambda: pending.requested)
         if received is not None:
             faults.point("plan.received")
             self._consumed.write(received[0])
-        return self._shared(received)
+        return received
 
     def _journaled(self, version: int) -> Plan | None:
-        """Rank 0 reads what the step from this version consumed; None where that ends."""
-        plan = None
-        owes = version > 0 and self._is_look_due(version) and self._publisher.owes_look(version)
-        if self._accelerator.is_main_process and not owes:
-            try:
-                plan = next(self._consumed.after(version), None)
-            except DataError as error:
-                logger.warning("going on from version %d: %s", version, error)
-        return self._shared(plan)
-
-    def _shared(self, value: Value) -> Value:
-        """What rank 0 has, on every rank."""
-        box = [value]
-        if self._accelerator.num_processes > 1:
-            broadcast_object_list(box)
-        return box[0]
+        """What the step from this version consumed; None where that ends."""
+        if version > 0 and self._is_look_due(version) and self._publisher.owes_look(version):
+            return None
+        try:
+            return next(self._consumed.after(version), None)
+        except DataError as error:
+            logger.warning("going on from version %d: %s", version, error)
+            return None
 
     def _is_look_due(self, version: int) -> bool:
         is_last = version == self._section.steps
@@ -254,8 +230,7 @@ class LearnerLoop:
         except DivergedError:
             if plan.groups:
                 self._keep_batch(plan)
-            if self._accelerator.is_main_process:
-                self._consumed.trim(plan.step)
+            self._consumed.trim(plan.step)
             raise
         faults.point("step.applied")
         return numbers

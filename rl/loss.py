@@ -131,7 +131,9 @@ def effective_share(weights_N: Tensor) -> float:
 def mismatch(logprobs_N: Tensor, behavior_N: Tensor) -> dict[str, float]:
     """How far the learner has moved from the policy that sampled the step's tokens.
 
-    `kl` is Schulman's K3 of KL(mu || pi), rho - 1 - log rho, unbiased under mu, never negative;
+    `mismatch_kl` is KL(mu || pi), sampler to learner, by Schulman's K3: rho - 1 - log rho, never
+    negative. The tokens were drawn from mu, under which that is unbiased for this direction (the
+    other one would be rho log rho - rho + 1); verl's `rollout_corr/k3_kl` is the same number.
     `ess` is the effective share of the unbounded rho: 1 on policy, 1/N at worst.
     """
     log_rho_N = (logprobs_N - behavior_N).detach().double()

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.models.llama4.modeling_llama4 import Llama4Router
 
-from ground.logprobs import model_logprobs
+from ground.logprobs import LogprobModel
 from ground.records import Group
 from rollout.weights import Probe, Probes
 
@@ -40,6 +40,8 @@ _NOISE_EVERY = 8
 """Versions between measurements of the noise: it moves slowly and costs as much as the probes."""
 _LEAST_TYPICAL, _LEAST_WORST = 1e-6, 4e-6
 """Nats: a rounding or two of an fp32 log-prob around -8."""
+_WORST_TOKEN = 10.0
+"""Of an engine's floor: what its worst token may be off, where a typical probe may be off by 1."""
 _TIES = {torch.float32: 1e-4, torch.float64: 1e-4}
 _COARSE_TIE = 2e-2
 """Router logits nearer than this may change places by a rounding, by the model's type."""
@@ -71,10 +73,21 @@ class Prober:
     Args:
         model: the live one; its weights are those of the version that is published.
         max_length: tokens that an engine takes at most.
+        floor: nats that a typical probe may be off in any case: the engine has other kernels.
+        through: the wrapped model, where only it can run: the ranks hold parts of the weights.
     """
 
-    def __init__(self, model: PreTrainedModel, *, max_length: int, seed: int) -> None:
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        *,
+        max_length: int,
+        seed: int,
+        floor: float = 0.0,
+        through: nn.Module | None = None,
+    ) -> None:
         self._model, self._max_length = model, max_length
+        self._logprobs = through or LogprobModel(model)
         self._random = np.random.default_rng([seed, 0x9A])
         self._routers = [each for each in model.modules() if isinstance(each, Llama4Router)]
         self._experts = {
@@ -85,7 +98,8 @@ class Prober:
         self._rows = [self._random_row(_ROW_TOKENS) for _ in range(_ROWS)]
         self._fixed = self._long_rows()
         self._tie = _TIES.get(model.dtype, _COARSE_TIE)
-        self._measured, self._tolerances = 0, (_LEAST_TYPICAL, _LEAST_WORST)
+        self._least = (max(_LEAST_TYPICAL, floor), max(_LEAST_WORST, _WORST_TOKEN * floor))
+        self._measured, self._tolerances = 0, self._least
         self.unreached: set[Expert] = set()
         """Experts that no probe routes to: what they hold is proven by bytes alone."""
 
@@ -102,7 +116,7 @@ class Prober:
             if self._measured % _NOISE_EVERY == 0:
                 with _attention(self._model, _OTHER_ATTENTION):
                     again = [*self._see([each.row for each in seen])]
-                self._tolerances = _tolerances(seen, again)
+                self._tolerances = _tolerances(seen, again, self._least)
         self._measured += 1
         probes = tuple(Probe(each.row, each.logprobs) for each in seen if each.logprobs)
         return Probes(probes, *self._tolerances)
@@ -133,9 +147,7 @@ class Prober:
             mask_BT = torch.tensor([[1] * len(row) + [0] * (width - len(row)) for row in batch])
             device = self._model.device
             with _recorded(self._routers) as routed:
-                logprobs_BT, _ = model_logprobs(
-                    self._model, tokens_BT.to(device), mask_BT.to(device)
-                )
+                logprobs_BT, _ = self._logprobs(tokens_BT.to(device), mask_BT.to(device))
             chosen, tied_BT = _choices(self._routers, routed, (len(batch), width), self._tie)
             for b, row in enumerate(batch):
                 ties = tied_BT[b, : len(row)].nonzero()
@@ -170,7 +182,9 @@ def _recent(groups: Sequence[Group], max_length: int) -> list[Row]:
     return [row[:length] for row in rows if len(row) > 1]
 
 
-def _tolerances(seen: Sequence[_Seen], again: Sequence[_Seen]) -> tuple[float, float]:
+def _tolerances(
+    seen: Sequence[_Seen], again: Sequence[_Seen], least: tuple[float, float]
+) -> tuple[float, float]:
     """Typical and worst noise between two ways of computing the same, and some."""
     off = []
     for one, other in zip(seen, again, strict=True):
@@ -178,10 +192,10 @@ def _tolerances(seen: Sequence[_Seen], again: Sequence[_Seen]) -> tuple[float, f
         if length:
             off.append(np.abs(np.subtract(one.logprobs[:length], other.logprobs[:length])))
     if not off:
-        return _LEAST_TYPICAL, _LEAST_WORST
+        return least
     typical = float(np.median([np.sqrt(np.mean(each**2)) for each in off]))
     worst = max(float(each.max()) for each in off)
-    return max(_FACTOR * typical, _LEAST_TYPICAL), max(_FACTOR * worst, _LEAST_WORST)
+    return max(_FACTOR * typical, least[0]), max(_FACTOR * worst, least[1])
 
 
 def _choices(

@@ -23,6 +23,8 @@ import psutil
 
 from rollout.descendants import end_tree
 
+ADDRESS = "RAY_ADDRESS"
+"""Ray's own variable: where the cluster is that we belong to."""
 _MARK = "PACKTRAIN_LOOP"
 _REAP_SECONDS = 15.0
 _LONGEST_PLACE = 30
@@ -63,14 +65,9 @@ def reserved() -> Iterator[Reserved]:
         stdin=subprocess.PIPE,
         start_new_session=True,
     )
-    os.environ.update(
-        {
-            _MARK: mark,
-            "RAY_AUTH_MODE": "token",
-            "RAY_AUTH_TOKEN_PATH": str(token),
-            "RAY_USAGE_STATS_ENABLED": "0",
-        }
-    )
+    os.environ.update({_MARK: mark, "RAY_USAGE_STATS_ENABLED": "0"})
+    if not cluster_address():  # a cluster that we join has a token of its own
+        os.environ.update({"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN_PATH": str(token)})
     try:
         yield Reserved(folder, mark)
     finally:
@@ -78,6 +75,12 @@ def reserved() -> Iterator[Reserved]:
             reaper.stdin.close()
         with suppress(subprocess.TimeoutExpired):
             reaper.wait(_REAP_SECONDS)
+
+
+def cluster_address() -> str:
+    """Of the cluster that we were started in, as a Ray job is; empty if we start our own."""
+    address = os.environ.get(ADDRESS, "")
+    return "" if address == "local" else address
 
 
 def end_all(mark: str, folder: Path, *, spare: int) -> int:

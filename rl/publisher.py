@@ -166,9 +166,12 @@ class Publisher:
         if self.best is None or score >= self.best.score:
             self.best = Best(version, score)
             weights = model()
-            self._kept.commit(
-                version, lambda folder: write_weights(folder, weights), {"score": score}
-            )
+
+            def write(folder: Path) -> None:
+                write_weights(folder, weights)
+                faults.point("best.staged")
+
+            self._kept.commit(version, write, {"score": score})
             faults.point("best.kept")
 
 

@@ -17,7 +17,6 @@ from ground import faults
 from ground.errors import InfraError, PacktrainError
 from rl.books import Plan
 from rl.buffer import Outcome
-from rl.cluster import NAMESPACE
 from rl.job import Job
 from rollout.handover import Outbox, Parcel
 from rollout.weights import Probes, Published, this_node
@@ -49,7 +48,7 @@ class RemoteLoop:
         self._look_seconds = job.section.publication_seconds + _SLACK_SECONDS
         self._life = job.incarnation
         with our_errors("find the controller"):
-            self._controller = cast(_Actor, ray.get_actor(job.controller_name, NAMESPACE))
+            self._controller = cast(_Actor, ray.get_actor(job.controller_name, job.namespace))
         keeper = cast(_Actor, self._call("start", self._controller.keeper.remote()))
         self._outbox = Outbox(_Keeper(keeper, self._call), this_node())
 

@@ -16,6 +16,9 @@ import os
 import threading
 import time
 from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 from ground import faults, stacks
 from ground.errors import FailureKind, InfraError, PacktrainError, SetupError, WorkersLostError
@@ -28,6 +31,9 @@ from rl.pool import Pool
 from rl.processes import Reserved
 from rl.pulse import remote_pulse
 from rl.watchdog import dump_stacks, stacks_folder, watched
+
+if TYPE_CHECKING:
+    from rl.hosts import Hosts
 
 _GRACE_SECONDS = 20.0
 """How long a learner may take to finish its step and save after a signal."""
@@ -45,6 +51,7 @@ def supervise(
     *,
     on_report: Callable[[Report], None],
     note: Callable[[Mapping[str, object]], None],
+    ranks: Ranks | None = None,
 ) -> dict[str, object]:
     """Run the loop to its end, over as many lives as the recipe allows; returns its facts.
 
@@ -52,6 +59,7 @@ def supervise(
         job_of_life: the job of a life, by number from 0.
         on_report: receives the learner's reports.
         note: receives an event for the timeline.
+        ranks: what a launcher said; by default there is one learner.
 
     Raises:
         WorkersLostError: the last allowed life was lost as well.
@@ -72,7 +80,7 @@ def supervise(
         job = job_of_life(life)
         try:
             faults.point("life.begin")
-            return _live(job, pool, ours, hear)
+            return _live(job, pool, ours, hear, ranks or Ranks())
         except InfraError as error:
             faults.point("sweep")
             ours.sweep()
@@ -84,6 +92,29 @@ def supervise(
                 | {"cause": error.what}
             )
             life += 1
+
+
+@dataclass(frozen=True, slots=True)
+class Ranks:
+    """The learner's ranks, where a launcher started us.
+
+    Example:
+        Ranks({"RANK": "0", "WORLD_SIZE": "2", …}, hosts)
+    """
+
+    environment: Mapping[str, str] = field(default_factory=dict)
+    """By which the launcher made us rank 0, for our learner."""
+    hosts: Hosts | None = None
+    """Those of the other ranks, where there are any."""
+
+    def life(self, job: Job, learner: LearnerProcess) -> AbstractContextManager[None]:
+        """The other ranks' learners, as long as this lasts."""
+        return self.hosts.life(job, learner.give_up) if self.hosts else nullcontext()
+
+    def require_all(self) -> None:
+        """See `Hosts.require_all`."""
+        if self.hosts:
+            self.hosts.require_all()
 
 
 class Budget:
@@ -113,10 +144,11 @@ class Budget:
             self._unstarted += 1
             if self._unstarted >= _MAX_STARTS:
                 raise SetupError(
-                    f"Ray must come up on this machine, it failed {self._unstarted} times in a row",
+                    f"{error.what}, it failed {self._unstarted} times in a row",
                     where="rl",
-                    why=str(error),
-                    fix="look at what else keeps the machine busy, then continue with --resume",
+                    why=error.why,
+                    fix="look at what keeps the machine busy or ended the cluster, then continue "
+                    "with --resume",
                 ) from error
             return self._sleep(_PAUSE_SECONDS * self._unstarted)
         self._lost += 1
@@ -131,27 +163,31 @@ class Budget:
 
 
 def _live(
-    job: Job, pool: Pool, ours: Reserved, on_report: Callable[[Report], None]
+    job: Job, pool: Pool, ours: Reserved, on_report: Callable[[Report], None], ranks: Ranks
 ) -> dict[str, object]:
     fleet = job.section.fleet
     with (
-        learner_process(job, on_silence=lambda: dump_stacks(job)) as learner,
+        learner_process(job, lambda: dump_stacks(job), ranks.environment) as learner,
+        ranks.life(job, learner),
         cluster(
             ours.folder,
             fleet.most_workers * fleet.cpus_per_worker,
             job.model,
             num_spare_cpus=fleet.spare * fleet.cpus_per_worker,
+            namespace=job.namespace,
         ) as address,
     ):
         controller = start_controller(job, pool)
         with watched(job, remote_pulse(controller, job.incarnation), learner):
             learner.tell(address)
-            facts = _follow(learner, on_report)
+            facts = _follow(learner, on_report, ranks)
         del controller  # its only handle: the actor lives as long as we hold it
     return facts
 
 
-def _follow(learner: LearnerProcess, on_report: Callable[[Report], None]) -> dict[str, object]:
+def _follow(
+    learner: LearnerProcess, on_report: Callable[[Report], None], ranks: Ranks
+) -> dict[str, object]:
     """Pass reports on until the learner is done; when we are interrupted, let it save first."""
     try:
         return _read_reports(learner, on_report)
@@ -165,6 +201,7 @@ def _follow(learner: LearnerProcess, on_report: Callable[[Report], None]) -> dic
             logger.warning("interrupted; steps since the last checkpoint are lost: %s", error)
         finally:
             killer.cancel()
+        ranks.require_all()
         raise
 
 

@@ -1,11 +1,21 @@
-"""The `rl` stage: `python -m rl.train RECIPE [key.path=value …] [--run DIR] [--resume]`."""
+"""The `rl` stage: `python -m rl.train RECIPE [key.path=value …] [--run DIR] [--resume]`.
+
+Under `accelerate launch … -m rl.train RECIPE` every rank's process hosts a learner; rank 0's is the
+supervisor as well and does all that one process alone does.
+"""
 
 from __future__ import annotations
 
+import os
 import sys
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import TYPE_CHECKING
 
 from ground.console import progress
 from ground.entry import Stage, stage_entry
+from ground.errors import SetupError
+from ground.launch import Launch, launch_of, of_launcher
 from ground.tables import read_prompts
 from rl.audit import audit_run
 from rl.config import RlSection
@@ -13,24 +23,38 @@ from rl.job import Job, Report
 from rl.journal import Journal, read_journal
 from rl.ledger import audit_ledger
 from rl.pool import split_pool
-from rl.processes import reserved
+from rl.processes import Reserved, reserved
+
+if TYPE_CHECKING:
+    from ground.roll import Roll
+    from rl.hosts import Hosts
 
 
 def train(stage: Stage[RlSection]) -> dict[str, object]:
     """Run the loop to its end and audit ledger and journal; returns the summary."""
+    launch, environment = launch_of(os.environ), of_launcher(os.environ)
+    _require_known(launch)
+    for name in environment:  # our learner is a rank; Ray's processes are none
+        del os.environ[name]
+    if not launch.is_main:
+        from rl.hosts import host
+
+        host(_roll(environment), environment)
+        return {}
     prompts = read_prompts(stage.trail.prompts_before("rl"), stage.head.data, stage.directory)
     pool = split_pool(prompts, stage.section.validation.prompts, stage.head.seed)
-    with reserved() as ours:
+    with reserved() as ours, _hosts(launch, environment) as hosts:
         # Ray reads its authentication mode from the environment when it is imported.
-        from rl.supervisor import supervise
+        from rl.supervisor import Ranks, supervise
 
         timeline = Journal(stage.directory / "events.jsonl")
         facts = supervise(
-            lambda life: _job(stage, life),
+            lambda life: _job(stage, life, ours),
             pool,
             ours,
             on_report=lambda report: _tell(stage, timeline, report),
             note=timeline.append,
+            ranks=Ranks(environment, hosts),
         )
         timeline.close()
     audited = audit_ledger(read_journal(stage.directory / "ledger.jsonl"))
@@ -38,11 +62,40 @@ def train(stage: Stage[RlSection]) -> dict[str, object]:
     return {**facts, "audited": audited, "consumed": consumed}
 
 
-def _job(stage: Stage[RlSection], life: int) -> Job:
+def _require_known(launch: Launch) -> None:
+    if launch.kind == "fsdp2":
+        raise SetupError(
+            "rl does not run on FSDP2",
+            where="accelerate launch",
+            why="neither hand-over nor cuts gather weights and moments that FSDP2 has split",
+            fix="use recipes/accelerate/ddp.yaml, zero2.yaml or zero3.yaml",
+        )
+
+
+@contextmanager
+def _hosts(launch: Launch, environment: Mapping[str, str]) -> Iterator[Hosts | None]:
+    """The other ranks' hosts, where there are any; they leave when this ends."""
+    if launch.num_ranks == 1:
+        yield None
+        return
+    from rl.hosts import Hosts
+
+    with Hosts(_roll(environment)) as hosts:
+        yield hosts
+
+
+def _roll(environment: Mapping[str, str]) -> Roll:
+    from ground.roll import Roll  # brings torch along, which the supervisor alone does not need
+
+    return Roll(environment)
+
+
+def _job(stage: Stage[RlSection], life: int, ours: Reserved) -> Job:
     return Job(
         section=stage.section,
         seed=stage.head.seed,
         run_name=stage.head.name,
+        namespace=f"packtrain-{ours.mark}",
         incarnation=life,
         model=stage.trail.model_before("rl").resolve(),
         directory=stage.directory.resolve(),

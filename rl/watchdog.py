@@ -27,7 +27,8 @@ from rl.job import Job, Report
 LOOP_FILE = "loop.json"
 _TICK_SECONDS = 1.0
 _ANSWER_SECONDS = 2.0
-_DUMP_SECONDS = 0.5
+_DUMP_SECONDS = 5.0
+"""Longest wait for stacks; only a stopped process takes so long."""
 
 logger = logging.getLogger("packtrain")
 
@@ -140,9 +141,9 @@ class Watchdog:
 def dump_stacks(job: Job) -> None:
     """Have every process of the run write where it stands into log/stacks."""
     folder = stacks_folder(job)
-    roles = collect(folder)
-    time.sleep(_DUMP_SECONDS)
-    logger.warning("stacks of %s are in %s", ", ".join(roles) or "nobody", folder)
+    roles, silent = collect(folder, _DUMP_SECONDS)
+    mute = f"; {', '.join(silent)} did not answer" if silent else ""
+    logger.warning("stacks of %s are in %s%s", ", ".join(roles) or "nobody", folder, mute)
 
 
 def stacks_folder(job: Job) -> Path:

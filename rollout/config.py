@@ -11,18 +11,46 @@ from ground.config import Section
 SLOT_STEP = 8
 """Slots come in multiples of this: with odd numbers of rows kernels treat the last ones apart."""
 
+_PARITY_NATS = {"hf": 0.0, "vllm": 8e-6}
+"""Twice the largest typical drift from the learner that was measured of vLLM's CPU kernels."""
+
 
 class EngineSection(Section):
-    """One engine: its kind and its shape. Equal shapes give equal bits."""
+    """One engine: its kind and its shape."""
 
-    kind: Literal["hf"] = "hf"
-    """`hf` decodes with transformers; it is the only one of this version."""
+    kind: Literal["hf", "vllm"] = "hf"
+    """`hf` decodes with transformers: equal shapes give equal bits. `vllm` decodes with vLLM, which
+    has to be installed: faster on GPUs, and equal to a tolerance."""
     num_slots: int = Field(default=64, ge=1)
-    """Sequences decoded at once; a step costs the same however many slots are filled."""
+    """Sequences decoded at once; `hf` takes as long for a step however many slots are filled."""
     max_length: int = Field(default=512, ge=2)
     """Tokens of prompt and completion together."""
     threads: int = Field(default=1, ge=1)
     """CPU threads of the engine's process."""
+    tensor_parallel: int = Field(default=1, ge=1)
+    """GPUs of one machine that each `vllm` engine is cut over; they are one bundle of a Ray
+    placement group. On a CPU only 1 is possible."""
+    memory_share: float | None = Field(default=None, gt=0, le=1)
+    """Share of a device's memory that `vllm` takes for weights and KV cache. Left out: 0.9 of a
+    GPU; on a CPU as much cache as `num_slots` sequences of `max_length` need."""
+    parity_floor: float | None = Field(default=None, ge=0)
+    """Nats that the parity gate allows a typical probe to be off, however little the learner's own
+    noise is; a single token may be off by ten times that. Left out: 0 for `hf`, and what was
+    measured for `vllm`'s kernels, 8e-6."""
+
+    @model_validator(mode="after")
+    def _only_vllm(self) -> Self:
+        """Keys that would be ignored are refused."""
+        others = {"tensor_parallel": 1, "memory_share": None}
+        named = [key for key, usual in others.items() if getattr(self, key) != usual]
+        if self.kind != "vllm" and named:
+            raise ValueError(f"{', '.join(named)} belongs to kind: vllm, got kind: {self.kind}")
+        return self
+
+    @property
+    def parity_nats(self) -> float:
+        """See `parity_floor`."""
+        return _PARITY_NATS[self.kind] if self.parity_floor is None else self.parity_floor
 
     def with_slots(self, share: float) -> Self:
         """The same with a share of the slots, in steps of `SLOT_STEP`, one at least.

@@ -25,6 +25,10 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 
+BLANK = -1
+"""Version of an engine that has no weights yet but random ones."""
+
+
 class PromptTooLong(DataError):
     """A prompt that leaves no room for its completion: the row's fault, not the run's."""
 
@@ -101,7 +105,11 @@ class Engine(Protocol):
         ...
 
     def waiting(self) -> frozenset[str]:
-        """Ids of requests that wait for a place: nothing was computed for them yet."""
+        """Ids of requests that wait for a place: nothing was computed for them yet.
+
+        Raises:
+            InfraError: the engine has found out that it is dead.
+        """
         ...
 
     def abort(self, ids: Collection[str]) -> None:
@@ -206,6 +214,22 @@ def check_request(request: Request, *, max_length: int, vocabulary: int) -> None
             where=where,
             fix="encode the prompt with the tokenizer that belongs to this model",
         )
+
+
+def check_scorable(
+    token_ids: Sequence[Sequence[int]], top_k: int, *, max_length: int, vocabulary: int
+) -> None:
+    """Refuse sequences that an engine of this shape cannot score, naming the first."""
+    if not 0 <= top_k <= vocabulary:
+        raise DataError(f"top_k must be in 0…{vocabulary}, got {top_k}", where="score")
+    for index, ids in enumerate(token_ids):
+        where = f"score, sequence {index}"
+        if not 2 <= len(ids) <= max_length:
+            raise DataError(
+                f"a sequence must have 2…{max_length} tokens, got {len(ids)}", where=where
+            )
+        if min(ids) < 0 or max(ids) >= vocabulary:
+            raise DataError(f"token ids must lie in 0…{vocabulary - 1}", where=where)
 
 
 def spans_of(versions: Iterable[int]) -> tuple[Span, ...]:

@@ -28,7 +28,7 @@ from ground import faults
 from ground.errors import DataError, DivergedError, InfraError, PacktrainError
 from ground.records import Finish, Segment
 from rollout.config import SLOT_STEP
-from rollout.engine import Completion, Request, Scores, check_request
+from rollout.engine import Completion, Request, Scores, check_request, check_scorable
 from rollout.failures import sort_failure
 from rollout.hf_model import SlotModel
 from rollout.hf_slots import Slots
@@ -140,7 +140,8 @@ class HfEngine:
 
     def score(self, token_ids: Sequence[Sequence[int]], top_k: int = 0) -> list[Scores]:
         """Log-probs of given sequences, a small batch between each two decode steps."""
-        self._model.check_scorable(token_ids, top_k)
+        shape = {"max_length": self._max_length, "vocabulary": self._model.vocabulary}
+        check_scorable(token_ids, top_k, **shape)
         scores: dict[int, Scores] = {}
         for members in self._model.score_batches([len(ids) for ids in token_ids]):
             rows = [token_ids[index] for index in members]

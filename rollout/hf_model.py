@@ -95,7 +95,7 @@ class SlotModel:
 
     def check(self, weights: Mapping[str, Tensor]) -> None:
         """Refuse weights that do not fit; touches nothing, may run beside decoding."""
-        check_weights(self._model.state_dict(), weights)
+        check_weights(self._model.state_dict(keep_vars=True), weights)
 
     def own(self, weights: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
         """Weights that `load` may keep: where the model is, and nobody else's."""
@@ -181,19 +181,6 @@ class SlotModel:
             for _, members in sorted(buckets.items())
             for start in range(0, len(members), _ROWS)
         ]
-
-    def check_scorable(self, token_ids: Sequence[Sequence[int]], top_k: int) -> None:
-        """Refuse sequences that `score` cannot take, naming the first."""
-        if not 0 <= top_k <= self.vocabulary:
-            raise DataError(f"top_k must be in 0…{self.vocabulary}, got {top_k}", where="score")
-        for index, ids in enumerate(token_ids):
-            where = f"score, sequence {index}"
-            if not 2 <= len(ids) <= self._max_length:
-                raise DataError(
-                    f"a sequence must have 2…{self._max_length} tokens, got {len(ids)}", where=where
-                )
-            if min(ids) < 0 or max(ids) >= self.vocabulary:
-                raise DataError(f"token ids must lie in 0…{self.vocabulary - 1}", where=where)
 
     def bucket(self, length: int) -> int:
         """Padded length of a sequence; depends on its own length alone."""

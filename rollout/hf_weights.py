@@ -34,7 +34,11 @@ def swap_weights(model: nn.Module, weights: Mapping[str, Tensor]) -> None:
 
 
 def check_weights(own: Mapping[str, Tensor], weights: Mapping[str, Tensor]) -> None:
-    """Refuse weights that do not belong to a model with the tensors `own`; names what is wrong."""
+    """Refuse weights that do not belong to a model; names what is wrong.
+
+    Args:
+        own: the model's parameters and buffers themselves (`state_dict(keep_vars=True)`).
+    """
     tied = _tied_names(own)
     given = {tied[name]: tensor for name, tensor in weights.items() if name in tied}
     _refuse("missing", sorted({tied[name] for name in own} - set(given)))
@@ -62,9 +66,9 @@ def check_weights(own: Mapping[str, Tensor], weights: Mapping[str, Tensor]) -> N
 
 
 def _tied_names(own: Mapping[str, Tensor]) -> dict[str, str]:
-    """Each name → the first name that shares its memory (itself, unless tied)."""
+    """Each name → the first name of the same parameter (itself, unless tied)."""
     first: dict[int, str] = {}
-    return {name: first.setdefault(tensor.data_ptr(), name) for name, tensor in own.items()}
+    return {name: first.setdefault(id(tensor), name) for name, tensor in own.items()}
 
 
 def _not_finite(weights: Mapping[str, Tensor]) -> list[str]:

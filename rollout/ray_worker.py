@@ -2,6 +2,8 @@
 
 What leaves this module is one of our own errors: `InfraError` when the process, node or object was
 lost, the worker's own error when it had one, and an error of kind CODE for all that is unknown.
+Ray calls most ends a lost connection; what really ended a process of this machine the kernel tells
+(ground/exits.py).
 """
 
 from __future__ import annotations
@@ -20,9 +22,14 @@ import ray
 from ray.actor import ActorHandle, ActorProxy
 from ray.exceptions import OutOfMemoryError as NodeOutOfMemoryError
 from ray.exceptions import RayActorError, RayError, RayTaskError
+from ray.util.placement_group import PlacementGroup, placement_group, remove_placement_group
+from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from ground.errors import InfraError, PacktrainError
+from ground.exits import ExitWatch
+from rollout.bundle import bundle_of
 from rollout.failures import memory_kills
+from rollout.luggage import Luggage
 from rollout.seat import OutOfMemoryError, WorkerDiedError
 from rollout.task import GroupResult, GroupTask, Loaded, Pong, WorkerConfig
 from rollout.worker import RolloutWorker
@@ -30,6 +37,8 @@ from rollout.worker import RolloutWorker
 _CLOSE_SECONDS = 3.0
 _GONE_SECONDS = 5.0
 _POLL_SECONDS = 0.05
+_STATUS_SECONDS = 0.5
+"""Until the kernel has the exit status of a process that Ray calls dead."""
 
 Value = TypeVar("Value")
 
@@ -42,21 +51,28 @@ class RayWorker:
     """
 
     def __init__(self, config: WorkerConfig, kind: type[RolloutWorker] = RolloutWorker) -> None:
+        self._group = _own_group(config)
         actor = ray.remote(kind).options(
             num_cpus=config.fleet.cpus_per_worker,
+            num_gpus=self._group.bundle_specs[0]["GPU"] if self._group else 0,
+            scheduling_strategy=_within(self._group),
             max_restarts=0,
             max_task_retries=0,
             max_concurrency=1000,
             enable_task_events=False,
         )
-        self._actor: ActorProxy[RolloutWorker] = actor.remote(config)
+        luggage = Luggage.pack(config.model_path, config.reward_files)
+        self._actor: ActorProxy[RolloutWorker] = actor.remote(config, luggage)
         self._incarnation = config.incarnation
         self._memory_kills = memory_kills()
         self._process: tuple[str, int] | None = None
+        self._exit: ExitWatch | None = None
 
     async def prepare(self) -> None:
         """See `Worker.prepare`; remembers the process, so that it can be killed when it hangs."""
-        self._process = await self._sorted(self._actor.prepare.remote())
+        self._process = process = await self._sorted(self._actor.prepare.remote())
+        if self._is_near:
+            self._exit = ExitWatch(process[1])
 
     async def open(self, index: int, slots_share: float = 1.0) -> None:
         """See `Worker.open`."""
@@ -90,6 +106,7 @@ class RayWorker:
         if self._is_near and self._process:
             with contextlib.suppress(ProcessLookupError):
                 os.kill(self._process[1], signal.SIGKILL)
+        self._give_back()
 
     async def close(self) -> None:
         """See `Worker.close`."""
@@ -97,12 +114,19 @@ class RayWorker:
             async with asyncio.timeout(_CLOSE_SECONDS):
                 await self._sorted(self._actor.close.remote())
         ray.kill(cast(ActorHandle, self._actor))
+        self._give_back()
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(_GONE_SECONDS):
                 while self._is_near and self._process and _is_running(self._process[1]):
                     await asyncio.sleep(_POLL_SECONDS)
                 return
         self.kill()
+
+    def _give_back(self) -> None:
+        """Devices may be taken by the next worker."""
+        if self._group:
+            remove_placement_group(self._group)
+            self._group = None
 
     @property
     def _is_near(self) -> bool:
@@ -121,15 +145,32 @@ class RayWorker:
         except NodeOutOfMemoryError as error:
             raise OutOfMemoryError(f"Ray ended it: {_first_sentence(error)}") from None
         except RayActorError as error:
-            raise self._death(error) from None
+            raise await self._death(error) from None
         except RayError as error:
             raise InfraError(f"{type(error).__name__}: {_first_sentence(error)}") from None
 
-    def _death(self, error: RayActorError) -> WorkerDiedError:
-        """Ray calls many ends a lost connection; the kernel counts those for want of memory."""
+    async def _death(self, error: RayActorError) -> WorkerDiedError:
+        """What ended it, as far as the kernel tells, and what Ray says of it."""
         if memory_kills() > self._memory_kills:
             return OutOfMemoryError("the kernel has ended a process for want of memory meanwhile")
-        return WorkerDiedError(f"{type(error).__name__}: {_first_sentence(error)}")
+        cause = await self._exit.cause(_STATUS_SECONDS) if self._exit else ""
+        ended = f"ended by {cause}; " if cause else ""
+        return WorkerDiedError(f"{ended}{type(error).__name__}: {_first_sentence(error)}")
+
+
+def _own_group(config: WorkerConfig) -> PlacementGroup | None:
+    """A placement group of one worker, if it needs more than processors.
+
+    Raises:
+        SetupError: no machine of the cluster has as much.
+    """
+    nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+    bundle = bundle_of(config, nodes)
+    return placement_group([bundle], strategy="STRICT_PACK") if bundle else None
+
+
+def _within(group: PlacementGroup | None) -> PlacementGroupSchedulingStrategy | None:
+    return PlacementGroupSchedulingStrategy(group, 0) if group else None
 
 
 def _own_error(error: RayTaskError) -> PacktrainError:

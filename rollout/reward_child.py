@@ -35,12 +35,19 @@ def main(descriptor: int, max_memory_bytes: int, files: list[Path]) -> None:
     channel = socket.socket(fileno=descriptor)
     channel.set_inheritable(False)
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
-    resource.setrlimit(resource.RLIMIT_AS, (max_memory_bytes, max_memory_bytes))
+    _limit_memory(max_memory_bytes)
     adopt_orphans()
     threading.Thread(target=_end_with, args=(descriptor,), name="watchdog", daemon=True).start()
     with channel.makefile("rb") as questions, channel.makefile("wb") as replies:
         for line in questions:
             _serve(json.loads(line), files, replies)
+
+
+def _limit_memory(max_bytes: int) -> None:
+    """Lower the limit on our address space; one that we were born with (`ulimit -v`) stays."""
+    _, hard = resource.getrlimit(resource.RLIMIT_AS)
+    limit = max_bytes if hard == resource.RLIM_INFINITY else min(max_bytes, hard)
+    resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
 
 
 def _serve(request: dict[str, object], files: list[Path], replies: BinaryIO) -> None:

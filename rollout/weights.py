@@ -15,9 +15,11 @@ import ray
 from numpy.typing import NDArray
 from ray.actor import ActorHandle, ActorProxy
 from ray.exceptions import RayError
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from ground import faults
 from ground.errors import DataError, InfraError, SetupError
+from ground.roles import enter_role
 from rollout.layout import Layout
 from rollout.shared_memory import Lock, SharedBuffer, first_free
 
@@ -83,7 +85,7 @@ class WeightKeeper:
     """Keeps the newest published weights and the version before; a Ray actor (`start_keeper`)."""
 
     def __init__(self) -> None:
-        faults.enter("keeper")
+        enter_role("keeper")
         self._buffers: dict[str, SharedBuffer] = {}
         self._published: dict[int, Published] = {}
         self._carried: dict[int, ray.ObjectRef[NDArray[np.uint8]]] = {}
@@ -212,6 +214,15 @@ def _this_actor() -> ActorHandle | None:
 
 
 def start_keeper(name: str | None = None) -> ActorProxy[WeightKeeper]:
-    """Start a keeper that belongs to the calling process and dies with it, not with a learner."""
+    """Start a keeper that belongs to the calling process and dies with it, not with a learner.
+
+    It runs on the same machine, whose memory it keeps the weights in.
+    """
     options = {"num_cpus": 0, "max_restarts": 0} | ({"name": name} if name else {})
-    return ray.remote(WeightKeeper).options(**options).remote()
+    strategy = on_this_machine()
+    return ray.remote(WeightKeeper).options(**options, scheduling_strategy=strategy).remote()
+
+
+def on_this_machine() -> NodeAffinitySchedulingStrategy:
+    """For an actor that must run here and nowhere else."""
+    return NodeAffinitySchedulingStrategy(this_node(), soft=False)

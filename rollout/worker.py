@@ -18,6 +18,7 @@ import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, cast
 
 from ground import faults
@@ -28,6 +29,7 @@ from ground.roles import enter_role
 from rollout.config import EngineSection
 from rollout.engine import Completion, Engine, Request
 from rollout.failures import sorted_failures
+from rollout.luggage import Luggage
 from rollout.reward_pool import RewardPool
 from rollout.scoring import rollouts_of, texts_of
 from rollout.task import GroupResult, GroupTask, Loaded, Pong, WorkerConfig
@@ -62,8 +64,8 @@ class RolloutWorker:
     Each message carries the run's incarnation, and one of another life is refused.
     """
 
-    def __init__(self, config: WorkerConfig) -> None:
-        self._config, self._fence = config, Fence(config.incarnation)
+    def __init__(self, config: WorkerConfig, luggage: Luggage) -> None:
+        self._config, self._luggage, self._fence = config, luggage, Fence(config.incarnation)
         self._lease: Lease | None = None
         self._sampling: dict[str, _Sampling] = {}
         self._awaiting_verdicts: set[str] = set()
@@ -83,10 +85,11 @@ class RolloutWorker:
         config, fleet = self._config, self._config.fleet
         with sorted_failures("opening the engine"):
             faults.point("open")
+            self._files = self._luggage.unpack()
             engine = config.engine.with_slots(slots_share)
-            self._engine, self._template, self._gate = self._open_engine(engine)
+            self._engine, self._template, self._gate = self._open_engine(engine, self._files.model)
         self._pool = RewardPool(
-            fleet.reward_processes, fleet.reward_deadline_seconds, config.reward_files
+            fleet.reward_processes, fleet.reward_deadline_seconds, self._files.rewards
         )
         self._scoring = ThreadPoolExecutor(fleet.reward_processes, thread_name_prefix="score")
         self._orders = ThreadPoolExecutor(1, thread_name_prefix="order")
@@ -133,6 +136,7 @@ class RolloutWorker:
         """End engine and pool; their children are gone when this returns."""
         await asyncio.to_thread(self._engine.close)
         await asyncio.to_thread(self._pool.close)
+        self._files.remove()
 
     async def _rollout(self, task: GroupTask, attempt: int) -> GroupResult:
         started = time.time()
@@ -161,17 +165,21 @@ class RolloutWorker:
 
     def _import_libraries(self) -> None:
         """Here and not above: whoever only creates workers needs no torch."""
-        import rollout.engines
         import rollout.gate  # noqa: F401
+        from rollout.engines import import_engine
 
-    def _open_engine(self, section: EngineSection) -> tuple[Engine, ChatTemplate, Gate]:
-        from rollout.engines import open_engine
+        import_engine(self._config.engine.kind)
+
+    def _open_engine(
+        self, section: EngineSection, model: Path
+    ) -> tuple[Engine, ChatTemplate, Gate]:
+        from rollout.engines import open_blank
         from rollout.gate import Gate
         from rollout.handover import Inbox
         from rollout.weights import this_node
 
         try:
-            engine, template = open_engine(self._config.model_path, section, version=-1)
+            engine, template = open_blank(model, section)
         except (OSError, RuntimeError) as error:
             what = f"the engine must open, got {type(error).__name__}: {error}"
             raise InfraError(what) from error

@@ -6,14 +6,13 @@ import logging
 import sys
 from dataclasses import asdict
 
-from accelerate import PartialState
-
 from ground.chat import ChatTemplate
 from ground.checkpoints import Checkpoints
 from ground.entry import Stage, stage_entry
 from ground.errors import RecipeError
 from ground.model import export_model, load_model, load_tokenizer
 from ground.model_files import read_config
+from ground.ranks import join_ranks
 from ground.storage import commit_directory
 from ground.tables import read_demonstrations, write_jsonl
 from ground.training import Fit, stage_card
@@ -27,25 +26,30 @@ logger = logging.getLogger(__name__)
 def train(stage: Stage[SftSection]) -> dict[str, object]:
     """Imitate the demonstrations; leaves `model/` and what was skipped in `skipped.jsonl`."""
     section, trail = stage.section, stage.trail
+    ranks = join_ranks("sft")
     base, source = trail.model_before("sft"), trail.demonstrations_before("sft")
     tokenizer = load_tokenizer(base)
     chat = ChatTemplate(tokenizer)
     _check_context(section.max_length, read_config(base))
-    demonstrations = read_demonstrations(source, stage.head.data, quarantine=stage.directory)
+    demonstrations = read_demonstrations(
+        source, stage.head.data, quarantine=stage.directory if ranks.is_main else None
+    )
     rows = encode_demonstrations(demonstrations, chat, section.max_length)
-    _report(stage, rows)
+    if ranks.is_main:
+        _report(stage, rows)
 
     model = load_model(base)
     identity = {"rows": rows.fingerprint, "template": chat.fingerprint}
+    identity |= {"layout": ranks.launch.layout}
     checkpoints = Checkpoints(
         stage.directory / "checkpoints", section.trainer.keep_checkpoints, identity
     )
-    num_steps = run_sft(
+    fitted = run_sft(
         model,
         tokenizer,
         rows,
         section.trainer,
-        Fit(stage.directory, stage.metrics, checkpoints, section.trainer.max_seconds),
+        Fit(stage.directory, stage.metrics, checkpoints, section.trainer.max_seconds, ranks),
         seed=stage.head.seed,
         resume=stage.resume,
     )
@@ -54,14 +58,14 @@ def train(stage: Stage[SftSection]) -> dict[str, object]:
         "skipped": len(rows.skipped),
         "tokens": rows.num_tokens,
         "trained_tokens": rows.num_trained,
-        "steps": num_steps,
+        "steps": fitted.steps,
         "chat_template": chat.fingerprint,
     }
-    if PartialState().is_main_process:
+    if ranks.is_main:
         data = {"data": f"{source.parent.name}/{source.name}", "rows_sha256": rows.fingerprint}
         provenance = {**stage_card(stage, base), **data, **summary}
         with commit_directory(stage.directory / "model", provenance) as folder:
-            export_model(model, tokenizer, folder, provenance)
+            export_model(fitted.whole(model, base), tokenizer, folder, provenance)
     return summary
 
 
@@ -77,7 +81,7 @@ def _check_context(max_length: int, config: dict[str, object]) -> None:
 
 def _report(stage: Stage[SftSection], rows: TrainingRows) -> None:
     """Name what is left out, in the log and in a file."""
-    if rows.skipped and PartialState().is_main_process:
+    if rows.skipped:
         first = "; ".join(f"{skip.id} ({skip.reason})" for skip in rows.skipped[:3])
         logger.warning("%d rows are left out: %s", len(rows.skipped), first)
         write_jsonl(stage.directory / "skipped.jsonl", [asdict(skip) for skip in rows.skipped])

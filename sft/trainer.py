@@ -7,14 +7,13 @@ it does not depend on how a step is split into passes.
 
 from __future__ import annotations
 
-from accelerate import PartialState
 from datasets import Dataset, Features, Sequence, Value
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 from trl.trainer.sft_config import SFTConfig
 from trl.trainer.sft_trainer import SFTTrainer
 
 from ground.trainer_config import TrainerSection
-from ground.training import FiniteLoss, Fit, config_kept, fit, trainer_arguments
+from ground.training import FiniteLoss, Fit, Fitted, config_kept, fit, trainer_arguments
 from sft.data import TrainingRows
 
 _FEATURES = Features({"input_ids": Sequence(Value("int64")), "labels": Sequence(Value("int64"))})
@@ -29,12 +28,12 @@ def run_sft(
     *,
     seed: int,
     resume: bool,
-) -> int:
-    """Train `model` in place and return the number of steps done."""
+) -> Fitted:
+    """Train `model` in place."""
     arguments = trainer_arguments(
         section,
         num_rows=len(rows.rows),
-        num_processes=PartialState().num_processes,
+        ranks=where.ranks,
         seed=seed,
         scratch=where.scratch,
     )

@@ -77,6 +77,38 @@ def make_tiny_model(directory: Path, *, seed: int = 0, **overrides: object) -> P
     return directory
 
 
+def make_tiny_llama(directory: Path, *, seed: int = 0) -> Path:
+    """Write a randomly initialised dense Llama with tied embeddings, and return its folder.
+
+    Two layers, 27 thousand parameters, heads of 32 as vLLM's CPU kernels ask; tokenizer as above.
+    """
+    import torch
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    config = LlamaConfig(
+        vocab_size=264,
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        head_dim=32,
+        max_position_embeddings=1024,
+        bos_token_id=256,
+        eos_token_id=260,
+        pad_token_id=261,
+        initializer_range=0.1,
+        tie_word_embeddings=True,
+    )
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model = LlamaForCausalLM(config)
+    directory.mkdir(parents=True, exist_ok=True)
+    model.save_pretrained(directory)
+    make_tiny_tokenizer().save_pretrained(directory)
+    return directory
+
+
 def make_tiny_tokenizer(
     chat_template: str | None = TINY_CHAT_TEMPLATE,
 ) -> PreTrainedTokenizerFast:

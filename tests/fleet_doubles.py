@@ -79,7 +79,7 @@ class PretendingWorker(RolloutWorker):
     def _import_libraries(self) -> None:
         return
 
-    def _open_engine(self, section: EngineSection) -> Any:
+    def _open_engine(self, section: EngineSection, model: Path) -> Any:
         engine = PretendingEngine()
         return engine, Letters(), OpenGate(engine)
 

@@ -7,12 +7,16 @@ from pathlib import Path
 import torch
 from accelerate import Accelerator
 
+from ground.launch import Launch
 from ground.model import load_model
+from ground.ranks import Ranks
 from ground.records import Group, Message, Prompt, Rollout, Segment, Span
 from rl.books import Plan
 from rl.buffer import Outcome
 from rl.config import RlSection
+from rl.ensemble import Ensemble
 from rl.learner import Learner
+from rl.prober import Prober
 from rl.source import Draw
 
 PROMPT = Prompt.make((Message("user", "2+2="),), capability="sums", reward="exact", answer="4")
@@ -48,7 +52,19 @@ def make_plan(*groups: Group, step: int = 1) -> Plan:
     return Plan.of(step, outcomes)
 
 
-def make_learner(path: Path, accelerator: Accelerator | None = None, **settings: object) -> Learner:
+def make_ensemble(learner: Learner, ranks: Ranks | None = None) -> Ensemble:
+    """The learners of all ranks; of this process alone by default."""
+    through = learner.update.module if learner.update.splits_weights else None
+    prober = Prober(learner.model, max_length=64, seed=0, through=through)
+    return Ensemble(learner, prober, ranks or Ranks(Launch(), 0.0))
+
+
+def make_learner(
+    path: Path,
+    accelerator: Accelerator | None = None,
+    dtype: torch.dtype = torch.float64,
+    **settings: object,
+) -> Learner:
     section = RlSection.model_validate(
         {
             "steps": 4,
@@ -58,7 +74,7 @@ def make_learner(path: Path, accelerator: Accelerator | None = None, **settings:
         }
     )
     return Learner(
-        load_model(path, dtype=torch.float64),
+        load_model(path, dtype=dtype),
         accelerator or Accelerator(cpu=True),
         section,
         pad_id=261,

@@ -15,7 +15,7 @@ from collections.abc import Callable, Coroutine, Mapping, Sequence
 from concurrent.futures import Future
 from concurrent.futures import TimeoutError as FutureTimeoutError
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, TypeVar, cast
 
 from torch import Tensor
 
@@ -42,6 +42,9 @@ from rollout.weights import Probes
 
 OF_WORKERS = {name for kind, name in POINTS if kind in ("rollout", "reward")}
 """A worker's end is the fleet's business; nothing of the learner's or controller's dies with it."""
+
+
+Value = TypeVar("Value")
 
 
 class Killed(BaseException):
@@ -75,6 +78,10 @@ class Killer:
         if name == self._name and self._left == 0:
             self.is_dead = True
         self.check()
+
+    def corrupted(self, name: str, value: Value) -> Value:
+        self.point(name)
+        return value
 
     def check(self) -> None:
         if self.is_dead:

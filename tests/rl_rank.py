@@ -1,5 +1,6 @@
-"""One rank of a learner in a process of its own: `python rl_rank.py MODEL OUT`, told by torchrun's
-environment. Rank 0 writes what the steps gave.
+"""One rank of a learner in a process of its own: `python rl_rank.py MODEL OUT`.
+
+It is told by a launcher's environment. Rank 0 leads, and writes what the steps gave.
 
 The plans are made so that ranks have different numbers of passes, that one of them has no row at
 all, and that a poisoned row is on the other rank only.
@@ -15,14 +16,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import Accelerator, InitProcessGroupKwargs
-from rl_doubles import make_group, make_learner, make_plan
-from safetensors.torch import save_file
+from rl_doubles import make_ensemble, make_group, make_learner, make_plan
+from safetensors.torch import load_file, save_file
 
 from ground.errors import DivergedError
+from ground.ranks import Ranks, join_ranks
 from ground.records import Group
 from rl.books import Plan
-from rl.learner import Learner
+from rl.ensemble import Ensemble
 
 SETTINGS: dict[str, Any] = {
     "micro_batch_tokens": 24,
@@ -58,31 +59,53 @@ def poisoned() -> Plan:
     return make_plan(replace(group, rollouts=tuple(rollouts)), step=3)
 
 
-def train(learner: Learner) -> dict[str, Any]:
-    """The numbers of all steps, and how the poisoned one ended."""
-    numbers = [learner.step(plan) for plan in plans()]
-    before, error = learner.model_tensors(), ""
+def train(learners: Ensemble, out: Path) -> dict[str, Any]:
+    """The numbers of all steps, and how the poisoned one ended; leaves a cut before the last."""
+    first, second, third = plans()
+    numbers = [learners.step(first), learners.step(second)]
+    save_file(learners.model_tensors(), out / "model.safetensors")
+    save_file(learners.optimizer_tensors(), out / "optimizer.safetensors")
+    numbers.append(learners.step(third))
+    probes = learners.probes_of(first.groups)()
+    with learners.live() as live:
+        save_file({name: tensor.clone() for name, tensor in live.items()}, out / "last.safetensors")
+    before, error = learners.model_tensors(), ""
     try:
-        learner.step(poisoned())
+        learners.step(poisoned())
     except DivergedError as refusal:
         error = refusal.what
-    kept = all(bool((before[k] == v).all()) for k, v in learner.model_tensors().items())
-    return {"numbers": numbers, "error": error, "kept": kept}
+    kept = all(bool((before[k] == v).all()) for k, v in learners.model_tensors().items())
+    scored = [list(probe.logprobs) for probe in probes.rows]
+    return {"numbers": numbers, "error": error, "kept": kept, "probes": scored}
+
+
+def go_on(learners: Ensemble, cut: Path, out: Path) -> dict[str, Any]:
+    """The last step again, from a cut."""
+    optimizer = load_file(cut / "optimizer.safetensors")
+    learners.load(load_file(cut / "model.safetensors"), optimizer)
+    numbers = [learners.step(plans()[2])]
+    save_file(learners.model_tensors(), out / "last.safetensors")
+    return {"numbers": numbers}
+
+
+def ensemble(model: Path, ranks: Ranks, **settings: Any) -> Ensemble:
+    """The learners of all ranks over the tiny model, in fp32 as the stage has it."""
+    learner = make_learner(model, ranks.accelerator(), dtype=torch.float32, **settings)
+    ranks.check(ranks.num_ranks, learner.update.module)
+    return make_ensemble(learner, ranks)
 
 
 def main() -> None:
-    """Run as a rank."""
-    model, out = Path(sys.argv[1]), Path(sys.argv[2])
+    """Run as a rank; with a third argument, go on from the cut in that folder."""
+    model, out, *cut = (Path(argument) for argument in sys.argv[1:])
     torch.set_num_threads(1)
-    # Without the backend accelerate makes two worlds of one rank each on a machine without GPUs.
-    accelerator = Accelerator(cpu=True, kwargs_handlers=[InitProcessGroupKwargs(backend="gloo")])
-    assert accelerator.num_processes == 2
-    learner = make_learner(model, accelerator, **SETTINGS)
-    found = train(learner)
-    rank = accelerator.process_index
-    (out / f"rank_{rank}.json").write_text(json.dumps(found))
-    save_file(learner.model_tensors(), out / f"rank_{rank}.safetensors")
-    accelerator.end_training()
+    ranks = join_ranks("test", seconds=60)
+    learners = ensemble(model, ranks, **SETTINGS)
+    if not ranks.is_main:
+        return learners.follow()
+    found = go_on(learners, cut[0], out) if cut else train(learners, out)
+    learners.end()
+    (out / "found.json").write_text(json.dumps(found))
 
 
 if __name__ == "__main__":

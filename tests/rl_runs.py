@@ -8,10 +8,12 @@ import signal
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import Any
 
 import psutil
 import pyarrow.parquet as pq
@@ -62,37 +64,27 @@ class Run:
         *,
         faults: Faults | None = None,
         rl: Mapping[str, object] | None = None,
+        launcher: Path | None = None,
     ) -> None:
-        self.faults = faults
+        self.faults, self.launcher = faults, launcher
         self.directory, self.stage = directory, directory / "run" / "rl"
         self.place = Path(tempfile.mkdtemp(prefix="rl-", dir="/tmp"))
-        rows = [
-            {
-                "messages": [{"role": "user", "content": f"letters {number}"}],
-                "capability": ("one", "two")[number % 2],
-                "reward": reward,
-                "answer": "",
-            }
-            for number in range(64)
-        ]
-        (directory / "prompts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-        (directory / "rewards.py").write_text(EARLY + MORE)
         self.rl = RL | dict(rl or {})
-        recipe = {
-            "name": "toy",
-            "model": {"path": str(model)},
-            "data": {"prompts": "prompts.jsonl"},
-            "rewards": ["rewards.py"],
-            "rl": self.rl,
-        }
-        self.shared = _shared_memory()
-        (directory / "recipe.yaml").write_text(json.dumps(recipe))
+        write_project(directory, model, reward, self.rl)
+        self.shared, self.own = _shared_memory(), set[str]()
+        self._is_over = threading.Event()
+        threading.Thread(target=self._watch_shared_memory, name="shm watch", daemon=True).start()
         self.process = self.start()
 
     def start(self, *flags: str) -> subprocess.Popen[str]:
         arguments = [str(self.directory / "recipe.yaml"), "--run", str(self.directory / "run")]
+        launcher = (
+            ["-m", "accelerate.commands.launch", "--config_file", str(self.launcher)]
+            if self.launcher
+            else []
+        )
         self.process = subprocess.Popen(
-            [sys.executable, "-m", "rl.train", *arguments, *flags],
+            [sys.executable, *launcher, "-m", "rl.train", *arguments, *flags],
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,
@@ -144,17 +136,37 @@ class Run:
     def left(self) -> list[str]:
         """Processes (and with them their ports), folders and shared memory that are still there."""
         found = [str(path) for path in self.place.glob("packtrain-*")]
-        found += sorted(_shared_memory() - self.shared)
+        self._look_at_shared_memory()
+        found += sorted(self.own & _shared_memory())
+        return found + [f"{process.pid} {process.cmdline()}" for process in self._processes()]
+
+    def _processes(self) -> list[psutil.Process]:
+        """Those of this run, by their temporary folder."""
+        found = list[psutil.Process]()
         for process in psutil.process_iter():
             with suppress(psutil.Error):
                 files = [file.path for file in process.open_files()]
                 is_ours = process.environ().get("TMPDIR") == str(self.place)
                 if is_ours or any(path.startswith(str(self.place)) for path in files):
-                    found.append(f"{process.pid} {process.cmdline()}")
+                    found.append(process)
         return found
+
+    def _watch_shared_memory(self) -> None:
+        """Tests that run beside us have files there too, and of one that is left behind nobody can
+        tell any more whose it was."""
+        while not self._is_over.wait(0.5):
+            self._look_at_shared_memory()
+
+    def _look_at_shared_memory(self) -> None:
+        if _shared_memory() - self.shared - self.own:
+            self.own |= _in_use(self._processes()) - self.shared
 
     def check_nothing_is_left(self) -> None:
         wait_until(lambda: not self.left(), 10, f"end of what is left: {self.left()}")
+
+    def end_watch(self) -> None:
+        """The run is over; nobody looks at shared memory any more."""
+        self._is_over.set()
 
     def restarts(self) -> list[str]:
         """Why whole lives of the loop were lost."""
@@ -168,11 +180,36 @@ class Run:
         return [r for r in read_journal(self.stage / "events.jsonl") if r["kind"] == kind]
 
 
+def write_project(
+    directory: Path, model: Path, reward: str = "early", rl: Mapping[str, object] = RL
+) -> None:
+    """What a user has in a folder: recipe, prompts, reward functions."""
+    rows = [
+        {
+            "messages": [{"role": "user", "content": f"letters {number}"}],
+            "capability": ("one", "two")[number % 2],
+            "reward": reward,
+            "answer": "",
+        }
+        for number in range(64)
+    ]
+    (directory / "prompts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (directory / "rewards.py").write_text(EARLY + MORE)
+    recipe = {
+        "name": "toy",
+        "model": {"path": str(model)},
+        "data": {"prompts": "prompts.jsonl"},
+        "rewards": ["rewards.py"],
+        "rl": dict(rl),
+    }
+    (directory / "recipe.yaml").write_text(json.dumps(recipe))
+
+
 def wait_until(
     is_true: Callable[[], bool],
     seconds: float,
     what: str,
-    process: subprocess.Popen[str] | None = None,
+    process: subprocess.Popen[Any] | None = None,
 ) -> None:
     deadline = time.monotonic() + seconds
     while not is_true():
@@ -193,9 +230,21 @@ def nothing_left(run: Run) -> Iterator[Run]:
             os.killpg(run.process.pid, signal.SIGKILL)
         run.process.communicate()
         run.check_nothing_is_left()
+        run.end_watch()
         run.place.rmdir()
 
 
 def _shared_memory() -> set[str]:
-    folder = Path("/dev/shm")
-    return {str(path) for path in folder.glob("*")} if folder.is_dir() else set()
+    """Files in shared memory."""
+    return {str(path) for path in Path("/dev/shm").glob("*") if path.is_file()}
+
+
+def _in_use(processes: list[psutil.Process]) -> set[str]:
+    """Files in shared memory that these processes have open or mapped."""
+    found = set[str]()
+    for process in processes:
+        with suppress(OSError):
+            lines = Path(f"/proc/{process.pid}/maps").read_text().splitlines()
+            found |= {line[line.index("/dev/shm/") :] for line in lines if "/dev/shm/" in line}
+            found |= {os.readlink(file) for file in Path(f"/proc/{process.pid}/fd").iterdir()}
+    return {path for path in found if path.startswith("/dev/shm/")}

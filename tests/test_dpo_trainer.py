@@ -57,7 +57,7 @@ class Bench:
         section = SECTION.model_copy(update=changes)
         with Metrics(self.metrics_file) as metrics:
             where = Fit(self.folder / "stage", metrics, self.checkpoints, section.max_seconds)
-            return run_dpo(
+            fitted = run_dpo(
                 self.model,
                 self.tokenizer,
                 self.pairs,
@@ -67,6 +67,7 @@ class Bench:
                 seed=1,
                 resume=resume,
             )
+            return fitted.steps
 
 
 @pytest.fixture

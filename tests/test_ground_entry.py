@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+from launching import free_port, rank_environment
 
 from ground.config import Section
 from ground.entry import Stage, stage_entry
@@ -28,6 +29,7 @@ from ground.errors import (
 )
 from ground.lock import RunLock
 from ground.metrics import read_metrics
+from ground.roll import Roll
 from ground.run import RunDir
 from ground.signals import Interrupted, held_signals, install_signals
 
@@ -250,6 +252,10 @@ def test_other_ranks_work_without_lock_manifest_or_voice(
         (stage.directory / "half").unlink()
         return train(stage)
 
+    for name, value in rank_environment("ddp", 0, free_port()).items():
+        monkeypatch.setenv(name, value)
+    holder = Roll(os.environ)  # as the launcher does, which outlives every rank
+    monkeypatch.setenv("TORCHELASTIC_USE_AGENT_STORE", "True")
     assert enter(function=as_rank_1) == 0
     assert seen == [(run.stage("sft").relative_to(place), True)]
     assert capsys.readouterr().err == ""
@@ -257,6 +263,7 @@ def test_other_ranks_work_without_lock_manifest_or_voice(
     assert (run.path / "log" / "sft.rank1.log").is_file()
     monkeypatch.setenv("RANK", "1")
     assert enter(function=work) == 0 and len(seen) == 1
+    assert holder.heard("sft/verdict") == "stop"
 
 
 # --- signals ----------------------------------------------------------------------------------

@@ -203,6 +203,15 @@ def test_opening_makes_a_private_directory_with_recipe_and_environment(tmp_path:
     assert set(environment) == {"python", "platform", "host", "cpus", "memory_bytes", "libraries"}
 
 
+def test_a_run_in_rays_copy_of_a_jobs_folder_is_refused(tmp_path: Path) -> None:
+    copy = tmp_path / "session_1" / "runtime_resources" / "working_dir_files" / "_ray_pkg_1"
+    copy.mkdir(parents=True)
+    with pytest.raises(SetupError, match="which Ray removes") as refused, RunDir(copy / "r").open():
+        pass
+    assert "--run /" in str(refused.value)
+    assert list(copy.iterdir()) == [], "nothing was made"
+
+
 def test_somebody_elses_folder_is_refused(tmp_path: Path) -> None:
     (tmp_path / "thesis").mkdir()
     (tmp_path / "thesis" / "thesis.tex").write_text("x")

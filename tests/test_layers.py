@@ -35,7 +35,13 @@ ADDRESSES: dict[str, set[str]] = {
         "rl/pulse.py",
         "rl/remote.py",
     },
-    "vllm": {"rollout/vllm_engine.py"},
+    "vllm": {
+        "rollout/vllm_engine.py",
+        "rollout/vllm_process.py",
+        "rollout/vllm_requests.py",
+        "rollout/vllm_scheduler.py",
+        "rollout/vllm_worker.py",
+    },
     "pandas": {"curation/inspect.py"},
 }
 """Heavy dependency → the only files that may import it."""

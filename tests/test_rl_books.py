@@ -308,17 +308,29 @@ def test_apportioning_sums_to_the_total() -> None:
 
 
 class BooksMachine(RuleBasedStateMachine):
-    """Random orders of sending, finishing, breaking, training and crashing."""
+    """Random orders of sending, finishing, breaking, refusing, dropping, training and crashing."""
 
-    @initialize(staleness=st.integers(0, 3), refills=st.integers(0, 2), seed=st.integers(0, 9))
-    def start(self, staleness: int, refills: int, seed: int) -> None:
+    @initialize(
+        staleness=st.integers(0, 3),
+        refills=st.integers(0, 2),
+        seed=st.integers(0, 9),
+        floor=st.sampled_from([0.5, 1.0]),
+    )
+    def start(self, staleness: int, refills: int, seed: int, floor: float) -> None:
         self.shape = {"max_staleness": staleness, "max_refills": refills, "seed": seed}
+        self.floor = floor
         self.records: list[dict[str, object]] = []
         self.pool = make_pool(7)
-        self.books = make_books(self.records, pool=self.pool, steps=6, **self.shape)
+        self.books = self.new_books()
         self.waiting, self.in_flight = self.books.open(), []
         self.trained: list[str] = []
         self.saved: tuple[str, int, int] = ("", 0, 0)
+        self.refused: set[str] = set()
+
+    def new_books(self) -> Books:
+        return make_books(
+            self.records, pool=self.pool, steps=6, late_floor=self.floor, **self.shape
+        )
 
     @precondition(lambda self: self.waiting)
     @rule(data=st.data())
@@ -337,15 +349,51 @@ class BooksMachine(RuleBasedStateMachine):
         refill = self.books.settle(draw, group)
         self.waiting += [refill] if refill else []
 
+    @precondition(lambda self: self.in_flight)
+    @rule(data=st.data())
+    def err_about_the_weights(self, data: st.DataObject) -> None:
+        """A worker that claims older weights than its slot, or newer ones than there are."""
+        draw = data.draw(st.sampled_from(self.in_flight))
+        version = data.draw(st.sampled_from([draw.version - 1, self.books.version + 2]))
+        self.in_flight.remove(draw)
+        refill = self.books.settle(draw, make_group(draw, MIXED, version))
+        self.waiting += [refill] if refill else []
+
+    @precondition(lambda self: self.in_flight and self.books.curriculum.counts()["refused"] < 4)
+    @rule(data=st.data())
+    def refuse(self, data: st.DataObject) -> None:
+        """The prompt does not fit; one that is drawn again until the publication still comes."""
+        draw = data.draw(st.sampled_from(self.in_flight))
+        if len(self.refused | {draw.prompt.id}) > 4:
+            return
+        self.refused.add(draw.prompt.id)
+        self.in_flight.remove(draw)
+        refill = self.books.settle(draw, "refused")
+        self.waiting += [refill] if refill else []
+
     @precondition(lambda self: self.books.is_ready(self.books.version))
     @rule()
     def train(self) -> None:
         step = self.books.version
+        late = self.books.drop_late(step)
+        assert self.floor < 1 or not late
+        assert not any(draw.is_again for draw in late), "put off at most once"
+        assert len(late) <= 1, "half of a step's two slots must be in"
+        for draws in (self.waiting, self.in_flight):
+            draws[:] = [draw for draw in draws if draw not in late]
         for group in self.books.plan(step).groups:
             self.trained.append(group.id)
         for slot in self.books.buffer.take(step):
             assert 0 <= step - slot.draws[0].version <= self.shape["max_staleness"]
-        self.waiting += self.books.publish(step + 1)
+        opened = self.books.publish(step + 1)
+        assert not {draw.prompt.id for draw in opened if not draw.is_again} & self.gone()
+        self.waiting += opened
+
+    def gone(self) -> set[str]:
+        """Prompts that a publication has taken out of the pool."""
+        refused = self.books.curriculum.state_dict()["refused"]
+        assert isinstance(refused, list)
+        return set(refused)
 
     @rule()
     def save(self) -> None:
@@ -356,7 +404,7 @@ class BooksMachine(RuleBasedStateMachine):
     def crash(self) -> None:
         state, num_records, num_trained = self.saved
         del self.records[num_records:], self.trained[num_trained:]
-        self.books = make_books(self.records, pool=self.pool, steps=6, **self.shape)
+        self.books = self.new_books()
         known = {prompt.id: prompt for prompt in self.pool}
         self.books.load_state_dict(json.loads(state), known)
         self.waiting, self.in_flight = self.books.waiting(), []

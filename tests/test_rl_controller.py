@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 import pytest
 
@@ -93,6 +93,7 @@ def make_controller(
     validation: list[Prompt] | None = None,
     step_deadline_seconds: float = 10.0,
     in_flight: int = 4,
+    note: Callable[[Mapping[str, object]], None] = lambda event: None,
 ) -> Controller:
     section = RlSection(
         steps=4,
@@ -125,7 +126,7 @@ def make_controller(
         validation=validation or [],
         system_of=lambda prompt, pass_: f"system {pass_}",
         in_flight=in_flight,
-        note=lambda event: None,
+        note=note,
     )
 
 
@@ -192,6 +193,29 @@ def test_no_trained_token_is_older_than_the_bound() -> None:
     asyncio.run(run())
     assert len(ages) == 12
     assert min(ages) >= 0 and max(ages) <= 2
+
+
+def test_77_a_curriculum_that_is_widened_is_told_once_and_shown_in_the_gauges(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """Four steps without a group that teaches; the third one widens it."""
+    events: list[Mapping[str, object]] = []
+
+    async def run() -> list[float]:
+        fleet = ScriptedFleet(lambda task, index: True)
+        controller, gauges = make_controller(fleet, [], note=events.append), []
+        await controller.begin(0, "weights")
+        for step in range(4):
+            _, measured = await controller.next_batch(step)
+            gauges.append(measured["curriculum_wide"])
+            await controller.publish(step + 1, "weights")
+        return gauges
+
+    assert asyncio.run(run()) == [0.0, 0.0, 0.0, 1.0]
+    widened = [event for event in events if event["kind"] == "widened"]
+    assert [(event["version"], event["role"]) for event in widened] == [(3, "controller")]
+    told = [record.message for record in caplog.records if "get half" in record.message]
+    assert len(told) == 1 and told[0].startswith("no group of 3 steps teaches: from version 3 on")
 
 
 def test_a_broken_and_a_refused_group_are_replaced_and_told_apart() -> None:
@@ -291,6 +315,19 @@ def test_evaluation_asks_the_validation_slice_under_the_version_just_published()
     assert asyncio.run(run()) == pytest.approx(1 / 3)
     assert {task.id.split(".")[1] for task in asked} == {"validation-1"}
     assert len({task.prompt.id for task in asked}) == 2
+
+
+def test_the_fleets_idle_share_is_what_its_clock_leaves() -> None:
+    """Busy for 3 of 4 seconds, then for none of 2."""
+    now = [0.0]
+    controller = make_controller(ScriptedFleet(first_is_right), [])
+    controller._busy = BusyClock(lambda: now[0])
+    with controller._busy:
+        now[0] = 3.0
+    now[0] = 4.0
+    assert controller._gauges()["rollout_idle_share"] == 0.25
+    now[0] = 6.0
+    assert controller._gauges()["rollout_idle_share"] == 1.0
 
 
 def test_busy_share_counts_overlapping_bodies_once() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from dataclasses import replace
 
@@ -11,10 +12,11 @@ from hypothesis import strategies as st
 from rl_doubles import make_group, make_plan
 from test_rl_books import make_books, make_pool
 
+from curation.config import CurriculumSection
 from ground.errors import DivergedError
-from ground.records import Group, Segment, Span
+from ground.records import Difficulty, Group, Segment, Span
 from rl.books import Books, Plan
-from rl.config import AdvantageSection, BaselineAdvantages, PassAtKAdvantages
+from rl.config import AdvantageSection, BaselineAdvantages, PassAtKAdvantages, RlSection
 from rl.guards import EssBrake, NoSignalGuard, check_finite
 from rl.source import Draw
 
@@ -118,6 +120,93 @@ def run_until_stopped(
             return error
         waiting += books.publish(step + 1)
     return None
+
+
+class WronglyMined:
+    """What mining called half solved is hopeless; one prompt in eight, which it called hopeless, is
+    half solved, or hopeless too. Two steps of four slots widen the curriculum."""
+
+    def __init__(self, *, is_hopeless: bool = False) -> None:
+        self.is_hopeless = is_hopeless
+        self.pool = [
+            replace(prompt, difficulty=Difficulty(successes=4 * (number % 8 > 0), trials=8))
+            for number, prompt in enumerate(make_pool(160, ("sums",)))
+        ]
+        self.section = RlSection(
+            steps=40,
+            groups_per_step=4,
+            max_staleness=2,
+            max_refills=0,
+            max_empty_steps=2,
+            curriculum=CurriculumSection(review_share=0),
+        )
+        self.books = self.new_books()
+        self.books.open()
+        self.plans: list[Plan] = []
+        self.is_wide = [False]
+        """By version."""
+
+    def new_books(self) -> Books:
+        return Books.of(self.section, self.pool, 0, lambda record: None)
+
+    def step(self) -> Plan:
+        """Everything that waits is answered, and a step is consumed."""
+        for draw in self.books.waiting():
+            mined = draw.prompt.difficulty
+            assert mined
+            is_mixed = not mined.successes and not self.is_hopeless
+            self.books.send(draw)
+            rewards = (float(is_mixed), 0.0, 0.0, 0.0)
+            self.books.settle(draw, answered(draw, rewards, (is_mixed, False, False, False)))
+        self.plans.append(self.books.plan(len(self.plans)))
+        self.books.publish(len(self.plans))
+        self.is_wide.append(self.books.curriculum.is_wide)
+        return self.plans[-1]
+
+
+def test_77_empty_steps_widen_the_curriculum_until_one_teaches() -> None:
+    """Versions 0 and 1 have opened steps 0 to 3; step 4 is the first that a wide version opened."""
+    world = WronglyMined()
+    guard = NoSignalGuard(world.section.max_starved_steps)
+    for _ in range(6):
+        guard.check(world.step())
+    assert [len(plan.groups) > 0 for plan in world.plans] == [False] * 4 + [True] * 2
+    assert world.is_wide == [False, False, True, True, True, False, False]
+
+
+def test_77_a_curriculum_that_was_widened_in_vain_ends_the_run() -> None:
+    """Two empty steps, two that were open by then, two that were drawn widely: 6 times 4 slots."""
+    world = WronglyMined(is_hopeless=True)
+    assert world.section.max_starved_steps == 2 * 2 + 2
+    guard = NoSignalGuard(world.section.max_starved_steps)
+    for _ in range(5):
+        guard.check(world.step())
+    assert world.is_wide == [False, False, True, True, True, True]
+    with pytest.raises(DivergedError, match="in 6 steps must teach") as caught:
+        guard.check(world.step())
+    assert caught.value.why == "24 groups were filtered: all-0 24"
+
+
+@pytest.mark.parametrize("cut", [0, 1, 2, 3])
+def test_77_a_restart_widens_at_the_same_version_and_draws_the_same(cut: int) -> None:
+    """From a cut at this version, or from the beginning, by the journal to version 4."""
+    world = WronglyMined()
+    state: dict[str, object] = {}
+    for version in range(4):
+        if version == cut:
+            state = json.loads(json.dumps(world.books.state_dict()))
+        world.step()
+    again = world.new_books()
+    if cut:
+        again.load_state_dict(state, {prompt.id: prompt for prompt in world.pool})
+    else:
+        again.open()
+    for plan in world.plans[cut:]:
+        again.replay([outcome.without_group for outcome in plan.outcomes])
+    assert again.curriculum.is_wide
+    assert again.curriculum.state_dict() == world.books.curriculum.state_dict()
+    drawn = [[slot.draws for slot in books.buffer.slots()] for books in (world.books, again)]
+    assert drawn[0] == drawn[1]
 
 
 CENTERED = BaselineAdvantages()

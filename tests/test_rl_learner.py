@@ -107,6 +107,62 @@ def test_neither_split_nor_packing_changes_loss_or_gradient(
             assert (other_grads[name] - grad).abs().max() < 1e-6 * grad.abs().max(), name
 
 
+def test_what_a_step_measures_by_hand(tiny_model: Path) -> None:
+    """Four tokens of three rows, of which the first alone is fresh."""
+    numbers = {
+        "loss": [0.0, 0.0, 0.0, 0.0],
+        "logprobs": [-1.0, -2.0, -1.0, -3.0],
+        "behavior": [-1.25, -2.0, -1.0, -3.0],
+        "entropy": [0.5, 1.5, 2.0, 0.0],
+        "ages": [0.0, 0.0, 1.0, 3.0],
+        "weights": [1.0, 1.0, 0.0, 2.0],
+        "clipped": [1.0, 0.0, 0.0, 0.0],
+        "kept": [1.0, 1.0, 0.0, 1.0],
+        "oldest": [0.0, 1.0, 1.0, 3.0],
+    }
+    stacked = torch.tensor(list(numbers.values()), dtype=torch.float64)
+    measured = make_learner(tiny_model)._measured(stacked)
+    rho = math.exp(0.25)
+    expected = {
+        "rho_mean": (rho + 3) / 4,
+        "rho_max": rho,
+        "ess": (rho + 3) ** 2 / (4 * (rho**2 + 3)),
+        "mismatch_kl": (rho - 1 - 0.25) / 4,
+        "fresh_gap_mean": 0.25,
+        "fresh_gap_max": 0.25,
+        "ess_applied": 16 / (4 * 6),
+        "clip_share": 0.25,
+        "masked_share": 0.25,
+        "entropy": 1.0,
+        "staleness_mean": 1.0,
+        "staleness_min": 0.0,
+        "staleness_max": 3.0,
+        "stale_share": 0.5,
+    }
+    assert {name: measured[name] for name in expected} == pytest.approx(expected)
+
+
+def test_what_a_pass_hands_to_the_metrics_stands_in_their_order(tiny_model: Path) -> None:
+    """Ages 0 and 2 in the two halves of every answer, a ratio far beyond the clip."""
+    group = make_group(0, logprob=-9.0)
+    mixed = [
+        replace(r, segments=(replace(s, versions=(Span(0, 1), Span(2, len(s.token_ids) - 1))),))
+        for r in group.rollouts
+        for s in r.segments
+    ]
+    plan = make_plan(replace(group, rollouts=tuple(mixed)), step=2)
+    learner = make_learner(tiny_model, loss={"kind": "aipo", "rho_max": 1})
+    measured = learner.step(plan)
+    # 12 tokens in 4 answers: the first of each is two versions old, the other 8 are new.
+    assert measured["staleness_mean"] == pytest.approx(4 * 2 / 12)
+    assert (measured["staleness_min"], measured["staleness_max"]) == (0.0, 2.0)
+    assert measured["stale_share"] == pytest.approx(4 / 12)
+    assert (measured["clip_share"], measured["masked_share"]) == (1.0, 0.0)
+    assert measured["ess_applied"] == pytest.approx(1.0), "every weight is cut to 1"
+    assert "fresh_gap_mean" not in measured, "no answer is of one version from the start"
+    assert 0 < measured["entropy"] < math.log(264)
+
+
 def test_75_a_poisoned_batch_is_refused_and_the_weights_stay(tiny_model: Path) -> None:
     learner = make_learner(tiny_model)
     learner.step(make_plan(make_group(0)))

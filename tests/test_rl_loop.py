@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
-from accelerate import Accelerator
-from rl_doubles import ANSWERS, make_group, make_learner, make_plan
+from rl_doubles import ANSWERS, make_ensemble, make_group, make_learner, make_plan
 from safetensors.torch import load_file
 from torch import Tensor
 
+import rl.loop
 from ground.checkpoints import Checkpoints
 from ground.errors import DivergedError, InfraError
 from ground.signals import Pending
@@ -22,6 +23,7 @@ from rl.config import RlSection, ValidationSection
 from rl.consumed import Consumed
 from rl.job import Job, Report
 from rl.learn import keep_batch
+from rl.learner import Learner
 from rl.loop import LearnerLoop
 from rl.publisher import Best, Publisher
 from rl.snapshot import Snapshot, read_books, read_snapshot, write_cut
@@ -94,15 +96,15 @@ def make_loop(
         steps=4,
         groups_per_step=1,
         checkpoint_every=3,
+        max_empty_steps=1,  # with a staleness of 1 three in a row end the run
         validation=ValidationSection(evaluate_every=2),
     )
     learner = make_learner(model)
     return LearnerLoop(
-        learner,
+        make_ensemble(learner),
         loop,
         publisher,
         Consumed(directory / "groups"),
-        Accelerator(cpu=True),
         section,
         tell=told.append,
         keep_batch=keep_batch,
@@ -173,6 +175,80 @@ def test_every_version_is_published_and_the_last_is_saved_and_judged(
     assert told[0].numbers["buffered"] == 1.0
     assert [path.name for path in Checkpoints(tmp_path).steps()] == ["step_000003", "step_000004"]
     assert publisher.best == Best(2, 0.7)
+
+
+class Watch:
+    """A clock that goes forward when it is told to."""
+
+    def __init__(self) -> None:
+        self.now = 100.0
+
+    def monotonic(self) -> float:
+        return self.now
+
+    def time(self) -> float:
+        return self.now
+
+
+def test_a_step_tells_how_its_time_was_spent(
+    tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """3 s for the groups, 5 s for the step, 2 s for the copy: the learner idles in half of it."""
+    watch = Watch()
+    monkeypatch.setattr(rl.loop, "time", watch)
+
+    class Slow(FakeLoop):
+        def next_batch(
+            self, step: int, stop: Callable[[], bool]
+        ) -> tuple[Plan, dict[str, float]] | None:
+            watch.now += 3
+            return super().next_batch(step, stop)
+
+    step = Learner.step
+
+    def slow_step(learner: Learner, plan: Plan) -> dict[str, float]:
+        watch.now += 5
+        return step(learner, plan)
+
+    def pack(version: int, trained: object) -> dict[str, Tensor]:
+        watch.now += 2
+        return {}
+
+    monkeypatch.setattr(Learner, "step", slow_step)
+    told: list[Report] = []
+    publisher = make_publisher(Slow(), tmp_path, [])
+    loop = make_loop(tiny_model, Slow(), publisher, tmp_path, told)
+    monkeypatch.setattr(loop, "_pack", pack)
+    loop._one_step(0, Pending())
+    publisher.finish()
+    [report] = [report for report in told if report.kind == "step"]
+    numbers = report.numbers
+    assert (numbers["seconds"], numbers["step_seconds"], numbers["pack_seconds"]) == (10, 5, 2)
+    assert numbers["learner_idle_share"] == 0.5
+    assert numbers["tokens_per_second"] == numbers["trained_tokens"] / 10 == 1.2
+    assert (report.started, report.ended) == (103.0, 108.0)
+
+
+def test_what_became_of_a_steps_draws_by_hand() -> None:
+    """2 of 16 draws are kept."""
+    filtered = {"all-0": 3, "all-1": 1, "flat": 1, "late": 1, "refused": 1, "misversioned": 2}
+    plan = replace(make_plan(make_group(0), make_group(1)), filtered={**filtered, "broken": 5})
+    assert rl.loop._of_plan(plan) == pytest.approx(
+        {
+            "reward": 0.5,
+            "pass_rate": 0.5,
+            "rollouts": 8,
+            "groups": 2,
+            "kept_share": 2 / 16,
+            "flat_share": 5 / 16,
+            "all_0_share": 3 / 16,
+            "all_1_share": 1 / 16,
+            "late_share": 1 / 16,
+            "refused_share": 1 / 16,
+            "misversioned_share": 2 / 16,
+            "broken_share": 5 / 16,
+        }
+    )
 
 
 def test_a_stop_saves_the_version_it_has_and_trains_no_further(

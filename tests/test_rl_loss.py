@@ -184,6 +184,16 @@ def test_mismatch_of_hand_made_ratios() -> None:
     assert measured["mismatch_kl"] == pytest.approx(sum(r - 1 - math.log(r) for r in rho) / 3)
 
 
+def test_the_mismatch_is_the_divergence_from_sampler_to_learner_not_the_other_one() -> None:
+    """Two outcomes, drawn as often as mu says: the mean of the estimator is exactly the KL."""
+    mu, pi = doubles(0.5, 0.5), doubles(0.25, 0.75)
+    drawn = torch.tensor([0, 1])
+    measured = mismatch(pi.log()[drawn], mu.log()[drawn])["mismatch_kl"]
+    assert measured == pytest.approx(0.5 * math.log(4 / 3))
+    assert measured == pytest.approx(float((mu * (mu / pi).log()).sum()))
+    assert measured != pytest.approx(float((pi * (pi / mu).log()).sum()), rel=0.05)
+
+
 def test_the_gap_of_fresh_tokens_leaves_older_ones_out() -> None:
     logprobs, behavior = torch.tensor([-1.0, -2.0, -3.0]), torch.tensor([-1.5, -2.25, -9.0])
     gap = fresh_gap(logprobs, behavior, torch.tensor([0, 0, 1]))

@@ -1,38 +1,47 @@
-"""A step on two real ranks over gloo is the step on one."""
+"""A step on two real ranks over gloo, behind DDP and DeepSpeed, is the step on one."""
 
 from __future__ import annotations
 
 import json
-import os
-import socket
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import rl_rank
-from rl_doubles import make_learner
+import rl_rank_losses
+import torch
+from launching import (
+    KINDS,
+    environment,
+    free_port,
+    needs_deepspeed,
+    rank_environment,
+    zero3_settings,
+)
 from safetensors.torch import load_file
 
-SECONDS = 120
+from ground.launch import Launch
+from ground.ranks import Ranks
+
+SECONDS = 240
+pytestmark = pytest.mark.slow
 
 
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
-
-
-def run_ranks(model: Path, out: Path) -> None:
-    place = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "WORLD_SIZE": "2"}
-    roots = [str(Path(__file__).parents[1]), os.environ.get("PYTHONPATH", "")]
+def run_ranks(
+    kind: str, model: Path, out: Path, *cut: Path, script: str = rl_rank.__file__
+) -> None:
+    """Run two ranks to their end."""
+    port = free_port()
+    given = environment()
+    if kind == "zero3":
+        (out / "zero3.json").write_text(json.dumps(zero3_settings()))
+        given["ACCELERATE_DEEPSPEED_CONFIG_FILE"] = str(out / "zero3.json")
     ranks = [
         subprocess.Popen(
-            [sys.executable, rl_rank.__file__, str(model), str(out)],
-            env=os.environ
-            | place
-            | {"RANK": str(rank), "LOCAL_RANK": str(rank), "OMP_NUM_THREADS": "1"}
-            | {"PYTHONPATH": os.pathsep.join(filter(None, roots))},
+            [sys.executable, script, str(model), str(out), *map(str, cut)],
+            env={**given, **rank_environment(kind, rank, port)},
             stderr=subprocess.PIPE,
             text=True,
         )
@@ -47,20 +56,92 @@ def run_ranks(model: Path, out: Path) -> None:
             process.kill()
 
 
-@pytest.mark.slow
+def found_by(folder: Path) -> dict[str, Any]:
+    """What rank 0 has written."""
+    return json.loads((folder / "found.json").read_text())
+
+
+@pytest.fixture(scope="module")
+def alone(
+    tiny_model: Path, tmp_path_factory: pytest.TempPathFactory
+) -> tuple[Path, dict[str, Any]]:
+    """The folder and the numbers of one process."""
+    folder = tmp_path_factory.mktemp("alone")
+    learners = rl_rank.ensemble(tiny_model, Ranks(Launch(), 0.0), **rl_rank.SETTINGS)
+    return folder, rl_rank.train(learners, folder)
+
+
+def check_same(got: Path, want: Path, limit: float) -> None:
+    weights = load_file(got)
+    for name, tensor in load_file(want).items():
+        assert (weights[name] - tensor).abs().max() < limit, name
+
+
+@pytest.mark.parametrize("kind", KINDS)
 def test_75_two_ranks_make_the_step_of_one_and_refuse_a_nan_together(
+    kind: str, tiny_model: Path, tmp_path: Path, alone: tuple[Path, dict[str, Any]]
+) -> None:
+    folder, expected = alone
+    run_ranks(kind, tiny_model, tmp_path)
+    found = found_by(tmp_path)
+    braked = [numbers["brake"] < 1 for numbers in expected["numbers"]]
+    assert any(braked), "the brake must have something to do"
+    for step, (got, want) in enumerate(zip(found["numbers"], expected["numbers"], strict=True)):
+        assert got == pytest.approx(want, rel=1e-4, abs=1e-6), f"step {step}"
+    assert "must be finite, got nan" in found["error"] and "must be finite" in expected["error"]
+    assert found["kept"] and expected["kept"]
+    for got, want in zip(found["probes"], expected["probes"], strict=True):
+        assert got == pytest.approx(want, abs=1e-4)
+    check_same(tmp_path / "last.safetensors", folder / "last.safetensors", 2e-5)
+    moments = load_file(tmp_path / "optimizer.safetensors")
+    wanted = load_file(folder / "optimizer.safetensors")
+    assert moments.keys() == wanted.keys()
+    for name in wanted.keys() - {"rng"}:
+        tensor = wanted[name]
+        assert torch.allclose(moments[name], tensor, rtol=1e-3, atol=1e-6), name
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_cut_of_one_process_goes_on_on_two_ranks(
+    kind: str, tiny_model: Path, tmp_path: Path, alone: tuple[Path, dict[str, Any]]
+) -> None:
+    """Two of three steps were taken: wrong moments would show in the weights of the third."""
+    folder, expected = alone
+    run_ranks(kind, tiny_model, tmp_path, folder)
+    found = found_by(tmp_path)
+    assert found["numbers"][0] == pytest.approx(expected["numbers"][2], rel=1e-4, abs=1e-6)
+    check_same(tmp_path / "last.safetensors", folder / "last.safetensors", 2e-5)
+
+
+@needs_deepspeed
+def test_a_cut_of_two_zero_3_ranks_goes_on_in_one_process(
+    tiny_model: Path, tmp_path: Path, alone: tuple[Path, dict[str, Any]]
+) -> None:
+    folder, expected = alone
+    run_ranks("zero3", tiny_model, tmp_path)
+    learners = rl_rank.ensemble(tiny_model, Ranks(Launch(), 0.0), **rl_rank.SETTINGS)
+    (tmp_path / "one").mkdir()
+    found = rl_rank.go_on(learners, tmp_path, tmp_path / "one")
+    assert found["numbers"][0] == pytest.approx(expected["numbers"][2], rel=1e-4, abs=1e-6)
+    check_same(tmp_path / "one" / "last.safetensors", folder / "last.safetensors", 2e-5)
+
+
+def test_75_with_every_loss_two_ranks_have_the_numbers_gradients_and_weights_of_one(
     tiny_model: Path, tmp_path: Path
 ) -> None:
-    run_ranks(tiny_model, tmp_path)
-    learner = make_learner(tiny_model, **rl_rank.SETTINGS)
-    expected = rl_rank.train(learner)
-    for rank in range(2):
-        found = json.loads((tmp_path / f"rank_{rank}.json").read_text())
+    run_ranks("ddp", tiny_model, tmp_path, script=rl_rank_losses.__file__)
+    for loss in rl_rank_losses.LOSSES:
+        one = rl_rank_losses.ensemble(tiny_model, Ranks(Launch(), 0.0), loss)
+        expected, wanted = rl_rank_losses.train(one)
+        found = json.loads((tmp_path / f"{loss['kind']}.json").read_text())
         for step, (got, want) in enumerate(zip(found["numbers"], expected["numbers"], strict=True)):
-            assert got == pytest.approx(want, rel=1e-6, abs=1e-9), f"rank {rank}, step {step}"
+            assert got == pytest.approx(want, rel=1e-6, abs=1e-9), f"{loss}, step {step}"
         assert found["error"] == expected["error"]
         assert "must be finite, got nan and a gradient norm nan" in found["error"]
         assert found["kept"] and expected["kept"]
-        weights = load_file(tmp_path / f"rank_{rank}.safetensors")
-        for name, want in learner.model_tensors().items():
-            assert (weights[name] - want).abs().max() < 1e-6, name
+        tensors = load_file(tmp_path / f"{loss['kind']}.safetensors")
+        assert sum(name.startswith("gradient") for name in wanted) == 3
+        for name, want in wanted.items():
+            size = want.abs().max() if name.startswith("gradient") else 1.0
+            assert size > 0
+            assert (tensors[name] - want).abs().max() < 1e-6 * size, (loss, name)

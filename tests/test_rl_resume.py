@@ -20,7 +20,7 @@ ELSEWHERE = {"publish.kept", "publish.copy"}
 """Points of the hand-over through Ray, which the real processes' test covers."""
 POINTS_HERE = {n for kind, n in POINTS if kind in ("learner", "controller")} - ELSEWHERE
 
-ONCE = {"best.kept", "export"}
+ONCE = {"best.staged", "best.kept", "export"}
 """A life may pass these only once, late."""
 
 
@@ -28,6 +28,7 @@ ONCE = {"best.kept", "export"}
 def killer(monkeypatch: pytest.MonkeyPatch) -> Killer:
     killer = Killer()
     monkeypatch.setattr(faults, "point", killer.point)
+    monkeypatch.setattr(faults, "corrupted", killer.corrupted)
     return killer
 
 

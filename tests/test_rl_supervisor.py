@@ -17,8 +17,10 @@ import pytest
 
 from ground import stacks
 from ground.errors import InfraError, SetupError, WorkersLostError
+from ground.faults import Faults
 from ground.lease import ABANDONED, Fence
 from ground.stacks import collect
+from ground.strikes import hang_gil, segv
 from rl import learner_process
 from rl.actors import KeeperCheck
 from rl.cluster import ClusterStartError
@@ -263,9 +265,6 @@ stuck_here()
 
 def test_a_process_that_hangs_with_the_interpreters_lock_still_tells_where(tmp_path: Path) -> None:
     """#5"""
-    from ground.faults import Faults
-    from ground.strikes import hang_gil
-
     plan = Faults(tmp_path).at("rollout/0", "gen.mid").do(hang_gil)
     folder = tmp_path / "stacks"
     process = subprocess.Popen(
@@ -276,16 +275,28 @@ def test_a_process_that_hangs_with_the_interpreters_lock_still_tells_where(tmp_p
     try:
         plan.wait(20)
         (folder / "learner.1.txt").write_text("learner 1 17.0\n")  # another process by now
-        assert collect(folder) == ["rollout/0"]
-        path = folder / f"rollout-0.{process.pid}.txt"
-        deadline = time.monotonic() + 10
-        while "stuck_here" not in path.read_text():
-            assert time.monotonic() < deadline, path.read_text()
-            time.sleep(0.02)
+        assert collect(folder, seconds=20) == (["rollout/0"], [])
+        assert "stuck_here" in (folder / f"rollout-0.{process.pid}.txt").read_text()
+        os.kill(process.pid, signal.SIGSTOP)
+        assert collect(folder, seconds=0.3) == ([], ["rollout/0"])
     finally:
         process.kill()
         process.wait()
-    assert collect(folder) == []
+    assert collect(folder, seconds=20) == ([], [])
+
+
+def test_6_a_process_that_dies_of_a_segmentation_fault_tells_where(tmp_path: Path) -> None:
+    plan = Faults(tmp_path).at("rollout/0", "gen.mid").do(segv)
+    folder = tmp_path / "stacks"
+    done = subprocess.run(
+        [sys.executable, "-c", HANGING],
+        env=os.environ | plan.environment() | {stacks.VARIABLE: str(folder)},
+        cwd=Path(__file__).parents[1],
+        timeout=60,
+    )
+    assert done.returncode == -signal.SIGSEGV
+    [file] = folder.iterdir()
+    assert "Segmentation fault" in file.read_text() and "stuck_here" in file.read_text()
 
 
 LEASED = """

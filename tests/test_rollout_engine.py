@@ -5,7 +5,6 @@ Sampling itself (bits, distribution, log-probs) is in test_rollout_hf_engine.py.
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future
 from concurrent.futures import TimeoutError as FutureTimeoutError
@@ -13,14 +12,15 @@ from typing import Any
 
 import numpy as np
 import pytest
-from conftest import make_tiny_model
+from conftest import make_tiny_llama, make_tiny_model
 
 from ground.errors import DataError, InfraError
 from ground.model import load_model, tensors_of
 from ground.records import Span
+from rollout.config import EngineSection
 from rollout.engine import Completion, Engine, Request, generate, spans_of
+from rollout.engines import open_engine
 from rollout.fake_engine import FakeEngine
-from rollout.hf_engine import HfEngine
 from rollout.seeds import sample_seed, uniforms
 
 MAX_LENGTH = 512
@@ -31,7 +31,16 @@ def _request(name: str, *, tokens: int = 6, stop: tuple[int, ...] = (), seed: in
     return Request(name, (5, 6, 7), tokens, 1.0, seed, stop)
 
 
-@pytest.fixture(scope="module", params=["fake", "dense", "llama4"])
+@pytest.fixture(
+    scope="module",
+    params=[
+        "fake",
+        "dense",
+        "llama4",
+        "vllm-llama4",
+        pytest.param("vllm-dense", marks=pytest.mark.slow),
+    ],
+)
 def opened(
     request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[tuple[Engine, Weights]]:
@@ -46,9 +55,14 @@ def opened(
         yield engine, dict
         engine.close()
         return
-    path = make_tiny_model(tmp_path_factory.mktemp("model"), **SHAPES[request.param])
-    model = load_model(path)
-    engine = HfEngine(model, num_slots=8, max_length=MAX_LENGTH, pad_id=0)
+    folder = tmp_path_factory.mktemp("model")
+    if request.param == "vllm-dense":
+        path = make_tiny_llama(folder)
+    else:
+        path = make_tiny_model(folder, **SHAPES[request.param])
+    kind = "vllm" if request.param.startswith("vllm") else "hf"
+    section = EngineSection(kind=kind, num_slots=8, max_length=MAX_LENGTH)
+    engine, _ = open_engine(path, section)
     yield engine, lambda: tensors_of(load_model(path))
     engine.close()
 
@@ -56,7 +70,9 @@ def opened(
 SHAPES: dict[str, dict[str, Any]] = {
     "dense": {"moe_layers": [], "no_rope_layers": [1, 1, 1, 1]},
     "llama4": {"attention_chunk_size": 8, "floor_scale": 4},
+    "vllm-llama4": {"attention_chunk_size": 128, "floor_scale": 4, "head_dim": 32},
 }
+"""vLLM asks for heads of 32 and chunks of 128 at least."""
 
 
 @pytest.fixture
@@ -129,7 +145,7 @@ def _when_running(engine: Engine) -> Future[Completion]:
 def test_abort_keeps_the_tokens_so_far(engine: Engine) -> None:
     long = _when_running(engine)
     engine.abort(["long", "unknown"])
-    completion = long.result(1)
+    completion = long.result(60)
 
     assert completion.finish == "aborted"
     assert 4 <= len(completion.segment.token_ids) < 500
@@ -169,9 +185,9 @@ def test_generate_has_a_deadline_and_leaves_nothing_running(engine: Engine) -> N
     requests = [_request(str(n), tokens=500) for n in range(64)]
     with pytest.raises(InfraError, match=r"within 0\.05 s, 0 of 64"):
         generate(engine, requests, timeout_seconds=0.05)
-    started = time.monotonic()
-    generate(engine, [_request("0", tokens=1)], timeout_seconds=60)
-    assert time.monotonic() - started < 2
+    # An id that is still in flight would be refused.
+    again = [_request(str(n), tokens=1) for n in range(64)]
+    assert len(generate(engine, again, timeout_seconds=60)) == 64
 
 
 def test_score_gives_one_logprob_for_each_token_after_the_first(engine: Engine) -> None:
@@ -187,7 +203,7 @@ def test_closed_engine_fails_what_is_in_flight_and_refuses_more() -> None:
     engine.close()
     engine.close()
     with pytest.raises(InfraError, match="closed"):
-        future.result(1)
+        future.result(60)
     with pytest.raises(InfraError, match="closed"):
         engine.submit(_request("b"))
 

@@ -7,6 +7,7 @@ import json
 import os
 import pickle
 import re
+import resource
 import signal
 import subprocess
 import sys
@@ -27,6 +28,7 @@ from fleet_doubles import (
     run_fleet,
 )
 from ray.exceptions import RayActorError
+from test_ground_exits import tells_ends
 
 from ground.errors import InfraError, PacktrainError, WorkersLostError
 from ground.faults import Faults
@@ -35,7 +37,7 @@ from rollout.config import EngineSection, FleetSection
 from rollout.fleet import Fleet
 from rollout.ray_worker import RayWorker
 from rollout.seat import OutOfMemoryError, WorkerDiedError
-from rollout.task import WorkerConfig
+from rollout.task import GroupResult, GroupTask, WorkerConfig
 
 pytestmark = pytest.mark.usefixtures("ray_local")
 
@@ -54,6 +56,10 @@ FLEET = FleetSection(
     spare=False,
 )
 NOTICED_SECONDS = 3.0
+# Ray calls all of them a lost connection; which signal it was the kernel tells since Linux 6.15.
+TELLS_ENDS = tells_ends()
+KILLED = "ended by SIGKILL; " if TELLS_ENDS else "connection"
+SEGFAULT = "ended by SIGSEGV; " if TELLS_ENDS else "connection"
 
 
 def one_fleet(births: Births, version: int = 0) -> Callable[[Fleet], Coroutine[None, None, None]]:
@@ -79,11 +85,13 @@ async def healthy_again(fleet: Fleet, lives: tuple[int, ...]) -> None:
 @pytest.mark.parametrize(
     ("point", "nth", "action", "cause"),
     [
-        pytest.param("gen.mid", 5, kill9, "connection", id="#2 killed in mid-generation"),
-        pytest.param("gen.begin", 2, segv, "connection", id="#6 SIGSEGV"),
+        pytest.param("gen.mid", 5, kill9, KILLED, id="#2 killed in mid-generation"),
+        pytest.param("gen.begin", 2, segv, SEGFAULT, id="#6 SIGSEGV"),
         pytest.param("gen.mid", 5, hang_gil, "ping", id="#5 native deadlock"),
         pytest.param("gen.mid", 5, stop, "ping", id="#4 SIGSTOP"),
-        pytest.param("weights.load", 2, kill9, "connection", id="#3 killed as it loads"),
+        pytest.param("gen.scored", 2, kill9, KILLED, id="#2 killed as it answers"),
+        pytest.param("weights.fetch", 2, kill9, KILLED, id="#3 killed as it fetches"),
+        pytest.param("weights.load", 2, kill9, KILLED, id="#3 killed as it loads"),
     ],
 )
 def test_a_worker_that_is_lost_costs_no_group_and_comes_back_with_the_current_weights(
@@ -96,12 +104,12 @@ def test_a_worker_that_is_lost_costs_no_group_and_comes_back_with_the_current_we
     async def scenario(fleet: Fleet) -> None:
         await one_fleet(births)(fleet)
         running = asyncio.gather(*map(fleet.rollout, tasks))
-        if point == "weights.load":
+        if point.startswith("weights."):
             await fleet.publish(1, births.publish(1))
         groups = await running
         assert [group.id for group in groups] == [task.id for task in tasks]
         await healthy_again(fleet, (2, 1))
-        version = 1 if point == "weights.load" else 0
+        version = 1 if point.startswith("weights.") else 0
         assert [worker.version for worker in fleet.stats().workers] == [version] * 2
         assert not is_running(births.pids()[0])
 
@@ -194,6 +202,41 @@ def test_what_the_machine_lacks_is_tried_again_elsewhere_and_the_worker_stays(
         assert [worker.lives for worker in fleet.stats().workers] == [1, 1]
 
     run_fleet(births, scenario)
+
+
+class Cramped(PretendingWorker):
+    """May take 256 MB of address space more than it had when it opened; a prompt that names a
+    number wants as many bytes."""
+
+    async def open(self, index: int, slots_share: float = 1.0) -> tuple[str, int]:
+        opened = await super().open(index, slots_share)
+        limit = psutil.Process().memory_info().vms + (256 << 20)
+        resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
+        return opened
+
+    async def _rollout(self, task: GroupTask, attempt: int) -> GroupResult:
+        bytearray(int(str(task.prompt.messages[0].content).removeprefix("say ")))
+        return await super()._rollout(task, attempt)
+
+
+def test_a_group_that_does_not_fit_into_a_workers_memory_is_told_and_the_worker_stays() -> None:
+    """#9: RLIMIT_AS in the worker's process; what fits is sampled meanwhile and afterwards."""
+    section = FLEET.model_copy(update={"max_attempts": 2})
+    births = Births(WorkerConfig(NO_MODEL, ENGINE, section), Cramped)
+
+    async def scenario(fleet: Fleet) -> None:
+        await one_fleet(births)(fleet)
+        small = asyncio.gather(*(fleet.rollout(make_task(f"{1000 + n}")) for n in range(4)))
+        with pytest.raises(InfraError, match="must be done in 2 attempts") as caught:
+            await fleet.rollout(make_task(f"{1 << 30}"))
+        for name in ("worker 0", "worker 1"):
+            assert re.search(rf"{name}: group \S+ must fit into memory, got Mem", caught.value.why)
+        assert len(await small) == 4
+        assert len((await fleet.rollout(make_task("5"))).rollouts) == 3
+        assert [worker.lives for worker in fleet.stats().workers] == [1, 1]
+
+    run_fleet(births, scenario)
+    assert not births.events_of("lost")
 
 
 @pytest.mark.parametrize("error", ["Unpicklable", "SystemExit", "ZeroDivisionError"])
@@ -333,39 +376,52 @@ def test_a_worker_ends_itself_when_nobody_pings_it() -> None:
 
 
 HOG = """
-import asyncio, json, sys, time
+import asyncio, json, sys
 from pathlib import Path
 import ray
-from fleet_doubles import Births, PretendingWorker, run_fleet
+from fleet_doubles import Births, PretendingWorker, make_task, run_fleet
 from ground.errors import WorkersLostError
 from rollout.config import EngineSection, FleetSection
-from rollout.task import WorkerConfig
+from rollout.task import GroupResult, GroupTask, WorkerConfig
+
+LEAST, FILE = int(sys.argv[1]), Path(sys.argv[2])
 
 class Hog(PretendingWorker):
+    def _open_engine(self, section):
+        self.slots = section.num_slots
+        with FILE.open("a") as file:
+            print(self.slots, file=file)
+        return super()._open_engine(section)
+
     async def load(self, incarnation, version, published):
         kept = []
-        while True:
+        while self.slots >= LEAST:
             kept.append(b"x" * (50 << 20))
             await asyncio.sleep(0.02)
+        return await super().load(incarnation, version, published)
 
 ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False, object_store_memory=80 << 20)
-section = FleetSection(num_workers=1, max_restarts=0, spare=False)
-births = Births(WorkerConfig(Path("nowhere"), EngineSection(), section), Hog)
+section = FleetSection(num_workers=1, max_restarts=1, spare=False, backoff_seconds=0.1)
+config = WorkerConfig(Path("nowhere"), EngineSection(num_slots=32), section)
+births, told = Births(config, Hog), {}
 
 async def scenario(fleet):
     await fleet.start()
     try:
         await fleet.publish(0, births.publish(0))
+        told["rollouts"] = len((await fleet.rollout(make_task("n"))).rollouts)
     except WorkersLostError as error:
-        print(json.dumps({"why": error.why, "fix": error.fix}))
+        told.update(why=error.why, fix=error.fix)
 
 run_fleet(births, scenario)
+told["causes"] = [str(event["cause"]) for event in births.events_of("lost")]
+print(json.dumps(told | {"slots": FILE.read_text().split()}))
 """
 
 
-@pytest.mark.slow
-def test_a_worker_that_memory_runs_out_on_is_told_as_such_with_advice(tmp_path: Path) -> None:
-    """#8: Ray's memory monitor ends it at a threshold a little above what is used now."""
+def run_hog(least: int, folder: Path) -> dict[str, object]:
+    """A fleet of one worker that fills the memory while it has so many slots, or more; Ray's memory
+    monitor ends it at a threshold a little above what is used now."""
     memory = psutil.virtual_memory()
     threshold = 1 - (memory.available - (2 << 30)) / memory.total
     if threshold > 0.97:
@@ -375,18 +431,38 @@ def test_a_worker_that_memory_runs_out_on_is_told_as_such_with_advice(tmp_path: 
         "RAY_memory_monitor_refresh_ms": "100",
         "PYTHONPATH": os.pathsep.join([str(Path(__file__).parent), str(Path(__file__).parents[1])]),
     }
-    script = tmp_path / "hog.py"
+    script = folder / "hog.py"
     script.write_text(HOG)
     done = subprocess.run(
-        [sys.executable, str(script)],
+        [sys.executable, str(script), str(least), str(folder / "slots")],
         env=os.environ | environment,
         stdout=subprocess.PIPE,
         text=True,
         timeout=180,
     )
-    told = json.loads(done.stdout.strip().splitlines()[-1])
-    assert "Ray ended it: " in told["why"] and "low on memory" in told["why"]
-    assert told["fix"].startswith("lower rl.engine.num_slots")
+    return json.loads(done.stdout.strip().splitlines()[-1])
+
+
+@pytest.mark.slow
+def test_a_worker_that_memory_runs_out_on_comes_back_with_half_its_slots(tmp_path: Path) -> None:
+    """#8: 32 slots are too many, 16 are not."""
+    told = run_hog(32, tmp_path)
+    assert told["slots"] == ["32", "16"] and told["rollouts"] == 3
+    assert isinstance(told["causes"], list)
+    [cause] = told["causes"]
+    assert "Ray ended it: " in cause and "low on memory" in cause
+
+
+@pytest.mark.slow
+def test_memory_that_runs_out_with_half_the_slots_too_ends_the_run_with_advice(
+    tmp_path: Path,
+) -> None:
+    """#8: the slots are halved once."""
+    told = run_hog(0, tmp_path)
+    assert told["slots"] == ["32", "16"]
+    why = str(told["why"])
+    assert "Ray ended it: " in why and "low on memory" in why
+    assert str(told["fix"]).startswith("lower rl.engine.num_slots")
 
 
 def test_the_kernels_own_count_tells_a_kill_for_want_of_memory(

@@ -16,6 +16,7 @@ from fleet_doubles import RealBirths, answers, is_running, make_task, run_fleet
 from ground.errors import DataError, WorkersLostError
 from rollout.config import EngineSection, FleetSection
 from rollout.fleet import Fleet
+from rollout.ray_worker import RayWorker
 from rollout.task import WorkerConfig
 from rollout.worker import _Sampling
 
@@ -35,8 +36,16 @@ FLEET = FleetSection(
 )
 
 
+async def sampling(worker: RayWorker) -> None:
+    """Return once a worker has a group that is being sampled."""
+    async with asyncio.timeout(60):
+        while not any((await worker.ping()).sampling.values()):
+            await asyncio.sleep(0.01)
+
+
 def test_a_worker_samples_scores_and_swaps_weights(tiny_model: Path) -> None:
-    births = RealBirths(WorkerConfig(tiny_model, ENGINE, _fleet(num_workers=1)))
+    engine = ENGINE.model_copy(update={"max_length": 500})  # room for seconds of decoding
+    births = RealBirths(WorkerConfig(tiny_model, engine, _fleet(num_workers=1)))
 
     async def scenario(fleet: Fleet) -> None:
         await fleet.start()
@@ -51,9 +60,10 @@ def test_a_worker_samples_scores_and_swaps_weights(tiny_model: Path) -> None:
         again = await fleet.rollout(task)
         assert again == group
 
-        running = asyncio.create_task(fleet.rollout(make_task("long", tokens=200)))
-        await asyncio.sleep(0.1)
-        await fleet.publish(1, births.post.publish_model(1, tiny_model, scale=0.9))
+        published = births.post.publish_model(1, tiny_model, scale=0.9)
+        running = asyncio.create_task(fleet.rollout(make_task("long", tokens=400)))
+        await sampling(births.workers[0])
+        await fleet.publish(1, published)
         versions = {
             span.version
             for rollout in (await running).rollouts
@@ -62,8 +72,8 @@ def test_a_worker_samples_scores_and_swaps_weights(tiny_model: Path) -> None:
         assert max(versions) == 1
         assert (await fleet.rollout(task)).oldest_version == 1
 
-        with pytest.raises(DataError, match=r"must fit max_length 256, got .* \+ 250"):
-            await fleet.rollout(make_task("too long", tokens=250))
+        with pytest.raises(DataError, match=r"must fit max_length 500, got .* \+ 490"):
+            await fleet.rollout(make_task("too long", tokens=490))
         with pytest.raises(DataError, match="nonsense"):
             await fleet.rollout(replace(task, prompt=replace(task.prompt, reward="nonsense")))
         with pytest.raises(DataError, match="missing"):
@@ -120,7 +130,7 @@ def test_kill_nine_in_mid_rollout_loses_no_group_and_no_bit(tiny_model: Path) ->
         await fleet.publish(0, births.publish(0))
         whole = await asyncio.gather(*map(fleet.rollout, tasks))
         running = asyncio.gather(*map(fleet.rollout, tasks))
-        await asyncio.sleep(0.15)
+        await sampling(births.workers[0])
         os.kill(births.pids()[0], signal.SIGKILL)
         survived = await running
         assert answers(survived) == answers(whole)

@@ -50,9 +50,10 @@ class Bench:
     def train(self, section: TrainerSection = SECTION, *, resume: bool = False) -> int:
         with Metrics(self.metrics_file) as metrics:
             where = Fit(self.folder / "stage", metrics, self.checkpoints, section.max_seconds)
-            return run_sft(
+            fitted = run_sft(
                 self.model, self.tokenizer, self.rows, section, where, seed=1, resume=resume
             )
+            return fitted.steps
 
     @property
     def losses(self) -> list[object]:

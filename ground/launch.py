@@ -1,0 +1,132 @@
+"""What the launcher asked for, read from the environment that it gives to every rank.
+
+    accelerate launch --config_file F -m sft.train …  →  RANK, WORLD_SIZE, ACCELERATE_USE_… → Launch
+
+accelerate makes something else in silence where a machine lacks what was asked for (FSDP2 on a CPU
+becomes DDP, two ranks without a backend become two worlds of one); so we read what was asked for,
+and ground/ranks.py compares it with what came of it. This module imports no torch.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from ground.errors import SetupError
+
+Kind = Literal["single", "ddp", "fsdp2", "zero1", "zero2", "zero3"]
+"""How the model is spread over the ranks; `single` is one process without a launcher."""
+
+_ZERO: Mapping[int, Kind] = {1: "zero1", 2: "zero2", 3: "zero3"}
+_OF_RANKS = (
+    *("RANK", "LOCAL_RANK", "GROUP_RANK", "ROLE_RANK", "ROLE_NAME"),
+    *("WORLD_SIZE", "LOCAL_WORLD_SIZE", "GROUP_WORLD_SIZE", "ROLE_WORLD_SIZE"),
+    *("MASTER_ADDR", "MASTER_PORT"),
+)
+_PREFIXES = ("ACCELERATE_", "TORCHELASTIC_", "FSDP_")
+
+
+@dataclass(frozen=True, slots=True)
+class Launch:
+    """What a launcher asked this process to be.
+
+    Example:
+        Launch(kind="zero3", rank=1, num_ranks=2)
+    """
+
+    kind: Kind = "single"
+    rank: int = 0
+    num_ranks: int = 1
+
+    @property
+    def is_main(self) -> bool:
+        """Rank 0: the one that locks the run, writes what lasts, and speaks."""
+        return self.rank == 0
+
+    @property
+    def is_zero(self) -> bool:
+        """DeepSpeed was asked for."""
+        return self.kind.startswith("zero")
+
+    @property
+    def layout(self) -> str:
+        """How a trainer's checkpoint lies on the disk: with DeepSpeed every rank has its part."""
+        return f"{self.kind} on {self.num_ranks} ranks" if self.is_zero else "whole"
+
+    def __str__(self) -> str:
+        return f"{self.kind} on {self.num_ranks} rank{'' if self.num_ranks == 1 else 's'}"
+
+
+def launch_of(environment: Mapping[str, str]) -> Launch:
+    """Read what was asked for.
+
+    Raises:
+        SetupError: the launch file asks for something that packtrain does not run.
+    """
+    if "RANK" not in environment:
+        return Launch()
+    rank, num_ranks = int(environment["RANK"]), int(environment["WORLD_SIZE"])
+    return Launch(_kind(environment), rank, num_ranks)
+
+
+def of_launcher(environment: Mapping[str, str]) -> dict[str, str]:
+    """The variables by which a launcher makes a process a rank: for a rank's own child."""
+    return {name: value for name, value in environment.items() if _is_of_launcher(name)}
+
+
+def _is_of_launcher(name: str) -> bool:
+    return name in _OF_RANKS or name.startswith(_PREFIXES)
+
+
+def _kind(environment: Mapping[str, str]) -> Kind:
+    if _is_on(environment, "ACCELERATE_USE_DEEPSPEED"):
+        return _zero_kind(_zero_stage(environment))
+    if _is_on(environment, "ACCELERATE_USE_FSDP"):
+        return _fsdp_kind(environment.get("FSDP_VERSION", "1"))
+    if _is_on(environment, "ACCELERATE_USE_MEGATRON_LM"):
+        raise _unknown("Megatron-LM")
+    return "ddp"
+
+
+def _zero_stage(environment: Mapping[str, str]) -> int:
+    """From the launch file's own field, or from the DeepSpeed file that it names."""
+    file = environment.get("ACCELERATE_DEEPSPEED_CONFIG_FILE", "")
+    if not file or file == "none":
+        return int(environment.get("ACCELERATE_DEEPSPEED_ZERO_STAGE", "2"))
+    try:
+        settings = json.loads(Path(file).read_text(encoding="utf-8"))
+        return int(settings["zero_optimization"]["stage"])
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise SetupError(
+            "deepspeed_config_file must name a JSON file with zero_optimization.stage",
+            where=file,
+            why=f"{type(error).__name__}: {error}",
+            fix="mend the file, or use zero_stage in the launch file instead",
+        ) from error
+
+
+def _zero_kind(stage: int) -> Kind:
+    if stage not in _ZERO:
+        raise _unknown(f"ZeRO stage {stage}")
+    return _ZERO[stage]
+
+
+def _fsdp_kind(version: str) -> Kind:
+    if version != "2":
+        raise _unknown(f"FSDP version {version}")
+    return "fsdp2"
+
+
+def _unknown(what: str) -> SetupError:
+    return SetupError(
+        f"the launch file asks for {what}, which packtrain does not run",
+        where="accelerate launch",
+        fix="start from a file of recipes/accelerate: cpu, ddp, fsdp2, zero2 or zero3",
+    )
+
+
+def _is_on(environment: Mapping[str, str], name: str) -> bool:
+    return environment.get(name, "false").lower() in ("true", "1")

@@ -1,0 +1,210 @@
+"""The rl stage on several ranks: each `rl.train` process hosts its rank's learner, life by life.
+
+    rank 0: supervisor ── life/<n>: the job ──▶ other ranks: host ─▶ learner of life n
+                 ▲ ──────── over/<n> ─────────▶                 ─▶ gone, wait for life n + 1
+                 └───────── lost/<n>: who ended                   life/<n>: "" ─▶ leave
+
+The words stand in the launcher's store (ground/roll.py), whose holder outlives any learner. Every
+host counts its beats there: a learner that is lost costs a life, a host that is lost ends the run.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
+
+from ground.errors import InfraError, PacktrainError, WorkersLostError
+from ground.roll import Roll
+from ground.signals import Pending, held_signals
+from rl.job import Job
+from rl.learner_process import learner_process
+from rl.watchdog import dump_stacks
+
+_BEAT_SECONDS = 0.25
+SILENT_SECONDS = 30.0
+"""A host without a beat for so long is given up: its process hangs, or its node is gone."""
+_LATE_SECONDS = 3.0
+"""The same once the launcher has told us to leave: it may be because that host has died."""
+_GRACE_SECONDS = 26.0
+"""How long a host waits for rank 0 to save after a signal; launchers kill after 30 seconds."""
+
+
+class Hosts:
+    """The other ranks' hosts, as rank 0's supervisor sees them.
+
+    Example:
+        with Hosts(roll) as hosts, hosts.life(job, learner.give_up): …
+    """
+
+    def __init__(self, roll: Roll) -> None:
+        self._roll, self._next = roll, 0
+        self._others = [
+            _Beats(roll, rank, SILENT_SECONDS) for rank in range(1, roll.launch.num_ranks)
+        ]
+
+    def __enter__(self) -> Hosts:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """Let the other hosts leave."""
+        with suppress(PacktrainError):
+            self._roll.tell(f"life/{self._next}", "")
+
+    @contextmanager
+    def life(self, job: Job, on_lost: Callable[[PacktrainError], None]) -> Iterator[None]:
+        """The other ranks' learners live as long as this lasts.
+
+        Args:
+            on_lost: told, from another thread, that a learner or a host is gone.
+        """
+        number, is_over = job.incarnation, threading.Event()
+        self._next = number + 1
+        self._roll.tell(f"life/{number}", job.model_dump_json())
+        watch = threading.Thread(
+            target=self._watch, args=(number, is_over, on_lost), name="hosts", daemon=True
+        )
+        watch.start()
+        try:
+            yield
+        finally:
+            is_over.set()
+            watch.join()
+            with suppress(PacktrainError):
+                self._roll.tell(f"over/{number}", "over")
+
+    def require_all(self) -> None:
+        """Once we were told to leave: was it because another host has died?
+
+        Raises:
+            WorkersLostError: naming the first that gives no sign of life.
+        """
+        beats = [_Beats(self._roll, each.rank, _LATE_SECONDS) for each in self._others]
+        deadline = time.monotonic() + _LATE_SECONDS
+        while time.monotonic() < deadline and not all(each.has_moved for each in beats):
+            for each in beats:
+                each.look()
+            time.sleep(_BEAT_SECONDS)
+        for each in beats:
+            if not each.has_moved:
+                raise each.lost()
+
+    def _watch(
+        self, number: int, is_over: threading.Event, on_lost: Callable[[PacktrainError], None]
+    ) -> None:
+        try:
+            while not is_over.wait(_BEAT_SECONDS):
+                self._roll.beat()
+                for each in self._others:
+                    each.require()
+                if (who := self._roll.heard(f"lost/{number}")) is not None:
+                    on_lost(InfraError(f"all ranks must go on, {who}", where="rl"))
+                    return
+        except PacktrainError as error:
+            on_lost(error)
+
+
+class _Beats:
+    """The signs of life of another rank's host."""
+
+    def __init__(self, roll: Roll, rank: int, seconds: float) -> None:
+        self._roll, self.rank, self._seconds = roll, rank, seconds
+        self._first = self._count = roll.beats(rank)
+        self._since = time.monotonic()
+
+    @property
+    def has_moved(self) -> bool:
+        """Whether there was one since we began to look."""
+        return self._count != self._first
+
+    def look(self) -> bool:
+        """Whether the last one is recent enough."""
+        count = self._roll.beats(self.rank)
+        if count != self._count:
+            self._count, self._since = count, time.monotonic()
+        return time.monotonic() - self._since < self._seconds
+
+    def hurry(self, seconds: float) -> None:
+        """Wait no longer than that from now on."""
+        self._seconds = min(self._seconds, seconds)
+
+    def require(self) -> None:
+        """Raise where it is not."""
+        if not self.look():
+            raise self.lost()
+
+    def lost(self) -> WorkersLostError:
+        """What to say then."""
+        return WorkersLostError(
+            f"rank {self.rank}'s rl.train must go on, it gave no sign of life for "
+            f"{self._seconds:g} s",
+            where="accelerate launch",
+            why="the process was killed or hangs, or its node is gone",
+            fix="continue with --resume",
+        )
+
+
+def host(roll: Roll, environment: Mapping[str, str]) -> None:
+    """Any rank but 0: bring a learner up for each life that rank 0 begins, until it says leave.
+
+    Args:
+        environment: the launcher's variables, for the learner.
+    Raises:
+        Interrupted: by a signal, once rank 0 has saved.
+        WorkersLostError: rank 0's process is gone.
+    """
+    life, leader = 0, _Beats(roll, 0, SILENT_SECONDS)
+    with held_signals() as pending:
+        leave = _Leave(pending)
+        while order := _next_word(roll, f"life/{life}", leader, leave):
+            _host_life(roll, Job.model_validate_json(order), environment, leader, leave)
+            life += 1
+
+
+class _Leave:
+    """Whether the launcher wants us to go, and whether rank 0 was given time enough to save."""
+
+    def __init__(self, pending: Pending) -> None:
+        self._pending, self._since = pending, 0.0
+
+    @property
+    def is_asked(self) -> bool:
+        """A signal has come."""
+        if self._pending.requested and not self._since:
+            self._since = time.monotonic()
+        return self._pending.requested
+
+    @property
+    def is_due(self) -> bool:
+        """It came long ago."""
+        return self.is_asked and time.monotonic() - self._since > _GRACE_SECONDS
+
+
+def _next_word(roll: Roll, name: str, leader: _Beats, leave: _Leave) -> str:
+    """Wait for a word of rank 0's; empty is the order to leave."""
+    while (word := roll.heard(name)) is None:
+        if leave.is_due:
+            return ""
+        _beat(roll, leader, leave)
+    return word
+
+
+def _beat(roll: Roll, leader: _Beats, leave: _Leave) -> None:
+    roll.beat()
+    if leave.is_asked:
+        leader.hurry(_LATE_SECONDS)
+    leader.require()
+    time.sleep(_BEAT_SECONDS)
+
+
+def _host_life(
+    roll: Roll, job: Job, environment: Mapping[str, str], leader: _Beats, leave: _Leave
+) -> None:
+    number, rank, told = job.incarnation, roll.launch.rank, False
+    with learner_process(job, lambda: dump_stacks(job), environment) as learner:
+        while roll.heard(f"over/{number}") is None and not leave.is_due:
+            if not told and (end := learner.ended_by()):
+                roll.tell(f"lost/{number}", f"rank {rank}'s learner {end}")
+                told = True
+            _beat(roll, leader, leave)

@@ -1,0 +1,82 @@
+"""One of two ranks that takes the plans of rl_rank.py with every loss: `… MODEL OUT`.
+
+In double precision, so that what a split of the rows over ranks changes is rounding alone.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import rl_rank
+import torch
+from rl_doubles import make_ensemble, make_learner
+from safetensors.torch import save_file
+from torch import Tensor
+from torch.optim.optimizer import Optimizer, register_optimizer_step_pre_hook
+
+from ground.errors import DivergedError
+from ground.ranks import Ranks, join_ranks
+from rl.ensemble import Ensemble
+
+SETTINGS: dict[str, Any] = {
+    "micro_batch_tokens": 24,
+    "advantages": {"kind": "batch_std"},
+    "ess_floor": 0.9,
+    "max_braked_steps": 99,
+    "optimizer": {"learning_rate": 1e-2, "max_grad_norm": 1e9},  # gradients come as they are
+}
+LOSSES: list[dict[str, Any]] = [
+    {"kind": "aipo", "rho_max": 2, "icepop": {"low": 0.02}, "reference_kl": 0.1},
+    {"kind": "cispo", "rho_min": 0.1, "rho_max": 3},
+    {"kind": "clip", "low": 0.5, "high": 3, "sequence_mask": 3.7},
+    {"kind": "decoupled", "low": 0.5, "high": 3, "proximal": "interpolate"},
+]
+
+
+def train(learners: Ensemble) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """The numbers of all steps and how the poisoned one ended; gradients and weights."""
+    found: dict[str, Tensor] = {}
+
+    def keep(optimizer: Optimizer, *_: object) -> None:
+        grads = [p.grad.flatten() for group in optimizer.param_groups for p in group["params"]]
+        found[f"gradient {len(found)}"] = torch.cat(grads).clone()
+
+    handle = register_optimizer_step_pre_hook(keep)
+    numbers = [learners.step(plan) for plan in rl_rank.plans()]
+    handle.remove()
+    before, error = learners.model_tensors(), ""
+    try:
+        learners.step(rl_rank.poisoned())
+    except DivergedError as refusal:
+        error = refusal.what
+    kept = all(bool((before[k] == v).all()) for k, v in learners.model_tensors().items())
+    facts = {"numbers": numbers, "error": error, "kept": kept}
+    return facts, found | learners.model_tensors()
+
+
+def ensemble(model: Path, ranks: Ranks, loss: dict[str, Any]) -> Ensemble:
+    """The learners of all ranks with a loss."""
+    return make_ensemble(make_learner(model, ranks.accelerator(), loss=loss, **SETTINGS), ranks)
+
+
+def main() -> None:
+    """Run as a rank."""
+    model, out = Path(sys.argv[1]), Path(sys.argv[2])
+    torch.set_num_threads(1)
+    ranks = join_ranks("test", seconds=60)
+    for loss in LOSSES:
+        learners = ensemble(model, ranks, loss)
+        if not ranks.is_main:
+            learners.follow()
+            continue
+        facts, tensors = train(learners)
+        learners.end()
+        (out / f"{loss['kind']}.json").write_text(json.dumps(facts))
+        save_file(tensors, out / f"{loss['kind']}.safetensors")
+
+
+if __name__ == "__main__":
+    main()

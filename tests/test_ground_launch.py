@@ -1,0 +1,169 @@
+"""What a launcher asked for, how ranks find each other, and what they are refused."""
+
+from __future__ import annotations
+
+import json
+import os
+import threading
+from pathlib import Path
+
+import pytest
+import torch
+from launching import free_port, rank_environment
+from torch import nn
+
+from ground.errors import InfraError, RecipeError, SetupError
+from ground.launch import Launch, launch_of, of_launcher
+from ground.ranks import Ranks, is_lost_rank, lost_ranks, require_possible, wrapper_of
+from ground.roll import Roll
+from ground.row_stream import RowStream
+from ground.trainer_config import TrainerSection
+from packtrain.launch_file import check_launch_file
+
+ZERO = {"ACCELERATE_USE_DEEPSPEED": "true", "RANK": "1", "WORLD_SIZE": "2"}
+
+
+@pytest.mark.parametrize(
+    ("environment", "wanted"),
+    [
+        ({}, Launch("single", 0, 1)),
+        ({"RANK": "1", "WORLD_SIZE": "4"}, Launch("ddp", 1, 4)),
+        ({**ZERO, "ACCELERATE_DEEPSPEED_ZERO_STAGE": "3"}, Launch("zero3", 1, 2)),
+        (ZERO, Launch("zero2", 1, 2)),
+        (
+            {"RANK": "0", "WORLD_SIZE": "2", "ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"},
+            Launch("fsdp2", 0, 2),
+        ),
+    ],
+)
+def test_what_was_asked_for_is_read_from_the_environment(
+    environment: dict[str, str], wanted: Launch
+) -> None:
+    assert launch_of(environment) == wanted
+
+
+def test_a_deepspeed_file_says_its_own_stage(tmp_path: Path) -> None:
+    file = tmp_path / "ds.json"
+    file.write_text(json.dumps({"zero_optimization": {"stage": 3}}))
+    environment = {**ZERO, "ACCELERATE_DEEPSPEED_CONFIG_FILE": str(file)}
+    assert launch_of(environment).kind == "zero3"
+    file.write_text("{}")
+    with pytest.raises(SetupError, match=r"zero_optimization\.stage"):
+        launch_of(environment)
+
+
+@pytest.mark.parametrize(
+    ("more", "what"),
+    [
+        ({"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "1"}, "FSDP version 1"),
+        ({"ACCELERATE_USE_MEGATRON_LM": "true"}, "Megatron-LM"),
+        ({**ZERO, "ACCELERATE_DEEPSPEED_ZERO_STAGE": "0"}, "ZeRO stage 0"),
+    ],
+)
+def test_what_packtrain_does_not_run_is_refused(more: dict[str, str], what: str) -> None:
+    with pytest.raises(SetupError, match=f"asks for {what}, which packtrain does not run"):
+        launch_of({"RANK": "0", "WORLD_SIZE": "2", **more})
+
+
+def test_fsdp2_without_a_gpu_is_refused_because_it_would_be_ddp() -> None:
+    launch = Launch("fsdp2", 0, 2)
+    with pytest.raises(SetupError, match="FSDP2 needs a GPU") as refusal:
+        require_possible(launch, has_gpu=False)
+    assert "turns FSDP2 into DDP in silence" in refusal.value.why
+    require_possible(launch, has_gpu=True)
+
+
+def test_another_wrapper_or_number_of_ranks_than_asked_for_is_refused() -> None:
+    module = nn.Linear(2, 2)
+    assert wrapper_of(module) == "single"
+    Ranks(Launch(), 0.0).check(1, module)
+    with pytest.raises(SetupError, match="by zero3 on 2 ranks, but it is single on 2 ranks"):
+        Ranks(Launch("zero3", 0, 2), 0.0).check(2, module)
+    with pytest.raises(SetupError, match="by ddp on 2 ranks, but it is ddp on 1 rank"):
+        Ranks(Launch("ddp", 0, 2), 0.0).check(1)
+
+
+def test_only_a_rank_s_own_child_inherits_what_makes_it_a_rank() -> None:
+    environment = {**rank_environment("zero2", 1, 5000), "PATH": "/bin", "FSDP_VERSION": "2"}
+    inherited = of_launcher(environment)
+    assert environment.keys() - inherited.keys() == {"PATH"}
+    assert launch_of(inherited) == Launch("zero2", 1, 2)
+
+
+def test_deepspeed_s_checkpoints_fit_their_own_layout_alone() -> None:
+    assert Launch("ddp", 0, 2).layout == Launch().layout == "whole"
+    assert Launch("zero2", 0, 2).layout != Launch("zero2", 0, 4).layout
+
+
+def test_the_words_of_a_rank_that_is_gone_become_ours() -> None:
+    closed = RuntimeError("[…/gloo/transport/tcp/pair.cc:553] Connection closed by peer")
+    assert is_lost_rank(closed) and not is_lost_rank(RuntimeError("shapes differ"))
+    with (
+        pytest.raises(InfraError, match="rank 1 must train on within 30 s, but another of the 2"),
+        lost_ranks(Launch("ddp", 1, 2), "train on", 30),
+    ):
+        raise closed
+    with pytest.raises(RuntimeError, match="shapes"), lost_ranks(Launch("ddp", 1, 2), "x", 1):
+        raise RuntimeError("shapes differ")
+
+
+def test_a_word_is_heard_when_it_comes_and_missed_by_name_when_it_does_not() -> None:
+    port = free_port()
+    first = Roll({**os.environ, **rank_environment("ddp", 0, port)})
+    second = Roll({**os.environ, **rank_environment("ddp", 1, port)})
+    threading.Timer(0.2, first.tell, ("verdict", "go")).start()
+    assert second.hear("verdict", "hear", 10) == "go"
+    first.beat()
+    assert (second.beats(0), second.beats(1)) == (1, 0)
+    with pytest.raises(InfraError, match=r"rank 0 of 2 must find rank 1 within 0\.2 s"):
+        first.gather("world", 0.2)
+    second.tell("world/here/1", "here")
+    first.gather("world", 5)
+
+
+def test_a_run_reads_one_shuffled_pass_after_another_and_ends_at_its_last_step() -> None:
+    order = list(RowStream(5, 12, seed=3))
+    assert len(order) == len(RowStream(5, 12, seed=3)) == 12
+    assert sorted(order[:5]) == sorted(order[5:10]) == [0, 1, 2, 3, 4]
+    assert order == list(RowStream(5, 12, seed=3)) != list(RowStream(5, 12, seed=4))
+    generator = torch.Generator().manual_seed(3)
+    assert order[:5] == torch.randperm(5, generator=generator).tolist()
+
+
+def test_ranks_that_would_make_another_step_are_refused() -> None:
+    section = TrainerSection(rows_per_step=64, rows_per_pass=16)
+    for num_ranks in (1, 2, 4, 8, 64):
+        section.require_divisible(num_ranks)
+    with pytest.raises(RecipeError, match=r"3 ranks cannot share the 64 rows.*steps of 48"):
+        section.require_divisible(3)
+    with pytest.raises(RecipeError, match=r"128 ranks cannot share the 64 rows.*steps of 128"):
+        section.require_divisible(128)
+
+
+@pytest.mark.parametrize(
+    ("content", "what"),
+    [
+        ("distributed_type: TPU\n", "distributed_type must be one of .*, got 'TPU'"),
+        ("distributed_type: [\n", "must be YAML"),
+        ("just words\n", "got 'just words'"),
+    ],
+)
+def test_a_file_that_is_no_launch_file_is_refused(tmp_path: Path, content: str, what: str) -> None:
+    path = tmp_path / "launch.yaml"
+    path.write_text(content)
+    with pytest.raises(RecipeError, match=what):
+        check_launch_file(path)
+    path.write_text("distributed_type: NO\n")
+    check_launch_file(path)
+
+
+def test_deepspeed_that_is_not_installed_is_said_before_anything_starts(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    path = tmp_path / "launch.yaml"
+    path.write_text("distributed_type: DEEPSPEED\n")
+    with pytest.raises(SetupError, match="DeepSpeed, which is not installed"):
+        check_launch_file(path)
+    with pytest.raises(SetupError, match="zero2 needs DeepSpeed, which is not installed"):
+        require_possible(Launch("zero2", 0, 2), has_gpu=False)

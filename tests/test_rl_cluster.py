@@ -1,0 +1,155 @@
+"""The loop as a job of a Ray cluster of several machines, which see different files."""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import suppress
+from pathlib import Path
+
+import psutil
+import pytest
+from ray_nodes import Nodes, two_nodes
+from rl_runs import RL, wait_until, write_project
+
+from ground.metrics import read_metrics
+from ground.storage import verify_directory
+from rl.journal import read_journal
+from rl.ledger import audit_ledger
+
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
+
+ROOT = Path(__file__).parents[1]
+PACKAGES = ("ground", "rollout", "curation", "sft", "dpo", "rl", "packtrain", "recipes")
+STEPS = 40
+"""So many that the second node's worker is up long before the end."""
+TWO = RL | {
+    "steps": STEPS,
+    "fleet": {"num_workers": 2, "spare": False, "backoff_seconds": 0.1},
+}
+
+
+def project(folder: Path, model: Path) -> Path:
+    """A working directory with all that the job needs, packtrain's own code included."""
+    folder.mkdir()
+    for name in PACKAGES:
+        shutil.copytree(ROOT / name, folder / name, ignore=shutil.ignore_patterns("__pycache__"))
+    write_project(folder, model, rl=TWO)
+    return folder
+
+
+class Job:
+    """A folder that is submitted, and the run that comes of it."""
+
+    def __init__(self, work: Path, run: Path) -> None:
+        self.work, self.run, self.stage = work, run, run / "rl"
+        run.parent.mkdir()
+
+    def submit(self, nodes: Nodes, *flags: str) -> subprocess.Popen[str]:
+        line = ["python", "-m", "packtrain", "run", "recipe.yaml", "--run", str(self.run), *flags]
+        return nodes.submit(self.work, line)
+
+    @property
+    def version(self) -> int:
+        records = read_metrics(self.stage / "metrics.jsonl")
+        return max((int(str(record["step"])) for record in records), default=0)
+
+    def ledger(self) -> list[dict[str, object]]:
+        return list(read_journal(self.stage / "ledger.jsonl"))
+
+    def events(self, kind: str) -> list[dict[str, object]]:
+        return [r for r in read_journal(self.stage / "events.jsonl") if r["kind"] == kind]
+
+    def processes(self) -> list[psutil.Process]:
+        """Of the run, wherever they are."""
+        found = []
+        for process in psutil.process_iter():
+            with suppress(psutil.Error):
+                if str(self.run) in process.cmdline():
+                    found.append(process)
+        return found
+
+    def log(self) -> str:
+        return "".join(path.read_text() for path in (self.run / "log").glob("*.log"))
+
+    def check_finished(self) -> Counter[str]:
+        """All that a finished stage promises; returns how many groups each worker made."""
+        summary = verify_directory(self.stage).facts["summary"]
+        verify_directory(self.stage / "model")
+        totals = audit_ledger(self.ledger())
+        assert isinstance(summary, dict) and totals == summary["audited"]
+        records = read_metrics(self.stage / "metrics.jsonl")
+        assert [r["step"] for r in records if "loss" in r] == list(range(1, STEPS + 1))
+        return Counter(str(event["role"]) for event in self.events("rollout"))
+
+
+@pytest.fixture
+def job(tmp_path: Path, tiny_model: Path) -> Job:
+    model = tmp_path / "model"
+    shutil.copytree(tiny_model, model)
+    return Job(project(tmp_path / "work", model), tmp_path / "runs" / "toy")
+
+
+@pytest.fixture
+def nodes(tmp_path: Path) -> Iterator[Nodes]:
+    """Two nodes, of which the second sees nothing of the test's files and of our code."""
+    with two_nodes(hidden=[tmp_path, *(ROOT / name for name in PACKAGES)]) as nodes:
+        yield nodes
+
+
+def test_code_model_and_rewards_travel_to_a_node_that_sees_none_of_them(
+    job: Job, nodes: Nodes
+) -> None:
+    process = job.submit(nodes)
+    output, _ = process.communicate(timeout=300)
+    assert process.returncode == 0, output + nodes.logs()
+    groups = job.check_finished()
+    assert groups["worker 0"] and groups["worker 1"], groups
+
+
+def test_a_node_that_is_killed_takes_its_worker_and_nothing_else(job: Job, nodes: Nodes) -> None:
+    process = job.submit(nodes)
+    wait_until(lambda: job.version >= 3, 240, "step 3", process)
+    assert nodes.other
+    nodes.end(nodes.other)
+    output, _ = process.communicate(timeout=300)
+    assert process.returncode == 0, output + nodes.logs()
+    job.check_finished()
+    (lost,) = job.events("lost")[:1]
+    assert lost["role"] in ("worker 0", "worker 1"), lost
+    assert [e for e in job.events("restart") if e["role"] == "supervisor"] == []
+
+
+def test_a_cluster_that_is_lost_is_gone_on_from_in_another(job: Job, nodes: Nodes) -> None:
+    process = job.submit(nodes)
+    wait_until(lambda: job.version >= 5, 240, "step 5", process)
+    nodes.kill_gcs()
+    process.communicate(timeout=120)
+    assert process.returncode != 0 and job.version < STEPS
+    nodes.close()
+    told = f":{nodes.port} (RAY_ADDRESS) must answer"
+    wait_until(lambda: told in job.log(), 120, "word of what is waited for")
+    for left in job.processes():
+        left.kill()
+    wait_until(lambda: not job.processes(), 30, "end of what the job had started")
+    with two_nodes(nodes.hidden) as others:
+        process = job.submit(others, "--resume")
+        output, _ = process.communicate(timeout=300)
+    assert process.returncode == 0, output
+    job.check_finished()
+    assert any(record.get("reason") == "resumed" for record in job.ledger())
+
+
+def test_a_cluster_that_asks_for_no_token_is_refused(job: Job) -> None:
+    nodes = Nodes(token=False)
+    try:
+        nodes.wait_for_head()
+        nodes.wait_for_jobs()
+        process = job.submit(nodes)
+        output, _ = process.communicate(timeout=120)
+    finally:
+        nodes.close()
+    assert process.returncode != 0
+    assert "must ask for a token" in output and "RAY_AUTH_MODE=token" in output

