@@ -42,6 +42,8 @@ bench: $(INSTALLED)
 	$(BIN)/python -m benchmarks.fleet_overhead
 	$(BIN)/python -m benchmarks.vllm_handover
 	$(BIN)/python -m benchmarks.overlap
+	$(BIN)/python -m benchmarks.allocation
+	$(BIN)/python -m benchmarks.cluster_model
 	$(BIN)/python -m benchmarks.chaos
 	$(BIN)/python -m benchmarks.launchers
 	$(BIN)/python -m benchmarks.trail

@@ -79,6 +79,7 @@ def contents(run: Path) -> dict[str, object]:
         "headline": headline(run),
         "gains": gains(run),
         "stages": status.stages,
+        "advice": status.advice,
         "models": [_model_row(name, values, ks) for name, values in models],
         "sections": {
             "Accuracy and exploration": figures.accuracy(run)

@@ -258,6 +258,8 @@ class Roster:
 
     async def _dismiss(self, seat: Seat) -> None:
         """A seat that leaves has ended its groups, or was lost and these went to others."""
+        if seat.lost.done():
+            self._bury(seat)
         worker, seat.worker = seat.worker, None
         seat.lose("dismissed")
         self._move(seat, State.RETIRED)

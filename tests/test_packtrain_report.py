@@ -140,6 +140,16 @@ def test_every_section_is_there(run: Path) -> None:
         assert heading in html, heading
 
 
+def test_the_page_says_who_waited_in_rl(tmp_path: Path) -> None:
+    run = fabricate_run(tmp_path / "made", num_prompts=4)
+    speeds = {"learner_seconds_per_sample": 0.03, "rollout_seconds_per_sample": 0.01, "workers": 1}
+    assert "rollout idles" not in page(run)
+    with (run / "rl" / "metrics.jsonl").open("a") as file:
+        file.write(json.dumps({"step": 99, **speeds}) + "\n")
+    told = "RL: rollout idles 67% of the time: give the learner 75% of the devices."
+    assert told in page(run)
+
+
 def test_a_gain_is_paired_by_prompt() -> None:
     assert paired_change([0.5, 0.5, 0.5]) == Estimate(0.5, 0.5, 0.5)
     change = paired_change([1.0, 0.0] * 50)

@@ -8,7 +8,6 @@ from collections.abc import Callable, Coroutine
 
 import pytest
 
-from ground.errors import InfraError
 from ground.records import Group, Message, Prompt
 from rl.balance import Balance
 from rl.books import Plan
@@ -18,6 +17,7 @@ from rl.speeds import BAND, SpeedMeter, Speeds, wanted
 from rollout.config import FleetSection, SamplingSection
 from rollout.fleet import Fleet, FleetUse
 from rollout.roster import Event
+from rollout.seat import WorkerDiedError
 from rollout.simulation import Clock, SimulatedWorker, run_virtual
 from rollout.task import GroupResult, GroupTask
 
@@ -174,16 +174,19 @@ class RecordingWorker(SimulatedWorker):
         rewards: Callable[[GroupTask], list[float]] = lambda task: [1.0] * len(task.seeds)  # noqa: E731
         super().__init__(crew.clock, 4, lambda task: [crew.seconds] * len(task.seeds), rewards)
         self.sampled: list[str] = []
-        self.is_closed = False
+        self.is_closed = self.is_killed = False
         self.dies = False
 
     async def rollout(self, task: GroupTask, attempt: int) -> GroupResult:
         if self.dies:
             await asyncio.sleep(1)
-            raise InfraError("it died")
+            raise WorkerDiedError("it died")
         result = await super().rollout(task, attempt)
         self.sampled.append(task.id)
         return result
+
+    def kill(self) -> None:
+        self.is_killed = True
 
     async def close(self) -> None:
         self.is_closed = True
@@ -256,6 +259,7 @@ def test_a_seat_that_dies_while_it_leaves_is_not_replaced_and_loses_nothing() ->
         await asyncio.gather(*running)
         await asyncio.sleep(3)
         assert fleet.stats().states == ("healthy", "retired") and len(crew.born) == 2
+        assert crew.born[1].is_killed and not crew.born[1].is_closed
 
     run(crew, scenario)
     assert crew.sampled() == Counter("abcd")

@@ -61,6 +61,7 @@ def test_a_pool_that_is_all_validation_is_refused() -> None:
 
 
 def test_a_fleet_larger_than_the_machine_is_refused_before_ray_starts(tmp_path: Path) -> None:
+    """#40: Ray itself would wait for ever."""
     with (
         pytest.raises(PlacementError, match="they want 4096 processors, there are"),
         cluster(tmp_path, 4096, tmp_path),

@@ -62,6 +62,7 @@ def test_memory_sets_the_least_of_a_sharded_learner() -> None:
 
 
 def test_what_cannot_fit_is_refused_at_once_with_want_and_have() -> None:
+    """#40"""
     learner = Consumer("learner", 1.0, shared_bytes=60 * 2**30)
     rollout = Consumer("rollout", 1.0, width=4, replica_bytes=20 * 2**30)
     with pytest.raises(PlacementError) as caught:
