@@ -32,6 +32,7 @@ ADDRESSES: dict[str, set[str]] = {
         "rl/actors.py",
         "rl/cluster.py",
         "rl/learn.py",
+        "rl/preflight.py",
         "rl/pulse.py",
         "rl/remote.py",
     },
