@@ -3,7 +3,7 @@
     asked as we are   ─▶ its versions, or refused, or silent
     asked as nobody   ─▶ must be refused: whoever is let in can run code as us
 
-Each question is put by a process of its own, `python -m rl.preflight ADDRESS`, because `ray.init`
+Each question is put by a process of its own, rl/knock.py, because `ray.init`
 waits for minutes for a cluster that is gone, and says something else of most of these.
 """
 
@@ -12,26 +12,20 @@ from __future__ import annotations
 import json
 import os
 import platform
-import socket
 import subprocess
 import sys
 from collections.abc import Mapping
 from contextlib import suppress
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 
 import psutil
 import ray
-from ray._common.usage.usage_lib import get_cluster_metadata
-from ray._private.services import canonicalize_bootstrap_address_or_die
-from ray._raylet import GcsClient
-from ray.exceptions import AuthenticationError, RayError
 
 from ground.errors import InfraError, SetupError
 from rl.processes import ADDRESS
 
 _PROBE_SECONDS = 20.0
-_CONNECT_SECONDS = 5.0
 _MODE, _TOKEN, _TOKEN_PATH = "RAY_AUTH_MODE", "RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH"
 
 
@@ -93,7 +87,7 @@ def must_answer(address: str) -> str:
 
 def _ask(address: str, environment: Mapping[str, str]) -> Answer:
     """What the cluster says to somebody with this environment."""
-    line = [sys.executable, "-m", "rl.preflight", address]
+    line = [sys.executable, "-m", "rl.knock", address]
     try:
         done = subprocess.run(
             line, env=environment, capture_output=True, text=True, timeout=_PROBE_SECONDS
@@ -152,21 +146,3 @@ def _holder_of(address: str) -> str:
             with suppress(psutil.Error):
                 return f"; port {port} is held by {psutil.Process(found.pid).name()} ({found.pid})"
     return f"; nobody holds port {port}"
-
-
-def _look(address: str) -> Answer:
-    """Ask with the environment that this process has."""
-    try:
-        found = canonicalize_bootstrap_address_or_die(address)
-        host, _, port = found.rpartition(":")
-        socket.create_connection((host, int(port)), timeout=_CONNECT_SECONDS).close()
-        versions = get_cluster_metadata(GcsClient(address=found))
-    except AuthenticationError as error:
-        return Answer(refusal=str(error).partition(". ")[0])
-    except (OSError, ValueError, RayError) as error:
-        return Answer(silence=str(error))
-    return Answer(versions["ray_version"], versions["python_version"])
-
-
-if __name__ == "__main__":
-    print(json.dumps(asdict(_look(sys.argv[1]))))

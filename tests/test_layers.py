@@ -31,6 +31,7 @@ ADDRESSES: dict[str, set[str]] = {
         "rollout/weights.py",
         "rl/actors.py",
         "rl/cluster.py",
+        "rl/knock.py",
         "rl/learn.py",
         "rl/preflight.py",
         "rl/pulse.py",

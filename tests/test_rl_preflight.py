@@ -113,10 +113,8 @@ def test_a_cluster_of_other_versions_is_refused_before_it_is_joined(
     try:
         error = refused(head.address)
     finally:
-        ours = (
-            f'"ray_version": "{ray.__version__}", "python_version": "{platform.python_version()}"'
-        )
-        rewrite(f"{{{ours}}}")
+        ours = {"ray_version": ray.__version__, "python_version": platform.python_version()}
+        rewrite(json.dumps(ours))
     assert f"{has}, we have Ray {ray.__version__} and" in error.what
     assert "run the command with Python 3." in error.fix
     check_cluster(head.address)
