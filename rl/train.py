@@ -20,7 +20,7 @@ def train(stage: Stage[RlSection]) -> dict[str, object]:
     """Run the loop to its end and audit ledger and journal; returns the summary."""
     prompts = read_prompts(stage.trail.prompts_before("rl"), stage.head.data, stage.directory)
     pool = split_pool(prompts, stage.section.validation.prompts, stage.head.seed)
-    with reserved() as ours:
+    with reserved(stage.run.path / "log" / "rl.processes.json") as ours:
         # Ray reads its authentication mode from the environment when it is imported.
         from rl.supervisor import supervise
 

@@ -138,7 +138,7 @@ import sys
 from pathlib import Path
 from rl.processes import reserved
 
-with reserved() as ours:
+with reserved(Path(sys.argv[1]) / "left.json") as ours:
     import ray
     from rl.cluster import cluster
 
