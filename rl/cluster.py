@@ -8,18 +8,17 @@ from __future__ import annotations
 import logging
 import math
 import os
-import subprocess
-import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 
 import ray
 
 from ground.disk import require_space
-from ground.errors import InfraError, SetupError
+from ground.errors import SetupError
 from ground.signals import install_signals
-from rl.processes import ADDRESS, cluster_address
+from rl.preflight import ClusterStartError, check_cluster, must_answer
+from rl.processes import cluster_address
 from rl.room import Want, require_room
 
 NAMESPACE = "packtrain"
@@ -30,11 +29,6 @@ _SHARED_MEMORY = Path("/dev/shm")
 _MODELS_KEPT = 1
 """Room for a version that goes to another machine; here weights lie in the keeper's own memory."""
 _OTHER_BYTES = 128 << 20
-_PROBE_SECONDS = 20.0
-
-
-class ClusterStartError(InfraError):
-    """Ray did not come up, as happens on a machine that is too busy: no fault of the run."""
 
 
 def cluster(
@@ -55,8 +49,8 @@ def cluster(
 
     Raises:
         PlacementError: the machines have fewer processors than that; Ray would wait for ever.
-        SetupError: this one has less shared memory, or a cluster that we should join lets anybody
-            in.
+        SetupError: this one has less shared memory, or a cluster that we should join is none for us
+            (rl/preflight.py).
         ClusterStartError: Ray does not come up, or does not answer.
     """
     address = cluster_address()
@@ -95,10 +89,10 @@ def _started(
 @contextmanager
 def _joined(address: str, num_cpus: float, namespace: str) -> Iterator[str]:
     """Somebody's cluster; ours in it are the actors alone, which leave with us."""
-    _check(address)
+    check_cluster(address)
     carried = {name: text for name, text in os.environ.items() if name.startswith(_TRAVELS)}
     with _connected(
-        _must_answer(address),
+        must_answer(address),
         address=address,
         namespace=namespace,
         runtime_env={"env_vars": carried},
@@ -124,47 +118,6 @@ def _connected(purpose: str, **settings: object) -> Iterator[None]:
     finally:
         ray.shutdown()
         install_signals()
-
-
-def _check(address: str) -> None:
-    """See that the cluster is there and asks for a token: who reaches it can run code as us."""
-    if address.startswith("ray://"):
-        raise SetupError(
-            f"{ADDRESS} must name the cluster itself, got a client's address: {address}",
-            where="rl",
-            fix="submit the command as a job: ray job submit -- packtrain run …",
-        )
-    if why := _refusal(address, os.environ):
-        raise ClusterStartError(_must_answer(address), where="rl", why=why)
-    stranger = {n: t for n, t in os.environ.items() if not n.startswith("RAY_AUTH_")}
-    if not _refusal(address, stranger | {"RAY_AUTH_MODE": "disabled"}):
-        raise SetupError(
-            f"the Ray cluster at {address} must ask for a token, it lets anybody run code",
-            where="rl",
-            fix="start every node with RAY_AUTH_MODE=token and the same RAY_AUTH_TOKEN_PATH "
-            "(`ray get-auth-token --generate` makes one)",
-        )
-
-
-def _refusal(address: str, environment: Mapping[str, str]) -> str:
-    """Why the cluster does not answer somebody with this environment; empty if it does.
-
-    Asked in a process of its own: `ray.init` waits for minutes for a cluster that is gone.
-    """
-    line = [sys.executable, "-m", "ray.scripts.scripts", "health-check"]
-    line += [] if address == "auto" else ["--address", address]
-    try:
-        done = subprocess.run(
-            line, env=environment, capture_output=True, text=True, timeout=_PROBE_SECONDS
-        )
-    except subprocess.TimeoutExpired:
-        return f"no answer within {_PROBE_SECONDS:g} s"
-    told = [text for text in done.stderr.splitlines() if text.strip()] or ["no answer"]
-    return told[-1] if done.returncode else ""
-
-
-def _must_answer(address: str) -> str:
-    return f"the Ray cluster at {address} ({ADDRESS}) must answer"
 
 
 def _require_processors(wanted: float, have: float) -> None:

@@ -1,6 +1,7 @@
 """Our processes, found by two signs, so that none can outlive the stage, whatever ends it.
 
     reserved: folder, token, mark, reaper → processes come and go, `sweep` between → reaped
+        └── reaper killed as well: the record in the run's folder tells its next start whom to end
 
 Signs: a mark in the environment, and open files in the stage's own folder for Ray. The second is
 needed because Ray's workers and agents overwrite their environment with their title.
@@ -8,8 +9,12 @@ needed because Ray's workers and agents overwrite their environment with their t
 
 from __future__ import annotations
 
+import json
+import logging
 import os
+import platform
 import secrets
+import shutil
 import signal
 import subprocess
 import sys
@@ -21,14 +26,18 @@ from pathlib import Path
 
 import psutil
 
+from ground.storage import write_file
 from rollout.descendants import end_tree
 
 ADDRESS = "RAY_ADDRESS"
 """Ray's own variable: where the cluster is that we belong to."""
 _MARK = "PACKTRAIN_LOOP"
+_FOLDER = "packtrain-"
 _REAP_SECONDS = 15.0
 _LONGEST_PLACE = 30
 """Ray adds some 75 characters of its own to a socket's path."""
+
+logger = logging.getLogger("packtrain")
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,7 +45,7 @@ class Reserved:
     """Where Ray may put its files, and how our processes are told from others.
 
     Example:
-        with reserved() as ours: ray.init(_temp_dir=str(ours.folder)); …; ours.sweep()
+        with reserved(record) as ours: ray.init(_temp_dir=str(ours.folder)); …; ours.sweep()
     """
 
     folder: Path
@@ -49,17 +58,24 @@ class Reserved:
 
 
 @contextmanager
-def reserved() -> Iterator[Reserved]:
+def reserved(record: Path) -> Iterator[Reserved]:
     """Mark all processes to come, and have a reaper end them even if this one is killed.
 
     Enter it before Ray is imported: Ray reads RAY_AUTH_MODE when it is loaded.
+
+    Args:
+        record: a file of the run, whose lock we hold: what an earlier start has written there,
+            it has left behind.
     """
+    _end_leftovers(record)
     usual = tempfile.gettempdir()
     place = usual if len(usual) <= _LONGEST_PLACE else "/tmp"
-    folder = Path(tempfile.mkdtemp(prefix="packtrain-", dir=place))
+    folder = Path(tempfile.mkdtemp(prefix=_FOLDER, dir=place))
     mark, token = secrets.token_hex(8), folder / "token"
     token.touch(mode=0o600)
     token.write_text(secrets.token_hex(32))
+    left = {"mark": mark, "folder": str(folder), "host": platform.node()}
+    write_file(record, json.dumps(left) + "\n")
     reaper = subprocess.Popen(
         [sys.executable, "-m", "rl.reaper", f"{_MARK}={mark}", str(folder), str(os.getpid())],
         stdin=subprocess.PIPE,
@@ -75,6 +91,7 @@ def reserved() -> Iterator[Reserved]:
             reaper.stdin.close()
         with suppress(subprocess.TimeoutExpired):
             reaper.wait(_REAP_SECONDS)
+        record.unlink(missing_ok=True)
 
 
 def cluster_address() -> str:
@@ -95,6 +112,19 @@ def end_all(mark: str, folder: Path, *, spare: int) -> int:
             os.kill(pid, signal.SIGKILL)
             ended += 1
     return ended
+
+
+def _end_leftovers(record: Path) -> None:
+    """End what carries the mark of an earlier start of this run on this machine, nothing else."""
+    with suppress(FileNotFoundError):
+        left = json.loads(record.read_text())
+        folder = Path(left["folder"])
+        if left["host"] != platform.node() or not folder.name.startswith(_FOLDER):
+            return
+        ended = end_all(f"{_MARK}={left['mark']}", folder, spare=os.getpid())
+        shutil.rmtree(folder, ignore_errors=True)
+        if ended:
+            logger.warning("processes that an earlier start of this run had left were ended")
 
 
 def _with_files_in(folder: Path) -> set[int]:

@@ -24,10 +24,11 @@ from ground import faults, stacks
 from ground.errors import FailureKind, InfraError, PacktrainError, SetupError, WorkersLostError
 from ground.roles import enter_role
 from rl.actors import start_controller
-from rl.cluster import ClusterStartError, cluster
+from rl.cluster import cluster
 from rl.job import Job, Report
 from rl.learner_process import LearnerProcess, learner_process
 from rl.pool import Pool
+from rl.preflight import ClusterStartError
 from rl.processes import Reserved
 from rl.pulse import remote_pulse
 from rl.watchdog import dump_stacks, stacks_folder, watched

@@ -43,7 +43,8 @@ def train(stage: Stage[RlSection]) -> dict[str, object]:
         return {}
     prompts = read_prompts(stage.trail.prompts_before("rl"), stage.head.data, stage.directory)
     pool = split_pool(prompts, stage.section.validation.prompts, stage.head.seed)
-    with reserved() as ours, _hosts(launch, environment) as hosts:
+    record = stage.run.path / "log" / "rl.processes.json"
+    with reserved(record) as ours, _hosts(launch, environment) as hosts:
         # Ray reads its authentication mode from the environment when it is imported.
         from rl.supervisor import Ranks, supervise
 
