@@ -212,5 +212,6 @@ def _environment(section: EngineSection) -> Iterator[None]:
     try:
         yield
     finally:
-        os.environ.clear()
+        for name in os.environ.keys() - before.keys():  # vLLM adds some of its own
+            del os.environ[name]
         os.environ.update(before)

@@ -5,10 +5,12 @@ Runs in vLLM's processes, mixed into its worker class (`worker_extension_cls`).
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from torch import nn
+from tqdm import tqdm
 from vllm.model_executor.layers.fused_moe.oracle.unquantized import UnquantizedMoeBackend
 from vllm.model_executor.layers.fused_moe.routed_experts import RoutedExperts
 from vllm.model_executor.layers.fused_moe.unquantized_fused_moe_method import (
@@ -20,6 +22,10 @@ from vllm.platforms import current_platform
 from rollout.checksums import views
 from rollout.layout import Layout, Place
 from rollout.shared_memory import map_buffer
+
+tqdm.set_lock(threading.RLock())
+"""Of itself tqdm, with which vLLM loads weights, would take one between processes: a file in shared
+memory that stays when vLLM's process is killed."""
 
 if TYPE_CHECKING:
     from vllm.v1.worker.gpu_worker import Worker
