@@ -142,7 +142,8 @@ def _holder_of(address: str) -> str:
     if host not in own:
         return ""
     for found in psutil.net_connections("tcp"):
-        if found.status == psutil.CONN_LISTEN and str(found.laddr[1]) == port and found.pid:
+        listens = found.status == psutil.CONN_LISTEN and found.laddr
+        if listens and str(listens.port) == port and found.pid:
             with suppress(psutil.Error):
                 return f"; port {port} is held by {psutil.Process(found.pid).name()} ({found.pid})"
     return f"; nobody holds port {port}"

@@ -59,7 +59,7 @@ def train(learners: Ensemble) -> tuple[dict[str, Any], dict[str, Tensor]]:
 
 def ensemble(model: Path, ranks: Ranks, loss: dict[str, Any]) -> Ensemble:
     """The learners of all ranks with a loss."""
-    return make_ensemble(make_learner(model, ranks.accelerator(), loss=loss, **SETTINGS), ranks)
+    return make_ensemble(make_learner(model, ranks.accelerator, loss=loss, **SETTINGS), ranks)
 
 
 def main() -> None:
