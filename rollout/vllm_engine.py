@@ -162,6 +162,7 @@ class VllmEngine:
 
     async def _start(self, model_path: Path, worker: str) -> VllmProcess:
         core = start_vllm(model_path, self._form.config, self._section, worker=worker)
+        await core.llm.collective_rpc("put_away_rendezvous")
         await core.llm.update_weight_version(str(self._version))
         self._loop.add_reader(core.process.sentinel, self._notice_end)
         return core
