@@ -168,6 +168,7 @@ class VllmEngine:
             is_blank=self._version == BLANK,
             worker=worker,
         )
+        await core.llm.collective_rpc("put_away_rendezvous")
         await core.llm.update_weight_version(str(self._version))
         self._loop.add_reader(core.process.sentinel, self._notice_end)
         return core

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Mapping
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from torch import nn
@@ -37,6 +38,12 @@ else:
 
 class WeightTaker(Base):
     """What our engine asks of each of vLLM's workers."""
+
+    def put_away_rendezvous(self) -> None:
+        """Remove the file by which vLLM's workers have found each other; all of them have."""
+        path = self.distributed_init_method
+        if path.startswith("file://"):
+            Path(path.removeprefix("file://")).unlink(missing_ok=True)
 
     def take_weights(self, path: str, size: int, places: Mapping[str, Any]) -> None:
         """Swap in the tensors that lie in somebody's memory, under a checkpoint's names.
