@@ -142,7 +142,10 @@ def _holder_of(address: str) -> str:
     if host not in own:
         return ""
     for found in psutil.net_connections("tcp"):
-        if found.status == psutil.CONN_LISTEN and str(found.laddr[1]) == port and found.pid:
+        is_there = found.status == psutil.CONN_LISTEN and [port] == [
+            str(part) for part in found.laddr[1:2]
+        ]
+        if is_there and found.pid:
             with suppress(psutil.Error):
                 return f"; port {port} is held by {psutil.Process(found.pid).name()} ({found.pid})"
     return f"; nobody holds port {port}"
