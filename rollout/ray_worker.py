@@ -14,14 +14,14 @@ import os
 import pickle
 import platform
 import signal
-from collections.abc import Awaitable
+from collections.abc import Awaitable, Callable
 from pathlib import Path
 from typing import TypeVar, cast
 
 import ray
 from ray.actor import ActorHandle, ActorProxy
+from ray.exceptions import ActorUnavailableError, RayActorError, RayError, RayTaskError
 from ray.exceptions import OutOfMemoryError as NodeOutOfMemoryError
-from ray.exceptions import RayActorError, RayError, RayTaskError
 from ray.util.placement_group import PlacementGroup, placement_group, remove_placement_group
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
@@ -41,6 +41,10 @@ _STATUS_SECONDS = 0.5
 """Until the kernel has the exit status of a process that Ray calls dead."""
 
 Value = TypeVar("Value")
+
+
+class LostMessageError(InfraError):
+    """A call or its answer was lost on the way; the worker may have done it, and lives."""
 
 
 class RayWorker:
@@ -70,7 +74,7 @@ class RayWorker:
 
     async def prepare(self) -> None:
         """See `Worker.prepare`; remembers the process, so that it can be killed when it hangs."""
-        self._process = process = await self._sorted(self._actor.prepare.remote())
+        self._process = process = await self._surely(self._actor.prepare.remote)
         if self._is_near:
             self._exit = ExitWatch(process[1])
 
@@ -78,11 +82,11 @@ class RayWorker:
         """See `Worker.open`."""
         if not self._process:
             await self.prepare()
-        await self._sorted(self._actor.open.remote(index, slots_share))
+        await self._surely(lambda: self._actor.open.remote(index, slots_share))
 
     async def ping(self) -> Pong:
         """See `Worker.ping`."""
-        pong = await self._sorted(self._actor.ping.remote(self._incarnation))
+        pong = await self._surely(lambda: self._actor.ping.remote(self._incarnation))
         self._memory_kills = memory_kills()  # what was killed before now was somebody else
         return pong
 
@@ -93,12 +97,14 @@ class RayWorker:
 
     async def load(self, version: int, weights: object) -> Loaded:
         """See `Worker.load`; `weights` are `Published`."""
-        return await self._sorted(self._actor.load.remote(self._incarnation, version, weights))
+        return await self._surely(
+            lambda: self._actor.load.remote(self._incarnation, version, weights)
+        )
 
     async def rollout(self, task: GroupTask, attempt: int) -> GroupResult:
         """See `Worker.rollout`; a pickle each way, since Ray's own way costs several times more."""
         asked = pickle.dumps((self._incarnation, task, attempt))
-        return pickle.loads(await self._sorted(self._actor.rollout.remote(asked)))
+        return pickle.loads(await self._surely(lambda: self._actor.rollout.remote(asked)))
 
     def kill(self) -> None:
         """Ray asks the process to go, which a stopped one cannot hear: so SIGKILL as well."""
@@ -133,6 +139,17 @@ class RayWorker:
         """Whether its process id means something on this machine."""
         return self._process is not None and self._process[0] == platform.node()
 
+    async def _surely(self, ask: Callable[[], ray.ObjectRef[Value]]) -> Value:
+        """The value of a call that a worker may hear twice; ends by its caller's deadline.
+
+        The seeds of a group are part of its task, so that sampling it once more changes nothing.
+        """
+        while True:
+            try:
+                return await self._sorted(ask())
+            except LostMessageError:
+                await asyncio.sleep(_POLL_SECONDS)
+
     async def _sorted(self, ref: ray.ObjectRef[Value]) -> Value:
         """The value of a call, or its failure as one of our errors; cancelling cancels the call."""
         try:
@@ -144,6 +161,8 @@ class RayWorker:
             raise _own_error(error) from None
         except NodeOutOfMemoryError as error:
             raise OutOfMemoryError(f"Ray ended it: {_first_sentence(error)}") from None
+        except ActorUnavailableError as error:
+            raise LostMessageError(_first_sentence(error)) from None
         except RayActorError as error:
             raise await self._death(error) from None
         except RayError as error:

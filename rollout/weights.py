@@ -8,13 +8,14 @@ while it packs leaves a half-filled buffer that nobody has been told of.
 
 from __future__ import annotations
 
+import time
 from dataclasses import dataclass, field, replace
 
 import numpy as np
 import ray
 from numpy.typing import NDArray
 from ray.actor import ActorHandle, ActorProxy
-from ray.exceptions import RayError
+from ray.exceptions import ObjectStoreFullError, OutOfDiskError, RayError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from ground import faults
@@ -25,6 +26,8 @@ from rollout.shared_memory import Lock, SharedBuffer, first_free
 
 _KEPT = 2
 _FETCH_SECONDS = 600.0
+_ROOM_SECONDS = 30.0
+_POLL_SECONDS = 0.2
 _MAX_BUFFERS = 6
 """Two are kept, one is filled; more only while somebody who was given up still holds one."""
 
@@ -185,21 +188,35 @@ class WeightKeeper:
 
 
 def fetch(published: Published) -> NDArray[np.uint8]:
-    """The bytes of a version that lies on another machine.
+    """The bytes of a version that lies on another machine; waits a while for room on the way.
 
     Raises:
-        InfraError: it is not kept any more.
+        InfraError: it is not kept any more, or Ray's object store stays full.
     """
+    deadline = time.monotonic() + _ROOM_SECONDS
+    purpose = f"weights of version {published.version} must be fetched from another machine"
+    while True:
+        try:
+            return _carried(published)
+        except (OutOfDiskError, ObjectStoreFullError) as error:
+            if time.monotonic() > deadline:
+                raise InfraError(
+                    f"{purpose}: for {_ROOM_SECONDS:g} s Ray's object store was full, and so was "
+                    "the disk that it spills to",
+                    where="hand-over",
+                    why=str(error),
+                    fix="free space in the nodes' object spilling directory, or start them with a "
+                    "larger --object-store-memory",
+                ) from error
+            time.sleep(_POLL_SECONDS)
+        except RayError as error:
+            raise InfraError(purpose, where="hand-over", why=str(error)) from error
+
+
+def _carried(published: Published) -> NDArray[np.uint8]:
     assert published.keeper
-    try:
-        carried = ray.get(published.keeper.carry.remote(published.version), timeout=_FETCH_SECONDS)
-        return ray.get(carried[0], timeout=_FETCH_SECONDS)
-    except RayError as error:
-        raise InfraError(
-            f"weights of version {published.version} must be fetched from another machine",
-            where="hand-over",
-            why=str(error),
-        ) from error
+    carried = ray.get(published.keeper.carry.remote(published.version), timeout=_FETCH_SECONDS)
+    return ray.get(carried[0], timeout=_FETCH_SECONDS)
 
 
 def this_node() -> str:

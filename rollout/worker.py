@@ -81,6 +81,8 @@ class RolloutWorker:
 
         Not part of the constructor, because Ray keeps only the text of what a constructor raises.
         """
+        if self._lease:  # asked twice, since the answer was lost on its way
+            return platform.node(), os.getpid()
         enter_role(f"rollout/{index}")
         config, fleet = self._config, self._config.fleet
         with sorted_failures("opening the engine"):
@@ -143,6 +145,8 @@ class RolloutWorker:
         faults.point("gen.begin")
         prompt_ids = tuple(self._template.encode_prompt(task.messages))
         requests, attempt_id = self._requests(task, prompt_ids, attempt), task.attempt_id(attempt)
+        if attempt_id in self._sampling or attempt_id in self._awaiting_verdicts:
+            raise InfraError(f"{attempt_id} was asked twice, its first asking is still at work")
         self._sampling[attempt_id] = _Sampling([request.id for request in requests])
         try:
             completions = await self._sample(requests)
