@@ -12,11 +12,13 @@ from __future__ import annotations
 import asyncio
 import fcntl
 import os
+import platform
 import signal
 import struct
 import sys
 import weakref
 from contextlib import suppress
+from pathlib import Path
 
 _INFO_BYTES = 64
 """sizeof(struct pidfd_info) in its first version; a later kernel takes the short one as it is."""
@@ -25,6 +27,15 @@ _GET_INFO = 3 << 30 | _INFO_BYTES << 16 | 0xFF << 8 | 11
 _WANTS_EXIT = 1 << 3
 _STATUS_OFFSET = 60
 _POLL_SECONDS = 0.01
+
+
+def pid_space() -> str:
+    """Where this process's ids count: machine, boot and namespace, for names alone may be alike."""
+    parts = [platform.node()]
+    with suppress(OSError):
+        parts.append(Path("/proc/sys/kernel/random/boot_id").read_text().strip())
+        parts.append(str(os.stat("/proc/self/ns/pid").st_ino))
+    return " ".join(parts)
 
 
 class ExitWatch:

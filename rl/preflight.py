@@ -71,7 +71,11 @@ def check_cluster(address: str) -> None:
         raise _not_let_in(address, answer, os.environ)
     _require_versions(address, answer)
     nobody = {name: text for name, text in os.environ.items() if not name.startswith("RAY_AUTH_")}
-    if _ask(address, nobody | {_MODE: "disabled"}).ray:
+    stranger = _ask(address, nobody | {_MODE: "disabled"})
+    if stranger.silence:
+        why = f"asked without a token: {stranger.silence}"
+        raise ClusterStartError(must_answer(address), where="rl", why=why)
+    if not stranger.refusal:
         raise SetupError(
             f"the Ray cluster at {address} must ask for a token, it lets anybody run code",
             where="rl",

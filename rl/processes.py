@@ -12,7 +12,6 @@ from __future__ import annotations
 import json
 import logging
 import os
-import platform
 import secrets
 import shutil
 import signal
@@ -26,6 +25,7 @@ from pathlib import Path
 
 import psutil
 
+from ground.exits import pid_space
 from ground.storage import write_file
 from rollout.descendants import end_tree
 
@@ -74,7 +74,7 @@ def reserved(record: Path) -> Iterator[Reserved]:
     mark, token = secrets.token_hex(8), folder / "token"
     token.touch(mode=0o600)
     token.write_text(secrets.token_hex(32))
-    left = {"mark": mark, "folder": str(folder), "host": platform.node()}
+    left = {"mark": mark, "folder": str(folder), "host": pid_space()}
     write_file(record, json.dumps(left) + "\n")
     reaper = subprocess.Popen(
         [sys.executable, "-m", "rl.reaper", f"{_MARK}={mark}", str(folder), str(os.getpid())],
@@ -119,7 +119,7 @@ def _end_leftovers(record: Path) -> None:
     with suppress(FileNotFoundError):
         left = json.loads(record.read_text())
         folder = Path(left["folder"])
-        if left["host"] != platform.node() or not folder.name.startswith(_FOLDER):
+        if left["host"] != pid_space() or not folder.name.startswith(_FOLDER):
             return
         ended = end_all(f"{_MARK}={left['mark']}", folder, spare=os.getpid())
         shutil.rmtree(folder, ignore_errors=True)

@@ -12,7 +12,6 @@ import asyncio
 import contextlib
 import os
 import pickle
-import platform
 import signal
 from collections.abc import Awaitable, Callable
 from pathlib import Path
@@ -26,7 +25,7 @@ from ray.util.placement_group import PlacementGroup, placement_group, remove_pla
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from ground.errors import InfraError, PacktrainError
-from ground.exits import ExitWatch
+from ground.exits import ExitWatch, pid_space
 from rollout.bundle import bundle_of
 from rollout.failures import memory_kills
 from rollout.luggage import Luggage
@@ -136,8 +135,8 @@ class RayWorker:
 
     @property
     def _is_near(self) -> bool:
-        """Whether its process id means something on this machine."""
-        return self._process is not None and self._process[0] == platform.node()
+        """Whether its process id means something here."""
+        return self._process is not None and self._process[0] == pid_space()
 
     async def _surely(self, ask: Callable[[], ray.ObjectRef[Value]]) -> Value:
         """The value of a call that a worker may hear twice; ends by its caller's deadline.
@@ -170,7 +169,8 @@ class RayWorker:
 
     async def _death(self, error: RayActorError) -> WorkerDiedError:
         """What ended it, as far as the kernel tells, and what Ray says of it."""
-        if memory_kills() > self._memory_kills:
+        may_be_here = self._is_near or not self._process
+        if may_be_here and memory_kills() > self._memory_kills:
             return OutOfMemoryError("the kernel has ended a process for want of memory meanwhile")
         cause = await self._exit.cause(_STATUS_SECONDS) if self._exit else ""
         ended = f"ended by {cause}; " if cause else ""

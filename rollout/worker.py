@@ -13,7 +13,6 @@ import asyncio
 import logging
 import os
 import pickle
-import platform
 import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -23,6 +22,7 @@ from typing import TYPE_CHECKING, cast
 
 from ground import faults
 from ground.errors import InfraError
+from ground.exits import pid_space
 from ground.lease import Fence, Lease
 from ground.records import Group
 from ground.roles import enter_role
@@ -71,18 +71,18 @@ class RolloutWorker:
         self._awaiting_verdicts: set[str] = set()
 
     async def prepare(self) -> tuple[str, int]:
-        """Import the libraries; returns this machine's name and the process id."""
+        """Import the libraries; returns where its process id counts, and the id."""
         with sorted_failures("importing the engine"):
             self._import_libraries()
-        return platform.node(), os.getpid()
+        return pid_space(), os.getpid()
 
     async def open(self, index: int, slots_share: float = 1.0) -> tuple[str, int]:
-        """Load the model and make ready; returns this machine's name and the process id.
+        """Load the model and make ready; returns where its process id counts, and the id.
 
         Not part of the constructor, because Ray keeps only the text of what a constructor raises.
         """
         if self._lease:  # asked twice, since the answer was lost on its way
-            return platform.node(), os.getpid()
+            return pid_space(), os.getpid()
         enter_role(f"rollout/{index}")
         config, fleet = self._config, self._config.fleet
         with sorted_failures("opening the engine"):
@@ -96,7 +96,7 @@ class RolloutWorker:
         self._scoring = ThreadPoolExecutor(fleet.reward_processes, thread_name_prefix="score")
         self._orders = ThreadPoolExecutor(1, thread_name_prefix="order")
         self._lease = Lease("fleet", config.lease_seconds)
-        return platform.node(), os.getpid()
+        return pid_space(), os.getpid()
 
     async def ping(self, incarnation: int) -> Pong:
         """Renew the lease; answers while tokens are sampled."""

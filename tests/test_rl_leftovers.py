@@ -13,6 +13,8 @@ import psutil
 import pytest
 from rl_runs import wait_until
 
+from ground.exits import pid_space
+
 START = """
 import subprocess, sys, time
 from psutil import Process
@@ -72,7 +74,7 @@ def test_what_another_machine_has_left_is_not_ours_to_end(
 ) -> None:
     """#39: nor is a folder that we have not made, whatever the record says."""
     (tmp_path / "precious").mkdir()
-    record = {"mark": "0", "folder": str(tmp_path / "packtrain-x"), "host": os.uname().nodename}
+    record = {"mark": "0", "folder": str(tmp_path / "packtrain-x"), "host": pid_space()}
     (tmp_path / "packtrain-x").mkdir()
     changed = {key: text.format(folder=tmp_path / "precious") for key, text in changed.items()}
     (tmp_path / "record.json").write_text(json.dumps(record | changed))

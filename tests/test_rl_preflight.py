@@ -168,3 +168,14 @@ def test_a_cluster_of_our_own_needs_none_of_rays_usual_ports(tmp_path: Path) -> 
     assert done.returncode == 0, done.stderr
     address, answer = done.stdout.split()[-2:]
     assert answer == "42" and int(address.rpartition(":")[2]) not in usual
+
+
+def test_a_cluster_that_may_let_anybody_in_is_not_joined(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Who asks without a token must be refused; no answer at all proves nothing."""
+    ours = preflight.Answer(ray.__version__, platform.python_version())
+    answers = iter([ours, preflight.Answer(silence="no answer within 20 s")])
+    monkeypatch.setattr(preflight, "_ask", lambda address, environment: next(answers))
+    monkeypatch.setenv("RAY_AUTH_TOKEN", "0" * 64)
+    with pytest.raises(ClusterStartError, match="must answer") as refused:
+        check_cluster("192.0.2.1:6379")
+    assert "asked without a token: no answer" in refused.value.why
