@@ -40,14 +40,12 @@ class Sampling:
         self.logprobs.clear()
 
     def take(self, part: CompletionOutput) -> None:
-        """Tokens that are new in it."""
+        """Tokens that are new in it, each with its log-prob."""
         assert part.logprobs is not None
-        self.token_ids += part.token_ids
-        self.logprobs += [
-            places[id_].logprob
-            for places, id_ in zip(part.logprobs, part.token_ids, strict=True)
-            if places
-        ]
+        for places, id_ in zip(part.logprobs, part.token_ids, strict=True):
+            assert places is not None
+            self.token_ids.append(id_)
+            self.logprobs.append(places[id_].logprob)
 
 
 def sampling_params(request: Request) -> SamplingParams:
@@ -101,7 +99,9 @@ def scoring_params(top_k: int) -> SamplingParams:
 def scores_of(output: RequestOutput, ids: Sequence[int], top_k: int) -> Scores:
     """Log-probs of a prompt's tokens but the first, and the likeliest in place of each."""
     assert output.prompt_logprobs is not None
-    places = [place for place in output.prompt_logprobs if place is not None]
+    first, *rest = output.prompt_logprobs
+    places = [place for place in rest if place is not None]
+    assert first is None and len(places) == len(rest) == len(ids) - 1
     tops = [sorted(place.items(), key=lambda item: item[1].rank or 0)[:top_k] for place in places]
     return Scores(
         tuple(place[id_].logprob for place, id_ in zip(places, ids[1:], strict=True)),

