@@ -134,7 +134,8 @@ class FleetSection(Section):
     """The run stops when fewer than these are left."""
     spare: bool = True
     """Keep a process ready that has its libraries imported: a lost worker is back seconds sooner,
-    for the memory of one Python process with torch in it."""
+    for the memory of one Python process with torch in it. Where workers have GPUs (`vllm`) there is
+    none, whatever is said here: it would hold those of a whole worker and do nothing with them."""
     backoff_seconds: float = Field(default=0.5, ge=0)
     """Pause before the second restart in a row, then twice that; the first is made at once."""
     max_attempts: int = Field(default=5, ge=1)

@@ -20,12 +20,9 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from torch import Tensor
-from vllm.inputs.engine import TokensInput, tokens_input
-from vllm.outputs import CompletionOutput
 from vllm.v1.engine.async_llm import AsyncLLM
 from vllm.v1.engine.exceptions import EngineDeadError
 
-from ground import faults
 from ground.errors import DataError, InfraError, PacktrainError
 from ground.model import load_model, tensors_of
 from ground.records import Segment
@@ -34,13 +31,7 @@ from rollout.engine import BLANK, Completion, Request, Scores, check_request, ch
 from rollout.failures import sort_failure
 from rollout.loop_thread import LoopThread
 from rollout.vllm_process import WORKER, VllmProcess, start_vllm
-from rollout.vllm_requests import (
-    Sampling,
-    completion_of,
-    sampling_params,
-    scores_of,
-    scoring_params,
-)
+from rollout.vllm_requests import Sampling, sampled, scored
 from rollout.vllm_weights import CheckpointForm, Laid
 
 Result = TypeVar("Result")
@@ -262,7 +253,7 @@ class VllmEngine:
         """A request's way through vLLM, to its end."""
         request = sampling.request
         try:
-            completion = await self._sample(sampling)
+            completion = await sampled(self._llm, sampling, lambda: self._salt)
         except EngineDeadError:
             await self._mourn()
         except Exception as error:
@@ -270,41 +261,16 @@ class VllmEngine:
         else:
             self._settle(request.id, completion)
 
-    async def _sample(self, sampling: Sampling) -> Completion:
-        request, llm = sampling.request, self._llm
-        params = sampling_params(request)
-        while True:
-            sampling.begin()
-            part: CompletionOutput | None = None
-            async for output in llm.generate(self._prompt(request), params, request.id):
-                part = output.outputs[0]
-                sampling.take(part)
-                faults.point("gen.mid")
-                if sampling.is_unwanted and not output.finished:
-                    await llm.abort(request.id)
-            if sampling.is_aborted or not sampling.begins_anew:
-                assert part is not None
-                return completion_of(sampling, part)
-
-    def _prompt(self, request: Request) -> TokensInput:
-        return tokens_input(list(request.prompt_ids), cache_salt=self._salt)
-
     @property
     def _salt(self) -> str:
         """Of prompt blocks; a version may be loaded twice, with other numbers."""
         return f"load {self._num_loads}"
 
     async def _score(self, token_ids: Sequence[Sequence[int]], top_k: int) -> list[Scores]:
-        params = scoring_params(top_k)
-
-        async def score(index: int, ids: Sequence[int]) -> Scores:
-            prompt = tokens_input(list(ids), cache_salt=self._salt)
-            outputs = self._llm.generate(prompt, params, f"score/{index}")
-            (output,) = [output async for output in outputs]
-            return scores_of(output, ids, top_k)
-
         async with self._orders:
-            return list(await asyncio.gather(*map(score, range(len(token_ids)), token_ids)))
+            asked = enumerate(token_ids)
+            scores = (scored(self._llm, f"score/{n}", ids, top_k, self._salt) for n, ids in asked)
+            return list(await asyncio.gather(*scores))
 
     async def _close(self) -> None:
         self._die(InfraError("the engine was closed", where="vllm engine"))
@@ -323,15 +289,7 @@ class VllmEngine:
         core = self._core
         assert core is not None
         await asyncio.to_thread(core.process.join, _LAST_SECONDS)
-        self._die(
-            InfraError(
-                f"vLLM's process must live, {core.process.name} (pid {core.process.pid}) "
-                f"{core.fate}",
-                where="vllm engine",
-                fix="the fleet starts a new worker; where there is none, look above for what vLLM "
-                "logged and start again",
-            )
-        )
+        self._die(core.obituary)
 
     def _die(self, cause: PacktrainError) -> None:
         """Nothing may wait for a process that has ended; the first cause counts."""

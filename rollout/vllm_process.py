@@ -77,12 +77,22 @@ class VllmProcess:
         del self.llm  # kept until the interpreter ends, it would complain while it is torn down
 
     @property
-    def fate(self) -> str:
-        """How its process ended, in words."""
-        code = self.process.exitcode
-        if code is None:
-            return "has failed"
-        return f"was ended by {signal.Signals(-code).name}" if code < 0 else f"ended with {code}"
+    def obituary(self) -> InfraError:
+        """How its process ended."""
+        process = self.process
+        return InfraError(
+            f"vLLM's process must live, {process.name} (pid {process.pid}) {_fate(process)}",
+            where="vllm engine",
+            fix="the fleet starts a new worker; where there is none, look above for what vLLM "
+            "logged and start again",
+        )
+
+
+def _fate(process: BaseProcess) -> str:
+    code = process.exitcode
+    if code is None:
+        return "has failed"
+    return f"was ended by {signal.Signals(-code).name}" if code < 0 else f"ended with {code}"
 
 
 def start_vllm(

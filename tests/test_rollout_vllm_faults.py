@@ -28,6 +28,7 @@ from rollout.fleet import Fleet
 from rollout.parity import drift_of, is_within
 from rollout.task import WorkerConfig
 from rollout.vllm_engine import VllmEngine
+from rollout.vllm_weights import CheckpointForm, Laid
 
 pytestmark = pytest.mark.slow
 
@@ -135,6 +136,23 @@ def test_a_load_that_fails_in_the_middle_ends_the_engine() -> None:
         assert not cores_of(os.getpid())
     finally:
         engine.close()
+
+
+def test_a_load_that_takes_too_long_ends_the_engine() -> None:
+    """Its order is broken off, vLLM goes on with it: nobody knows which weights it has."""
+    engine = VllmEngine(STUDENT, SECTION, worker="vllm_doubles.TakesLong")
+    tensors = tensors_of(load_model(STUDENT))
+    laid = Laid(CheckpointForm(STUDENT).saved(tensors))
+    try:
+        future = engine.submit(request("a", tokens=200))
+        with pytest.raises(InfraError, match=r"load must be done within 0\.5 s"):
+            engine._loop.order("load", lambda: engine._load(1, laid), 0.5)
+        with pytest.raises(InfraError, match="must be done wholly, got CancelledError"):
+            future.result(5)
+        assert not cores_of(os.getpid())
+    finally:
+        engine.close()
+        laid.close()
 
 
 @pytest.mark.parametrize("dense", [False, True])

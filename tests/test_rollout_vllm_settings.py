@@ -18,7 +18,7 @@ from packtrain.validate import check_inputs
 from rl.config import RlSection
 from rl.prober import Prober
 from rollout import installed
-from rollout.bundle import bundle_of
+from rollout.bundle import bundle_of, with_affordable_spare
 from rollout.config import (
     EngineSection,
     EvaluateSection,
@@ -88,6 +88,14 @@ def test_a_worker_takes_one_bundle_of_one_machine() -> None:
     assert bundle_of(config(EngineSection()), CLUSTER) is None
 
 
+def test_no_spare_holds_gpus_that_a_worker_could_use() -> None:
+    for nodes, is_kept in ((CLUSTER, False), (CLUSTER[:1], True)):
+        asked = config(EngineSection(kind="vllm"))
+        fleet = with_affordable_spare(asked, nodes)
+        assert fleet == asked.fleet.model_copy(update={"spare": is_kept})
+    assert with_affordable_spare(config(EngineSection()), CLUSTER).spare
+
+
 @pytest.mark.parametrize(
     ("parallel", "cpus", "nodes"), [(2, 1.0, CLUSTER[:1]), (8, 1.0, CLUSTER), (4, 17.0, CLUSTER)]
 )
@@ -139,17 +147,26 @@ def test_a_workers_placement_group_holds_its_gpus_until_it_is_gone() -> None:
 
 GROUP = """
 import asyncio, sys, time
+from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 sys.path.insert(0, "tests")
 import ray
 from fleet_doubles import PretendingWorker
+from ground.errors import DataError
+from ray.util.placement_group import placement_group_table
 from rollout.config import EngineSection, FleetSection
-from rollout.ray_worker import RayWorker
+from rollout.ray_worker import RayWorker, fleet_of
 from rollout.task import WorkerConfig
 
 async def main():
     engine = EngineSection(kind="vllm", tensor_parallel=2)
     config = WorkerConfig(Path("m"), engine, FleetSection(cpus_per_worker=1))
+    assert not fleet_of(config).spare
+    with suppress(DataError):
+        RayWorker(replace(config, reward_files=(Path("missing.py"),)), PretendingWorker)
+        raise AssertionError
+    assert not placement_group_table()
     worker = RayWorker(config, PretendingWorker)
     await worker.prepare()
     assert ray.available_resources().get("GPU", 0) == 1, ray.available_resources()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import time
 from collections.abc import Mapping
 from typing import Any
 
@@ -39,3 +40,12 @@ class FailsInTheMiddle(WeightTaker):
         """Take some."""
         super().take_weights(path, size, places)
         raise RuntimeError("half of them")
+
+
+class TakesLong(WeightTaker):
+    """Loading takes longer than anybody waits."""
+
+    def take_weights(self, path: str, size: int, places: Mapping[str, Any]) -> None:
+        """Take them late."""
+        time.sleep(5)
+        super().take_weights(path, size, places)
