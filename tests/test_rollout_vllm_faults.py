@@ -149,10 +149,10 @@ def test_a_load_that_takes_too_long_ends_the_engine() -> None:
             engine._loop.order("load", lambda: engine._load(1, laid), 0.5)
         with pytest.raises(InfraError, match="must be done wholly, got CancelledError"):
             future.result(5)
-        assert not cores_of(os.getpid())
     finally:
         engine.close()
         laid.close()
+    assert not cores_of(os.getpid())
 
 
 @pytest.mark.parametrize("dense", [False, True])
