@@ -63,7 +63,8 @@ def _measured(width: int, layers: int) -> dict[str, float]:
         tensors = live_tensors(model)
         section = EngineSection(kind="vllm", num_slots=8, max_length=512)
         with closing(VllmEngine(path, section)) as engine:
-            runs = [_handed_over(engine, path, version, tensors) for version in range(1, 7)][1:]
+            versions = range(1, _REPEATS + 2)
+            runs = [_handed_over(engine, path, each, tensors) for each in versions][1:]
     row = {name: statistics.median(run[name] for run in runs) * 1e3 for name in runs[0]}
     row["parameters"] = float(model.num_parameters())
     row["plain copy"] = statistics.median(_copied(tensors) for _ in range(_REPEATS)) * 1e3

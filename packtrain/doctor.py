@@ -21,7 +21,7 @@ from rich.text import Text
 from ground.disk import free_bytes, show_bytes
 from ground.errors import SetupError
 from ground.memory import available_bytes
-from rollout.installed import VLLM_FIX, has_vllm
+from rollout.installed import VLLM_FIX, VLLM_RELEASE, is_known, vllm_version
 
 GIB = 1 << 30
 ROOMS = ("ground", "rollout", "curation", "sft", "dpo", "rl", "packtrain")
@@ -93,12 +93,16 @@ def check_versions(
             yield Finding("warn", name, f"{found}; tested with {wanted}", fix)
 
 
-def check_vllm(has: Callable[[], bool] = has_vllm) -> Iterator[Finding]:
+def check_vllm(version: Callable[[], str | None] = vllm_version) -> Iterator[Finding]:
     """vLLM is needed by recipes that name it as their engine, and by no other."""
-    if has():
-        yield Finding("ok", "vllm", "installed, for engine.kind: vllm")
-    else:
+    found = version()
+    if found is None:
         yield Finding("warn", "vllm", "not installed; engine.kind: vllm needs it", VLLM_FIX)
+    elif is_known(found):
+        yield Finding("ok", "vllm", f"{found}, for engine.kind: vllm")
+    else:
+        what = f"{found}; engine.kind: vllm needs {VLLM_RELEASE} and refuses others"
+        yield Finding("warn", "vllm", what, VLLM_FIX)
 
 
 def check_imports() -> Iterator[Finding]:

@@ -24,7 +24,7 @@ from rl.job import Job
 from rl.journal import Journal
 from rl.pool import Pool
 from rollout.fleet import Fleet
-from rollout.ray_worker import RayWorker
+from rollout.ray_worker import RayWorker, fleet_of
 from rollout.systems import draw_system
 from rollout.task import WorkerConfig
 from rollout.weights import Published, WeightKeeper, on_this_machine, start_keeper
@@ -57,7 +57,7 @@ class ControllerActor:
             lease_seconds=section.lease_seconds,
         )
         self._fleet = Fleet(
-            section.fleet,
+            fleet_of(config),
             lambda: RayWorker(config),
             self._events.append,
             full_at=section.engine.num_slots / section.group_size,

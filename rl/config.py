@@ -209,6 +209,7 @@ class RlSection(Section):
     def _samples_from_the_policy(self) -> Self:
         if self.sampling.temperature <= 0:
             raise ValueError("sampling.temperature must be positive in RL, got 0 (greedy)")
+        self.engine.require_temperature(self.sampling.temperature, "sampling.temperature")
         return self
 
     @model_validator(mode="after")

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 from ground.errors import SetupError
+from rollout.config import FleetSection
 from rollout.task import WorkerConfig
 
 Resources = Mapping[str, float]
@@ -41,6 +42,13 @@ def bundle_of(config: WorkerConfig, nodes: Sequence[Resources]) -> dict[str, flo
             "rl.fleet.cpus_per_worker, or add machines",
         )
     return bundle
+
+
+def with_affordable_spare(config: WorkerConfig, nodes: Sequence[Resources]) -> FleetSection:
+    """The recipe's fleet; without a spare where that would hold a whole worker's GPUs idle."""
+    if bundle_of(config, nodes) is None:
+        return config.fleet
+    return config.fleet.model_copy(update={"spare": False})
 
 
 def _fits(bundle: Resources, node: Resources) -> bool:

@@ -14,6 +14,9 @@ SLOT_STEP = 8
 _PARITY_NATS = {"hf": 0.0, "vllm": 8e-6}
 """Twice the largest typical drift from the learner that was measured of vLLM's CPU kernels."""
 
+_VLLM_TEMPERATURES = 0.01, 2.0
+"""What vLLM 0.32 samples at as it is told, besides 0."""
+
 
 class EngineSection(Section):
     """One engine: its kind and its shape."""
@@ -60,6 +63,21 @@ class EngineSection(Section):
         """
         steps = max(int(share * self.num_slots) // SLOT_STEP, 1)
         return self if share == 1 else self.model_copy(update={"num_slots": steps * SLOT_STEP})
+
+    def require_temperature(self, temperature: float, key: str = "temperature") -> None:
+        """Refuse temperatures that the engine does not sample at as they are.
+
+        vLLM raises those near 0 to 0.01 and says nothing, so that log-probs are not those of what
+        was asked for; those above 2 it refuses, when it comes to them.
+
+        Raises:
+            ValueError: naming the key of the section that asks for it.
+        """
+        low, high = _VLLM_TEMPERATURES
+        if self.kind == "vllm" and temperature and not low <= temperature <= high:
+            raise ValueError(
+                f"{key} must be 0 or lie within {low} and {high} for kind: vllm, got {temperature}"
+            )
 
     def require_room(self, max_new_tokens: int, key: str = "max_new_tokens") -> None:
         """Refuse completions that leave no room for a prompt.
@@ -116,7 +134,8 @@ class FleetSection(Section):
     """The run stops when fewer than these are left."""
     spare: bool = True
     """Keep a process ready that has its libraries imported: a lost worker is back seconds sooner,
-    for the memory of one Python process with torch in it."""
+    for the memory of one Python process with torch in it. Where workers have GPUs (`vllm`) there is
+    none, whatever is said here: it would hold those of a whole worker and do nothing with them."""
     backoff_seconds: float = Field(default=0.5, ge=0)
     """Pause before the second restart in a row, then twice that; the first is made at once."""
     max_attempts: int = Field(default=5, ge=1)
@@ -163,6 +182,11 @@ class MeasureSection(Section):
     @model_validator(mode="after")
     def _room_for_prompts(self) -> Self:
         self.engine.require_room(self.max_new_tokens)
+        return self
+
+    @model_validator(mode="after")
+    def _a_temperature_of_the_engines(self) -> Self:
+        self.engine.require_temperature(self.temperature)
         return self
 
     @property

@@ -26,7 +26,8 @@ from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from ground.errors import InfraError, PacktrainError
 from ground.exits import ExitWatch, pid_space
-from rollout.bundle import bundle_of
+from rollout.bundle import Resources, bundle_of, with_affordable_spare
+from rollout.config import FleetSection
 from rollout.failures import memory_kills
 from rollout.luggage import Luggage
 from rollout.seat import OutOfMemoryError, WorkerDiedError
@@ -54,6 +55,7 @@ class RayWorker:
     """
 
     def __init__(self, config: WorkerConfig, kind: type[RolloutWorker] = RolloutWorker) -> None:
+        luggage = Luggage.pack(config.model_path, config.reward_files)
         self._group = _own_group(config)
         actor = ray.remote(kind).options(
             num_cpus=config.fleet.cpus_per_worker,
@@ -64,7 +66,6 @@ class RayWorker:
             max_concurrency=1000,
             enable_task_events=False,
         )
-        luggage = Luggage.pack(config.model_path, config.reward_files)
         self._actor: ActorProxy[RolloutWorker] = actor.remote(config, luggage)
         self._incarnation = config.incarnation
         self._memory_kills = memory_kills()
@@ -177,14 +178,26 @@ class RayWorker:
         return WorkerDiedError(f"{ended}{type(error).__name__}: {_first_sentence(error)}")
 
 
+def fleet_of(config: WorkerConfig) -> FleetSection:
+    """The fleet of this cluster: without a spare where workers have GPUs, see `FleetSection.spare`.
+
+    Raises:
+        SetupError: no machine of the cluster has what a worker needs.
+    """
+    return with_affordable_spare(config, _machines())
+
+
+def _machines() -> list[Resources]:
+    return [node["Resources"] for node in ray.nodes() if node["Alive"]]
+
+
 def _own_group(config: WorkerConfig) -> PlacementGroup | None:
     """A placement group of one worker, if it needs more than processors.
 
     Raises:
         SetupError: no machine of the cluster has as much.
     """
-    nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
-    bundle = bundle_of(config, nodes)
+    bundle = bundle_of(config, _machines())
     return placement_group([bundle], strategy="STRICT_PACK") if bundle else None
 
 

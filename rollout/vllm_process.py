@@ -8,7 +8,7 @@ that could be left behind, and uses as many threads as the recipe says.
 
 from __future__ import annotations
 
-import multiprocessing
+import logging
 import os
 import signal
 from collections.abc import Iterator, Mapping
@@ -19,13 +19,18 @@ from pathlib import Path
 
 import torch
 from transformers import PretrainedConfig
+from vllm import ModelRegistry
 from vllm.engine.arg_utils import AsyncEngineArgs
 from vllm.v1.attention.backends.cpu_attn import CPUAttentionBackend
 from vllm.v1.engine.async_llm import AsyncLLM
+from vllm.v1.engine.core_client import MPClient
+from vllm.v1.engine.utils import CoreEngineProcManager
 
 from ground.errors import DataError, InfraError, SetupError
 from rollout.config import EngineSection
 from rollout.leash import leashed
+
+logger = logging.getLogger(__name__)
 
 WORKER = "rollout.vllm_worker.WeightTaker"
 """What is mixed into vLLM's worker class."""
@@ -42,6 +47,8 @@ _BYTES = 4
 _GPU_SHARE = 0.9
 _CLOSE_SECONDS = 0.2
 """EngineCore holds nothing that would need more time to be put away."""
+_GONE_SECONDS = 10.0
+"""Until the kernel has put a killed process away; devices may hold one back."""
 _SPARE_CACHE, _LEAST_CACHE = 2, 64 << 20
 """KV cache over what all slots need at most: what is scored needs room too, and layers of several
 kinds are filled up to the same size."""
@@ -61,16 +68,31 @@ class VllmProcess:
     def end(self) -> None:
         """Stop it; its process is gone when this returns."""
         self.llm.shutdown(timeout=_CLOSE_SECONDS)
-        self.process.join()
+        self.process.join(_GONE_SECONDS)
+        if self.process.is_alive():
+            logger.warning(
+                "%s (pid %s) was killed and is not gone after %g s: the kernel holds it back",
+                *(self.process.name, self.process.pid, _GONE_SECONDS),
+            )
         del self.llm  # kept until the interpreter ends, it would complain while it is torn down
 
     @property
-    def fate(self) -> str:
-        """How its process ended, in words."""
-        code = self.process.exitcode
-        if code is None:
-            return "has failed"
-        return f"was ended by {signal.Signals(-code).name}" if code < 0 else f"ended with {code}"
+    def obituary(self) -> InfraError:
+        """How its process ended."""
+        process = self.process
+        return InfraError(
+            f"vLLM's process must live, {process.name} (pid {process.pid}) {_fate(process)}",
+            where="vllm engine",
+            fix="the fleet starts a new worker; where there is none, look above for what vLLM "
+            "logged and start again",
+        )
+
+
+def _fate(process: BaseProcess) -> str:
+    code = process.exitcode
+    if code is None:
+        return "has failed"
+    return f"was ended by {signal.Signals(-code).name}" if code < 0 else f"ended with {code}"
 
 
 def start_vllm(
@@ -97,7 +119,7 @@ def start_vllm(
     _check_devices(section, device)
     if device == "cpu":
         _check_heads(model_path, config.get_text_config())
-    known = set(multiprocessing.active_children())
+    _check_architecture(model_path, config)
     try:
         with _environment(section), leashed():
             arguments = _arguments(model_path, config, section, device, worker)
@@ -110,8 +132,21 @@ def start_vllm(
             fix="look above for what vLLM logged; engine.memory_share and engine.num_slots say how "
             "much memory it takes",
         ) from error
-    (process,) = set(multiprocessing.active_children()) - known
-    return VllmProcess(llm, process)
+    try:
+        return VllmProcess(llm, _process_of(llm))
+    except BaseException:
+        llm.shutdown(timeout=_CLOSE_SECONDS)
+        raise
+
+
+def _process_of(llm: AsyncLLM) -> BaseProcess:
+    """EngineCore's, which vLLM 0.32 keeps to itself."""
+    client = llm.engine_core
+    assert isinstance(client, MPClient)
+    manager = client.resources.engine_manager
+    assert isinstance(manager, CoreEngineProcManager)
+    (process,) = manager.processes
+    return process
 
 
 def _arguments(
@@ -176,6 +211,17 @@ def _check_devices(section: EngineSection, device: str) -> None:
             where="vllm engine",
             why="a layer is cut over GPUs; on a CPU there is nothing to cut it over",
             fix="set engine.tensor_parallel=1, or run on a machine with as many GPUs",
+        )
+
+
+def _check_architecture(model_path: Path, config: PretrainedConfig) -> None:
+    """vLLM would run others through transformers, where weights have names that we do not know."""
+    names = config.architectures or []
+    if not set(names) & ModelRegistry.get_supported_archs():
+        raise DataError(
+            f"vLLM must know the model's architecture, config.json says {', '.join(names) or None}",
+            where=str(model_path),
+            fix="set engine.kind=hf for this model",
         )
 
 

@@ -16,6 +16,7 @@ from torch import Tensor
 from transformers import PretrainedConfig
 from transformers.core_model_loading import revert_weight_conversion
 
+from ground.errors import InfraError, SetupError
 from ground.model import blank_model
 from rollout.checksums import views
 from rollout.hf_weights import check_weights
@@ -56,11 +57,23 @@ class Laid:
     """Tensors in memory of our own that processes of this machine may open, until `close`.
 
     Every hand-over has new memory: whatever still refers to an older one is never written to.
+
+    Raises:
+        InfraError: the machine has not that much memory left; another worker's may.
     """
 
     def __init__(self, tensors: Mapping[str, Tensor]) -> None:
         layout = Layout.of(tensors)
-        self._buffer = SharedBuffer(layout.size)
+        try:
+            self._buffer = SharedBuffer(layout.size)
+        except SetupError as error:
+            raise InfraError(
+                f"weights on their way to vLLM need {layout.size:,} bytes of shared memory besides "
+                "those of the worker",
+                where="vllm engine",
+                why=error.why,
+                fix="give the workers' machine more memory, or lower rl.fleet.num_workers",
+            ) from error
         for name, place in views(layout, self._buffer.map()).items():
             place.copy_(tensors[name])
         self.size = layout.size

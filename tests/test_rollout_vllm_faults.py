@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -15,17 +16,19 @@ import psutil
 import pytest
 from conftest import make_tiny_llama
 from fleet_doubles import RealBirths, is_running, make_task, run_fleet
-from test_rollout_vllm import STUDENT, nudged, request
+from test_rollout_vllm import NATS, STUDENT, nudged, request
 
 from ground.errors import InfraError
 from ground.model import load_model, tensors_of
 from rl.prober import Prober
 from rollout.config import EngineSection, FleetSection
-from rollout.engine import Completion
+from rollout.engine import BLANK, Completion, Scores
+from rollout.engines import open_blank
 from rollout.fleet import Fleet
 from rollout.parity import drift_of, is_within
 from rollout.task import WorkerConfig
 from rollout.vllm_engine import VllmEngine
+from rollout.vllm_weights import CheckpointForm, Laid
 
 pytestmark = pytest.mark.slow
 
@@ -109,6 +112,71 @@ def test_closing_leaves_nothing_and_fails_what_is_in_flight() -> None:
     with pytest.raises(InfraError, match="the engine was closed"):
         engine.submit(request("b"))
     assert not is_running(core.pid) and litter(but="sem.mp-") <= before
+
+
+def test_a_core_that_dies_in_the_last_moment_of_its_start_is_the_machines_fault() -> None:
+    before = litter()
+    with pytest.raises(InfraError, match="was ended by SIGKILL"):
+        VllmEngine(STUDENT, SECTION, worker="vllm_doubles.DiesAtLast")
+    assert not cores_of(os.getpid()) and litter(but="sem.mp-") <= before
+
+
+def test_a_load_that_fails_in_the_middle_ends_the_engine() -> None:
+    """Some of the weights are new; nothing may be sampled with them."""
+    engine = VllmEngine(STUDENT, SECTION, worker="vllm_doubles.FailsInTheMiddle")
+    try:
+        future = engine.submit(request("a", tokens=200))
+        cause = "load of version 1 must be done wholly, got .*half of them"
+        with pytest.raises(InfraError, match=cause):
+            engine.load(1, tensors_of(load_model(STUDENT)))
+        with pytest.raises(InfraError, match=cause):
+            future.result(1)
+        with pytest.raises(InfraError, match=cause):
+            engine.submit(request("b"))
+        assert not cores_of(os.getpid())
+    finally:
+        engine.close()
+
+
+def test_a_load_that_takes_too_long_ends_the_engine() -> None:
+    """Its order is broken off, vLLM goes on with it: nobody knows which weights it has."""
+    engine = VllmEngine(STUDENT, SECTION, worker="vllm_doubles.TakesLong")
+    tensors = tensors_of(load_model(STUDENT))
+    laid = Laid(CheckpointForm(STUDENT).saved(tensors))
+    try:
+        future = engine.submit(request("a", tokens=200))
+        with pytest.raises(InfraError, match=r"load must be done within 0\.5 s"):
+            engine._loop.order("load", lambda: engine._load(1, laid), 0.5)
+        with pytest.raises(InfraError, match="must be done wholly, got CancelledError"):
+            future.result(5)
+    finally:
+        engine.close()
+        laid.close()
+    assert not cores_of(os.getpid())
+
+
+@pytest.mark.parametrize("dense", [False, True])
+def test_an_engine_that_began_without_weights_computes_with_those_it_is_handed(
+    tmp_path: Path, dense: bool
+) -> None:
+    """As a worker begins; transformers says what a mixture of experts and a tied head compute."""
+    path = make_tiny_llama(tmp_path / "dense") if dense else STUDENT
+    folder = tmp_path / "blank"
+    shutil.copytree(path, folder, ignore=shutil.ignore_patterns("*.safetensors"))
+    tensors = tensors_of(load_model(path))
+    ids = [[1, *range(30, 90, 2)], [1, 5, 6, 7]]
+    scores: list[list[Scores]] = []
+    for section in (SECTION, EngineSection(num_slots=8, max_length=256)):
+        engine, _ = open_blank(folder, section)
+        try:
+            assert engine.version == BLANK
+            engine.load(0, tensors)
+            assert engine.version == 0
+            scores.append(engine.score(ids))
+        finally:
+            engine.close()
+    for by_vllm, by_hf in zip(*scores, strict=True):
+        assert by_vllm.logprobs == pytest.approx(by_hf.logprobs, abs=NATS)
 
 
 @pytest.mark.parametrize("moment", ["starting", "serving"])

