@@ -8,6 +8,7 @@ from collections.abc import Callable, Coroutine
 
 import pytest
 
+from ground.errors import WorkersLostError
 from ground.records import Group, Message, Prompt
 from rl.balance import Balance
 from rl.books import Plan
@@ -19,7 +20,7 @@ from rollout.fleet import Fleet, FleetUse
 from rollout.roster import Event
 from rollout.seat import WorkerDiedError
 from rollout.simulation import Clock, SimulatedWorker, run_virtual
-from rollout.task import GroupResult, GroupTask
+from rollout.task import GroupResult, GroupTask, Pong
 
 
 def test_the_fleet_is_resized_to_where_the_paces_meet() -> None:
@@ -157,6 +158,7 @@ class Crew:
     def __init__(self, seconds: float = 10.0) -> None:
         self.clock, self.seconds = Clock(), seconds
         self.born: list[RecordingWorker] = []
+        self.dies_at_birth = False
         self.events: list[Event] = []
 
     def spawn(self) -> RecordingWorker:
@@ -175,7 +177,19 @@ class RecordingWorker(SimulatedWorker):
         super().__init__(crew.clock, 4, lambda task: [crew.seconds] * len(task.seeds), rewards)
         self.sampled: list[str] = []
         self.is_closed = self.is_killed = False
-        self.dies = False
+        self.dies = self.death = False
+        self.closing_seconds = 0.0
+        self.crew = crew
+
+    async def open(self, index: int, slots_share: float = 1.0) -> None:
+        if self.crew.dies_at_birth:
+            raise WorkerDiedError("it died")
+        await super().open(index, slots_share)
+
+    async def ping(self) -> Pong:
+        if self.death:
+            raise WorkerDiedError("it died")
+        return await super().ping()
 
     async def rollout(self, task: GroupTask, attempt: int) -> GroupResult:
         if self.dies:
@@ -189,6 +203,7 @@ class RecordingWorker(SimulatedWorker):
         self.is_killed = True
 
     async def close(self) -> None:
+        await asyncio.sleep(self.closing_seconds)
         self.is_closed = True
 
 
@@ -263,6 +278,56 @@ def test_a_seat_that_dies_while_it_leaves_is_not_replaced_and_loses_nothing() ->
 
     run(crew, scenario)
     assert crew.sampled() == Counter("abcd")
+
+
+def test_a_fleet_whose_last_staying_seat_is_given_up_has_failed() -> None:
+    """Seat 1 is well and leaves, so it gets no more work; nobody else ever comes."""
+    crew = Crew(seconds=1e5)
+
+    async def scenario(fleet: Fleet) -> None:
+        running = await begin(fleet, "a", "b")
+        fleet.resize(1)
+        crew.dies_at_birth = True
+        crew.born[0].death = True
+        with pytest.raises(WorkersLostError, match="at least 1 of 2 rollout workers must live, 0 "):
+            await fleet.rollout(make_task("c"))
+        for call in (fleet.use, lambda: fleet.resize(2)):
+            with pytest.raises(WorkersLostError):
+                call()
+        assert crew.clock.now < 1e4 and fleet.stats().states == ("retired", "leaving")
+        await asyncio.gather(*running, return_exceptions=True)
+
+    run(crew, scenario)
+
+
+def test_who_does_not_serve_leaves_before_who_does() -> None:
+    crew = Crew()
+
+    async def scenario(fleet: Fleet) -> None:
+        crew.dies_at_birth = crew.born[0].death = True
+        await asyncio.sleep(2)
+        assert fleet.stats().states == ("restarting", "healthy")
+        fleet.resize(1)
+        assert [seat.is_leaving for seat in fleet._roster.seats] == [True, False]
+        born = len(crew.born)
+        await asyncio.sleep(100)
+        assert fleet.stats().states == ("retired", "healthy")
+        assert len(crew.born) == born  # it is not born again to be dismissed
+
+    run(crew, scenario)
+
+
+def test_a_dismissed_worker_that_ends_slowly_is_closed_with_the_fleet() -> None:
+    crew = Crew()
+
+    async def scenario(fleet: Fleet) -> None:
+        crew.born[1].closing_seconds = 50.0
+        fleet.resize(1)
+        await asyncio.sleep(2)
+        assert fleet.stats().states == ("healthy", "retired") and not crew.born[1].is_closed
+
+    run(crew, scenario)
+    assert crew.born[1].is_closed
 
 
 def test_a_fleet_that_shrank_grows_again_in_new_seats() -> None:
