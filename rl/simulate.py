@@ -247,7 +247,7 @@ async def _play(
         full_at=section.engine.num_slots / section.group_size,
         now=lambda: clock.now,
     )
-    balance = Balance(fleet, section.fleet, now=lambda: clock.now)
+    balance = Balance(fleet, section.fleet, overlaps=section.max_staleness > 0)
     controller = Controller(
         make_books(section, world.pool, world.seed, ledger),
         fleet,
@@ -263,10 +263,10 @@ async def _play(
     await controller.begin(0, "weights")
     began = clock.now
     publication: asyncio.Task[float | None] | None = None
+    seconds = 0.0
     for step in range(section.steps):
-        asked = clock.now
         plan, _ = await controller.next_batch(step)
-        played.gauges.append(balance.turn(asked, plan.rollouts))
+        played.gauges.append(balance.turn(seconds, plan.rollouts))
         plans.append(plan)
         seconds = world.durations.train_seconds(plan)
         await asyncio.sleep(seconds)

@@ -62,16 +62,37 @@ class CountingFleet:
         self.workers = num_workers
 
 
-def test_the_learners_time_is_what_lies_between_two_plans_without_its_waits() -> None:
-    clock, fleet = Clock(), CountingFleet(2)
-    balance = Balance(fleet, FleetSection(num_workers=2), now=lambda: clock.now)
+def test_in_turns_the_step_is_the_sum_and_the_fleet_only_grows() -> None:
+    speeds = Speeds(learner=0.02, rollout=0.04, reward=0.0)
+    assert speeds.step_seconds(4, 100, overlaps=False) == pytest.approx(3.0)  # 2 s + 1 s
+    assert speeds.step_seconds(4, 100) == pytest.approx(2.0)
+    assert wanted(speeds, 4, 1, 8, overlaps=False) == 8 and wanted(speeds, 4, 1, 8) == 2
+    fleet = CountingFleet(4)
+    balance = Balance(fleet, FleetSection(num_workers=4, max_workers=8), overlaps=False)
+    for step in range(4):
+        fleet.filled, fleet.rollouts = 4.0 * step, 100 * step
+        gauges = balance.turn(2.0, 100)
+    assert fleet.workers == 8 and gauges["predicted_seconds"] == pytest.approx(3.0)
+
+
+def test_a_fleet_without_workers_has_gauges_without_a_prediction() -> None:
+    fleet = CountingFleet(2)
+    balance = Balance(fleet, FleetSection(num_workers=2, max_workers=4), overlaps=True)
+    balance.turn(0.0, 10)
+    fleet.filled, fleet.rollouts, fleet.workers = 12.0, 8, 0
+    assert balance.turn(5.0, 10) == {"workers": 0.0}
+
+
+def test_the_learners_time_is_its_step_over_the_rollouts_of_that_steps_plan() -> None:
+    fleet = CountingFleet(2)
+    balance = Balance(fleet, FleetSection(num_workers=2), overlaps=True)
     assert balance.turn(0.0, 10) == {"workers": 2.0}
-    clock.now, fleet.filled, fleet.rollouts = 7.0, 12.0, 8
-    gauges = balance.turn(5.0, 10)  # it worked 5 s, then waited 2 s
+    fleet.filled, fleet.rollouts = 12.0, 8
+    gauges = balance.turn(5.0, 20)
     assert gauges["learner_seconds_per_sample"] == 0.5
     assert gauges["rollout_seconds_per_sample"] == 1.5
     assert gauges["reward_seconds_per_sample"] == 0.5
-    assert gauges["predicted_seconds"] == 10 * 0.75  # two workers: 1.5 / 2
+    assert gauges["predicted_seconds"] == 20 * 0.75  # two workers: 1.5 / 2
     assert fleet.workers == 2  # without max_workers nothing is resized, however far apart
 
 
