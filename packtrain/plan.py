@@ -50,7 +50,8 @@ def command(arguments: argparse.Namespace) -> int:
         say(line)
     if arguments.simulate:
         simulate = importlib.import_module("packtrain.simulate")  # it takes a second to import
-        for line in simulate.simulation_lines(shape, section, device, count, load, arguments.skew):
+        lost = {"skew": arguments.skew, "switch_seconds": arguments.switch}
+        for line in simulate.simulation_lines(shape, section, device, count, load, **lost):
             say(line)
     for line in plan_text.assumption_lines(shape, device, arguments.tokens is not None):
         say(line)

@@ -30,7 +30,7 @@ H100 = DEVICES["h100"]
         ("llama8b", 8, "h100", 2),
         ("scout", 256, "h100", 27),
         ("maverick", 512, "h100", 22),
-        ("behemoth", 8192, "h200", 99),
+        ("behemoth", 8192, "h200", 117),
     ],
 )
 def test_shipped_recipes_are_valid_and_planned_as_they_say(
@@ -107,6 +107,16 @@ def test_a_decoding_step_is_bytes_over_bandwidth() -> None:
     read = 2 * (LLAMA.parameters - LLAMA.embedding) + 64 * 1000 * 131_072
     assert step == pytest.approx(read / (3.35e12 * 0.6) + 32 * 20e-6)
     assert step == pytest.approx(12.3e-3, rel=0.01)
+
+
+def test_beyond_a_machine_stages_read_their_weights_for_each_micro_batch() -> None:
+    """16 devices are two stages of 8: 64 rows are two micro-batches of 32, and each passes all the
+    weights at the bandwidth of 8 devices. Twice the devices only halve the keys and values."""
+    wide = decoding_step(LLAMA, H100, 64, 1000, 16, Efficiency(layer_seconds=0))
+    weights = 2 * (LLAMA.parameters - LLAMA.embedding)
+    assert wide == pytest.approx((weights + 32 * 1000 * 131_072) / (8 * 3.35e12 * 0.6))
+    within = decoding_step(LLAMA, H100, 64, 1000, 8, Efficiency(layer_seconds=0))
+    assert wide / within == pytest.approx(19.2 / 23.4, rel=0.01)
 
 
 def test_a_large_batch_is_bound_by_arithmetic() -> None:
