@@ -126,8 +126,8 @@ def learner_width(
 
 
 def host_bytes(shape: ModelShape) -> float:
-    """Of the memory of the learner's machine: the keeper holds two versions while a third is filled,
-    each a copy of the learner's live weights, in FP32 as these are."""
+    """Of the memory of the learner's machine: the keeper holds two versions while a third is
+    filled, each a copy of the learner's live weights, in FP32 as these are."""
     return float(_VERSIONS * shape.parameters * _FULL)
 
 

@@ -44,8 +44,8 @@ DEVICES = {
 }
 """h100, h200: NVIDIA H100 and H200 SXM data sheets; network: ConnectX-7 of 400 Gb/s per GPU, as in
 DGX H100. a100: NVIDIA A100 80 GB SXM data sheet; 200 Gb/s per GPU, as in DGX A100. Memory of their
-machines: 2 TB, as in DGX H100, DGX H200 and DGX A100 640 GB. cpu: one core of a server, assumed: two
-256-bit FMA units at 1.6 GHz, its share of the memory, 4 GB."""
+machines: 2 TB, as in DGX H100, DGX H200 and DGX A100 640 GB. cpu: one core of a server, assumed:
+two 256-bit FMA units at 1.6 GHz, its share of the memory, 4 GB."""
 
 
 @dataclass(frozen=True, slots=True)

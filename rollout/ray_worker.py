@@ -178,14 +178,10 @@ class RayWorker:
 
 
 def _own_group(config: WorkerConfig) -> PlacementGroup | None:
-    """A placement group of one worker, if it needs more than processors.
-
-    Raises:
-        SetupError: no machine of the cluster has as much.
-    """
+    """A placement group of one worker, if it needs more than processors."""
     nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
-    bundle = bundle_of(config, nodes)
-    return placement_group([bundle], strategy="STRICT_PACK") if bundle else None
+    bundle = bundle_of(config.engine, config.fleet.cpus_per_worker, nodes)
+    return placement_group([bundle], strategy="STRICT_PACK") if "GPU" in bundle else None
 
 
 def _within(group: PlacementGroup | None) -> PlacementGroupSchedulingStrategy | None:
