@@ -85,25 +85,28 @@ class Played:
         """How it went between the ends of two steps, so that beginning and end can be left out."""
         a, b = self.marks[first], self.marks[last]
         seconds, steps = b.now - a.now, len(self.marks[first:]) - len(self.marks[last:])
+        lived = b.lived_seconds - a.lived_seconds
         return Rates(
             step_seconds=seconds / steps,
             learner_idle_share=1 - (b.trained_seconds - a.trained_seconds) / seconds,
-            engines_idle_share=1 - (b.busy_seconds - a.busy_seconds) / seconds,
-            places_share=(b.row_seconds - a.row_seconds) / seconds,
+            engines_idle_share=1 - (b.busy_seconds - a.busy_seconds) / lived,
+            places_share=(b.row_seconds - a.row_seconds) / lived,
         )
 
 
 @dataclass(frozen=True, slots=True)
 class Mark:
-    """What had been done by the end of a step; an engine's seconds are a mean over the fleet."""
+    """What had been done by the end of a step; seconds of engines are summed over the fleet."""
 
     now: float
     trained_seconds: float
     """In which the learner took steps."""
+    lived_seconds: float
+    """Of engines, from birth to end: a fleet that is resized has had more than it has."""
     busy_seconds: float
-    """Of an engine, with a row at least."""
+    """Of engines, with a row at least."""
     row_seconds: float
-    """Of a place, with a row in it."""
+    """Of engines, weighed by the share of their places with a row in it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -284,8 +287,9 @@ async def _play(
 def _count(played: Played, world: _World, plan: Plan, seconds: float, now: float) -> None:
     played.rollouts += plan.rollouts
     trained = played.marks[-1].trained_seconds if played.marks else 0.0
-    workers, places = len(world.workers), world.section.engine.num_slots
     busy, rows = map(sum, zip(*(worker.used() for worker in world.workers), strict=True))
-    played.marks.append(Mark(now, trained + seconds, busy / workers, rows / workers / places))
+    lived = sum(worker.lived_seconds for worker in world.workers)
+    rows /= world.section.engine.num_slots
+    played.marks.append(Mark(now, trained + seconds, lived, busy, rows))
     for group in plan.groups:
         played.ages[plan.step - min(group.versions)] += len(group.rollouts)

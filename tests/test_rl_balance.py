@@ -136,6 +136,9 @@ def test_a_learner_of_half_its_speed_gets_a_smaller_fleet_and_is_as_fast_with_it
     slow = fixed.rates(28, -3)
     assert slow.step_seconds == pytest.approx(20.0, rel=0.05) and slow.engines_idle_share > 0.4
     assert played.rates(28, -3).step_seconds == pytest.approx(slow.step_seconds, rel=0.05)
+    # Two workers of four have gone, and the two that stay are busy all the time.
+    assert played.rates(28, -3).engines_idle_share == pytest.approx(0.0, abs=0.02)
+    assert played.rates(28, -3).places_share == pytest.approx(1.0, abs=0.02)
 
 
 def recovery(played: Played, before: float) -> int:
