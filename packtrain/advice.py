@@ -48,5 +48,6 @@ def _in_turns(learner: float, pace: float, pace_of_one_more: float) -> str:
     return (
         f"learner and rollout take turns, {pace / step:.0%} of a step is rollout's: one worker "
         f"more would save {(pace - pace_of_one_more) / step:.0%} of the step "
-        f"(rl.fleet.num_workers), side by side would save up to {min(learner, pace) / step:.0%} (rl.max_staleness=1)"
+        f"(rl.fleet.num_workers), side by side would save up to {min(learner, pace) / step:.0%} "
+        "(rl.max_staleness=1)"
     )
