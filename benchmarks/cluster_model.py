@@ -4,9 +4,13 @@
 
 Each case is played by the real controller and fleet (rl/rehearse.py) twice: in turns on all
 devices, as the synchronous baseline does, and side by side with the published split. Inputs that
-the papers give are taken from them, each with its place; the others are assumed and say so. Nothing
-was fitted to the published ratio. Where the ratio is missed, `why` says what the inputs do not
-explain, and for one case of each paper a table shows how far one assumption at a time moves it.
+the papers give are taken from them, each with its place; the others are assumed and say so. Two
+inputs were changed after results were seen: the learner's passes from 4 to 3, as model FLOPs
+utilisation counts them, and the efficiency of decoding for AReaL 14B and 32B from 0.60 to 0.36, the
+mean of the two that are published. Before, AReaL's ratios were 1.93, 1.84, 1.02 and 0.87 (1.5B, 7B,
+14B, 32B), so that three of four are met now is no test of the model. Where the ratio is missed,
+`why` says what the inputs do not explain, and for one case of each paper a table shows how far one
+assumption at a time moves it.
 """
 
 from __future__ import annotations
@@ -58,13 +62,17 @@ def play(case: Case, steps: int) -> Found:
 
 
 def variations(case: Case) -> list[tuple[str, Case]]:
-    """One assumption at a time, doubled and halved or set to the other end of what is likely."""
+    """One input at a time, doubled and halved or set to the other end of what is likely.
+
+    Where a rate of generation is published it stays met: a slower layer then makes steps with few
+    rows slower, and full ones not.
+    """
     return [
         ("skew 0.4", replace(case, skew=0.4)),
         ("skew 1.0", replace(case, skew=1.0)),
         ("answers half as long", replace(case, new_tokens=case.new_tokens / 2)),
-        ("layer 100 µs", replace(case, layer_seconds=100e-6, decode_tokens=None)),
-        ("layer 600 µs", replace(case, layer_seconds=600e-6, decode_tokens=None)),
+        ("layer 100 µs", replace(case, layer_seconds=100e-6)),
+        ("layer 600 µs", replace(case, layer_seconds=600e-6)),
         ("training half as efficient", replace(case, train_share=case.train_share / 2)),
         ("half the places", replace(case, rows=case.rows // 2)),
         ("60 s lost with each step in turns", replace(case, sync_switch_seconds=60.0)),

@@ -23,6 +23,8 @@ def advice(metrics: Mapping[str, object]) -> str:
     if not learner or not rollout or not workers:
         return ""
     pace = rollout / workers
+    if metrics.get("overlaps") == 0:
+        return _in_turns(learner, pace, rollout / (workers + 1))
     number_wanted = wanted(Speeds(learner, rollout, 0.0), int(workers), 1, _MANY)
     if pace > learner * (1 + BAND):
         return (
@@ -38,3 +40,14 @@ def advice(metrics: Mapping[str, object]) -> str:
             f"{learner / (learner + rollout):.0%} of the devices{fewer}"
         )
     return ""
+
+
+def _in_turns(learner: float, pace: float, pace_of_one_more: float) -> str:
+    """The step is the sum, so whoever gets faster makes it shorter."""
+    step = learner + pace
+    return (
+        f"learner and rollout take turns, {pace / step:.0%} of a step is rollout's: one worker "
+        f"more would save {(pace - pace_of_one_more) / step:.0%} of the step "
+        f"(rl.fleet.num_workers), side by side would save up to {min(learner, pace) / step:.0%} "
+        "(rl.max_staleness=1)"
+    )

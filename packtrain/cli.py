@@ -30,8 +30,7 @@ class Command:
     """One word of the command line and the module whose `command(arguments)` serves it.
 
     Example:
-        Command("plan", "who gets which devices, and how fast", "packtrain.plan", _plan_arguments),
-    Command("status", "how far a run is", "packtrain.status", _status_arguments)
+        Command("status", "how far a run is", "packtrain.status", _status_arguments)
     """
 
     name: str
@@ -178,6 +177,13 @@ def _plan_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--skew", type=float, default=1.0, metavar="SIGMA", help="of the lengths, with --simulate"
+    )
+    parser.add_argument(
+        "--switch",
+        type=float,
+        default=0.0,
+        metavar="SECONDS",
+        help="lost in a step in turns on shared devices, with --simulate",
     )
 
 

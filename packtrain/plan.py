@@ -12,18 +12,20 @@ import os
 from collections.abc import Iterator
 
 from ground.console import say
-from ground.errors import DataError, RecipeError
+from ground.errors import DataError, RecipeError, SetupError
 from ground.recipe import RecipeDocument, load_recipe
 from ground.shape import ModelShape, read_shape
 from ground.validation import suggest
 from packtrain import plan_text
 from packtrain.recipe import Recipe, read_recipe
 from packtrain.recipes import FOLDER
-from packtrain.validate import check_inputs
+from packtrain.validate import require_engines, require_files
 from rl.config import RlSection
+from rl.footprint import require_machine
 from rl.forecast import Forecast, forecast
 from rl.hardware import DEVICES, Device
 from rl.roofline import Workload, workload_of
+from rl.room import PlacementError
 
 _HERD = FOLDER / "tiny" / "herd" / "student"
 """The student that `herd` puts into place."""
@@ -50,11 +52,12 @@ def command(arguments: argparse.Namespace) -> int:
         say(line)
     if arguments.simulate:
         simulate = importlib.import_module("packtrain.simulate")  # it takes a second to import
-        for line in simulate.simulation_lines(shape, section, device, count, load, arguments.skew):
+        lost = {"skew": arguments.skew, "switch_seconds": arguments.switch}
+        for line in simulate.simulation_lines(shape, section, device, count, load, **lost):
             say(line)
     for line in plan_text.assumption_lines(shape, device, arguments.tokens is not None):
         say(line)
-    for line in _refused(document, recipe):
+    for line in _refused(document, recipe, shape, device):
         say(line)
     return 0
 
@@ -111,11 +114,23 @@ def _devices(name: str, count: int | None) -> tuple[Device, int]:
     return DEVICES[name], count or os.cpu_count() or 1
 
 
-def _refused(document: RecipeDocument, recipe: Recipe) -> Iterator[str]:
-    """What `packtrain run` would refuse here and now."""
+def _refused(
+    document: RecipeDocument, recipe: Recipe, shape: ModelShape, device: Device
+) -> Iterator[str]:
+    """What stands in the way of this plan on its devices, and of `packtrain run` here and now."""
     try:
-        check_inputs(document, recipe)
-    except RecipeError as error:
+        require_machine(shape, device)
+    except PlacementError as error:
+        yield ""
+        yield f"not to be had on machines with {device.name}:"
+        yield from (f"  {line}" for line in str(error).splitlines())
+    problems = list[str]()
+    for check in (lambda: require_engines(recipe), lambda: require_files(document, recipe)):
+        try:
+            check()
+        except (RecipeError, SetupError) as error:
+            problems += [line.strip() for line in error.what.splitlines()]
+    if problems:
         yield ""
         yield "packtrain run would refuse, on this machine:"
-        yield from (f"  {line.strip()}" for line in error.what.splitlines())
+        yield from (f"  {line}" for line in problems)

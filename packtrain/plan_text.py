@@ -97,6 +97,20 @@ def placement_lines(
             f"  the recipe has rl.fleet.num_workers={section.fleet.num_workers}; "
             f"for this plan: rl.fleet.num_workers={plan.replicas(ROLLOUT)}"
         )
+    yield from _engine_keys(section, device, plan)
+
+
+def _engine_keys(section: RlSection, device: Device, plan: Forecast) -> Iterator[str]:
+    """What the recipe must say for its engines to be as wide as planned."""
+    width = next(each.width for each in plan.consumers if each.name == ROLLOUT)
+    if width == section.engine.tensor_parallel:
+        return
+    if width > device.per_machine:
+        yield f"  not built yet: an engine of {width} devices, which is more than a machine has"
+    else:
+        yield (
+            f"  an engine of {width} devices: rl.engine.kind=vllm rl.engine.tensor_parallel={width}"
+        )
 
 
 def memory_lines(shape: ModelShape, device: Device, plan: Forecast) -> Iterator[str]:
@@ -108,7 +122,10 @@ def memory_lines(shape: ModelShape, device: Device, plan: Forecast) -> Iterator[
         parts = plan.memory(name)
         told = ", ".join(f"{part} {_gib(size)}" for part, size in parts.items())
         yield f"  {name:8} {_gib(sum(parts.values())):>6}: {told}"
-    yield f"  keeper   {_gib(host_bytes(shape, device)):>6} of the machine's memory: two versions"
+    yield (
+        f"  keeper   {_gib(host_bytes(shape)):>6} of {_gib(device.memory_of_machine)} of its "
+        "machine: two versions and the one that is filled, FP32"
+    )
 
 
 def time_lines(section: RlSection, plan: Forecast) -> Iterator[str]:
@@ -139,7 +156,10 @@ def assumption_lines(shape: ModelShape, device: Device, tokens_given: bool) -> I
             f"every token, {wasted:.1f} x the arithmetic)"
         )
     if device.name != "cpu":
-        yield "not built yet: learner or engine on several devices, recomputed activations, BF16"
+        yield (
+            "not built yet: learner ranks on several machines, recomputed activations, BF16 in the "
+            "learner (on one machine it has ranks: --accelerate, DDP or ZeRO)"
+        )
 
 
 def seconds(value: float) -> str:

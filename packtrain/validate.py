@@ -45,8 +45,26 @@ def check_inputs(document: RecipeDocument, recipe: Recipe) -> None:
         RecipeError: naming all that is wrong at once.
         SetupError: an engine's library is not installed.
     """
+    require_engines(recipe)
+    require_files(document, recipe)
+
+
+def require_engines(recipe: Recipe) -> None:
+    """What the engines of all stages need is installed.
+
+    Raises:
+        SetupError: an engine's library is not.
+    """
     for key, engine in _engines(recipe).items():
         require_engine(engine.kind, f"{key}.kind")
+
+
+def require_files(document: RecipeDocument, recipe: Recipe) -> None:
+    """Every path that a stage will read is named and exists, and no stage lacks what it needs.
+
+    Raises:
+        RecipeError: naming all that is wrong at once.
+    """
     given = _given(recipe)
     problems = [
         f"{key} names {path}, which does not exist"

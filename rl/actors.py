@@ -62,7 +62,8 @@ class ControllerActor:
             self._events.append,
             full_at=section.engine.num_slots / section.group_size,
         )
-        self._balance = Balance(self._fleet, section.fleet)
+        overlaps = section.max_staleness > 0
+        self._balance = Balance(self._fleet, section.fleet, overlaps=overlaps)
         self._keeper = start_keeper()
         self._keeper_check = KeeperCheck(self._keeper, section.silent_seconds)
         self._controller = Controller(
@@ -107,12 +108,17 @@ class ControllerActor:
         restore_books(self._books, self._ledger, saved, replayed, self._prompts)
         await self._controller.begin(version, await self._weights(version))
 
-    async def next_batch(self, incarnation: int, step: int) -> tuple[Plan, dict[str, float]]:
-        """See `Controller.next_batch`; with the speeds that were measured meanwhile."""
+    async def next_batch(
+        self, incarnation: int, step: int, step_seconds: float
+    ) -> tuple[Plan, dict[str, float]]:
+        """See `Controller.next_batch`; with the speeds that were measured meanwhile.
+
+        Raises:
+            WorkersLostError: the fleet has failed, even if this step's groups are all there.
+        """
         self._fence.check(incarnation)
-        asked = time.monotonic()
         plan, gauges = await self._controller.next_batch(step)
-        return plan, gauges | self._balance.turn(asked, plan.rollouts)
+        return plan, gauges | self._balance.turn(step_seconds, plan.rollouts)
 
     async def publish(self, incarnation: int, version: int, evaluate: bool) -> float | None:
         """See `Controller.publish`; the weights lie with the keeper."""

@@ -19,7 +19,9 @@ from ground.errors import SetupError
 from ground.signals import install_signals
 from rl.preflight import ClusterStartError, check_cluster, must_answer
 from rl.processes import cluster_address
-from rl.room import Want, require_room
+from rl.room import Want, require_places, require_room
+from rollout.bundle import bundle_of
+from rollout.config import EngineSection, FleetSection
 
 NAMESPACE = "packtrain"
 """Of a cluster of our own; in another one each run has a namespace of its own."""
@@ -29,34 +31,36 @@ _SHARED_MEMORY = Path("/dev/shm")
 _MODELS_KEPT = 1
 """Room for a version that goes to another machine; here weights lie in the keeper's own memory."""
 _OTHER_BYTES = 128 << 20
+_FEWER = (
+    "lower rl.fleet.num_workers (or max_workers), rl.fleet.cpus_per_worker or "
+    "rl.engine.tensor_parallel (on processors alone only 1 is possible), or add machines"
+)
 
 
 def cluster(
     folder: Path,
-    num_cpus: float,
+    fleet: FleetSection,
+    engine: EngineSection,
     model: Path,
     *,
-    num_spare_cpus: float = 0,
     namespace: str = NAMESPACE,
 ) -> AbstractContextManager[str]:
     """Join or start Ray; the body gets its address.
 
     Args:
         folder: for the files of a cluster of our own.
-        num_cpus: what the actors will ask for in all.
-        num_spare_cpus: what those in waiting ask for besides; the machines need not have them.
         model: folder of the weights that will be handed over; decides the object store's size.
 
     Raises:
-        PlacementError: the machines have fewer processors than that; Ray would wait for ever.
+        PlacementError: the machines have no room for all workers; Ray would wait for ever.
         SetupError: this one has less shared memory, or a cluster that we should join is none for us
             (rl/preflight.py).
         ClusterStartError: Ray does not come up, or does not answer.
     """
     address = cluster_address()
     if address:
-        return _joined(address, num_cpus, namespace)
-    return _started(folder, num_cpus, model, num_spare_cpus, namespace)
+        return _joined(address, fleet, engine, namespace)
+    return _started(folder, fleet, model, namespace)
 
 
 def system_config() -> dict[str, object]:
@@ -68,10 +72,13 @@ def system_config() -> dict[str, object]:
 
 
 @contextmanager
-def _started(
-    folder: Path, num_cpus: float, model: Path, num_spare_cpus: float, namespace: str
-) -> Iterator[str]:
-    """A cluster on this machine: token authentication, no dashboard, files in `folder`."""
+def _started(folder: Path, fleet: FleetSection, model: Path, namespace: str) -> Iterator[str]:
+    """A cluster on this machine: token authentication, no dashboard, files in `folder`.
+
+    The machine need not have the processors of a spare worker.
+    """
+    num_cpus = fleet.most_workers * fleet.cpus_per_worker
+    num_spare_cpus = fleet.spare * fleet.cpus_per_worker
     _require_processors(num_cpus, os.cpu_count() or 1)
     with _connected(
         "Ray must come up on this machine",
@@ -87,7 +94,9 @@ def _started(
 
 
 @contextmanager
-def _joined(address: str, num_cpus: float, namespace: str) -> Iterator[str]:
+def _joined(
+    address: str, fleet: FleetSection, engine: EngineSection, namespace: str
+) -> Iterator[str]:
     """Somebody's cluster; ours in it are the actors alone, which leave with us."""
     check_cluster(address)
     carried = {name: text for name, text in os.environ.items() if name.startswith(_TRAVELS)}
@@ -97,7 +106,9 @@ def _joined(address: str, num_cpus: float, namespace: str) -> Iterator[str]:
         namespace=namespace,
         runtime_env={"env_vars": carried},
     ):
-        _require_processors(num_cpus, ray.cluster_resources().get("CPU", 0))
+        nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+        bundle = bundle_of(engine, fleet.cpus_per_worker, nodes)
+        require_places(fleet.most_workers, bundle, nodes, fix=_FEWER)
         yield ray.get_runtime_context().gcs_address
 
 

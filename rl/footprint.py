@@ -11,13 +11,17 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+from ground.errors import RecipeError
 from ground.shape import ModelShape
 from rl.config import RlSection
 from rl.hardware import Device, Efficiency
+from rl.room import Want, require_room
 
 _FULL = 4
 """Bytes of the learner's numbers: it computes in FP32 where it sums."""
 _HALF = 2
+_GIB = 2**30
+_VERSIONS = 3
 _WORKING_SET = 34
 """Bytes per token and hidden number of a layer under computation (Korthikanti and others, arXiv
 2205.05198, equation 1, without attention's square, which fused kernels do not store)."""
@@ -82,11 +86,23 @@ def engine_footprint(shape: ModelShape, device: Device, section: RlSection) -> F
 
 
 def engine_width(shape: ModelShape, device: Device, section: RlSection, counted: Efficiency) -> int:
-    """Devices of a replica: the fewest that hold it, a power of two.
+    """Devices of a replica: those that the recipe names, or the fewest that hold it.
 
-    Within a machine it must divide the heads (tensor parallelism); beyond, whole machines take
-    layers in turn. Where even the widest does not hold it, the plan says what does not fit.
+    A power of two. Within a machine it must divide the heads (tensor parallelism); beyond, whole
+    machines take layers in turn. Where even the widest does not hold it, the plan says what does
+    not fit.
+
+    Raises:
+        RecipeError: the recipe names a number that is none, or that the heads cannot be cut into.
     """
+    if (named := section.engine.tensor_parallel) > 1:
+        if named & (named - 1) or shape.heads % named:
+            raise RecipeError(
+                f"rl.engine.tensor_parallel must be a power of two that divides the {shape.heads} "
+                f"heads, got {named}",
+                where="placement",
+            )
+        return named
     footprint, width = engine_footprint(shape, device, section), 1
     while sum(footprint.on_each(1, width).values()) > device.memory * counted.memory:
         within = 2 * width <= device.per_machine
@@ -109,6 +125,23 @@ def learner_width(
     return width
 
 
-def host_bytes(shape: ModelShape, device: Device) -> float:
-    """Of machine memory that the keeper holds: the version in use and the one that comes."""
-    return 2.0 * shape.parameters * device.number_bytes
+def host_bytes(shape: ModelShape) -> float:
+    """Of the memory of the learner's machine: the keeper holds two versions while a third is
+    filled, each a copy of the learner's live weights, in FP32 as these are."""
+    return float(_VERSIONS * shape.parameters * _FULL)
+
+
+def require_machine(shape: ModelShape, device: Device) -> None:
+    """Refuse weights that are handed over through memory which no machine has.
+
+    Raises:
+        PlacementError: with want and have.
+    """
+    each = shape.parameters * _FULL / _GIB
+    require_room(
+        [Want("weight keeper", round(_VERSIONS * each), f"{_VERSIONS} versions x {each:,.1f}")],
+        round(device.memory_of_machine / _GIB),
+        f"GiB of a machine with {device.name}",
+        where="placement",
+        fix="a smaller model, or machines with more memory",
+    )

@@ -27,6 +27,8 @@ class Device:
     network: float
     """Bytes a second between it and devices of other machines."""
     per_machine: int
+    memory_of_machine: float
+    """Bytes that the machine's processors have."""
     number_bytes: int = 2
     """Of a weight or a cached number in an engine on it."""
 
@@ -34,15 +36,16 @@ class Device:
 DEVICES = {
     device.name: device
     for device in (
-        Device("h100", 989e12, 3.35e12, 80e9, 50e9, 8),
-        Device("h200", 989e12, 4.8e12, 141e9, 50e9, 8),
-        Device("a100", 312e12, 2.039e12, 80e9, 25e9, 8),
-        Device("cpu", 50e9, 8e9, 4e9, 1e9, 64, number_bytes=4),
+        Device("h100", 989e12, 3.35e12, 80e9, 50e9, 8, 2e12),
+        Device("h200", 989e12, 4.8e12, 141e9, 50e9, 8, 2e12),
+        Device("a100", 312e12, 2.039e12, 80e9, 25e9, 8, 2e12),
+        Device("cpu", 50e9, 8e9, 4e9, 1e9, 64, 256e9, number_bytes=4),
     )
 }
 """h100, h200: NVIDIA H100 and H200 SXM data sheets; network: ConnectX-7 of 400 Gb/s per GPU, as in
-DGX H100. a100: NVIDIA A100 80 GB SXM data sheet; 200 Gb/s per GPU, as in DGX A100. cpu: one core of
-a server, assumed: two 256-bit FMA units at 1.6 GHz, its share of the memory, 4 GB."""
+DGX H100. a100: NVIDIA A100 80 GB SXM data sheet; 200 Gb/s per GPU, as in DGX A100. Memory of their
+machines: 2 TB, as in DGX H100, DGX H200 and DGX A100 640 GB. cpu: one core of a server, assumed:
+two 256-bit FMA units at 1.6 GHz, its share of the memory, 4 GB."""
 
 
 @dataclass(frozen=True, slots=True)

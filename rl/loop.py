@@ -46,9 +46,13 @@ class Plans(Protocol):
     """Where plans come from: the controller, wherever that runs."""
 
     def next_batch(
-        self, step: int, stop: Callable[[], bool]
+        self, step: int, stop: Callable[[], bool], step_seconds: float
     ) -> tuple[Plan, dict[str, float]] | None:
-        """Wait for a step's plan and the fleet's gauges; None as soon as `stop` says so."""
+        """Wait for a step's plan and the fleet's gauges; None as soon as `stop` says so.
+
+        Args:
+            step_seconds: of our step on the plan before, without any wait; 0 where we took none.
+        """
         ...
 
 
@@ -99,6 +103,7 @@ class LearnerLoop:
         self._consumed, self._section = consumed, section
         self._tell, self._keep_batch, self._pack = tell, keep_batch, pack
         self._guard = NoSignalGuard(section.max_starved_steps)
+        self._step_seconds = 0.0
 
     def guards(self) -> dict[str, Any]:
         """What the guards have counted so far, as JSON types: part of a cut."""
@@ -165,11 +170,12 @@ class LearnerLoop:
         waited, started = time.monotonic() - began, time.time()
         numbers = self._step(plan)
         stepped, ended = time.monotonic(), time.time()
+        self._step_seconds = stepped - began - waited
         numbers |= self._publish(step + 1, plan.groups)
         now = time.monotonic()
         clock = {
             "seconds": now - began,
-            "step_seconds": stepped - began - waited,
+            "step_seconds": self._step_seconds,
             "learner_idle_share": (waited + now - stepped) / (now - began),
             "tokens_per_second": numbers.get("trained_tokens", 0) / (now - began),
         }
@@ -198,7 +204,7 @@ class LearnerLoop:
 
     def _next_plan(self, step: int, pending: Pending) -> tuple[Plan, dict[str, float]] | None:
         """Ask for a plan and keep it; None is the order to stop."""
-        received = self._plans.next_batch(step, lambda: pending.requested)
+        received = self._plans.next_batch(step, lambda: pending.requested, self._step_seconds)
         if received is not None:
             faults.point("plan.received")
             self._consumed.write(received[0])

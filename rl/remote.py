@@ -40,7 +40,7 @@ class RemoteLoop:
     """The controller and the weight keeper of one life of the loop.
 
     Example:
-        loop = RemoteLoop(job); loop.begin(0, tensors); loop.next_batch(0, stop=lambda: False)
+        loop = RemoteLoop(job); loop.begin(0, tensors); loop.next_batch(0, lambda: False, 0.0)
     """
 
     def __init__(self, job: Job) -> None:
@@ -70,10 +70,10 @@ class RemoteLoop:
         return self._outbox.pack(version, weights, probes)
 
     def next_batch(
-        self, step: int, stop: Callable[[], bool]
+        self, step: int, stop: Callable[[], bool], step_seconds: float
     ) -> tuple[Plan, dict[str, float]] | None:
         """Wait for a step's plan; None as soon as `stop` says so."""
-        answer = self._controller.next_batch.remote(self._life, step)
+        answer = self._controller.next_batch.remote(self._life, step, step_seconds)
         deadline = time.monotonic() + self._seconds
         while not stop():
             try:

@@ -9,6 +9,7 @@ G·B of a step; what refills and filtered groups cost or save is spread over the
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 from ground.shape import ModelShape
@@ -69,19 +70,36 @@ def learner_seconds(
     return load.trained_per_slot * flops / (device.flops * counted.train)
 
 
+def widths(device: Device, width: int) -> tuple[int, int]:
+    """Tensor and pipeline width of an engine: each layer over the devices of a machine, and whole
+    machines take layers in turn.
+
+    Example:
+        32 devices in machines of 8 → (8, 4)
+    """
+    tensor = min(width, device.per_machine)
+    return tensor, width // tensor
+
+
 def decoding_step(
     shape: ModelShape, device: Device, rows: int, context: float, width: int, counted: Efficiency
 ) -> float:
     """Seconds in which an engine over `width` devices samples one token of each row.
 
+    With p stages the rows are p micro-batches, so that each stage has one. A token passes all
+    stages one after the other: all weights, at the bandwidth of one stage, and each stage reads
+    its own again for the next micro-batch.
+
     Example:
         8B in BF16 on one h100, 64 rows at 1,000 tokens: (15.0e9 + 8.4e9) bytes at 2.01e12 a second,
         and 32 layers at 20 µs: 12.3 ms
     """
-    read = shape.read_in_a_step(rows) * device.number_bytes
-    read += rows * context * shape.cache_bytes(device.number_bytes)
-    seconds = read / (width * device.bandwidth * counted.decode)
-    arithmetic = rows * shape.flops(context) / (width * device.flops * counted.prefill)
+    tensor, stages = widths(device, width)
+    each = math.ceil(rows / stages)
+    read = shape.read_in_a_step(each) * device.number_bytes
+    read += each * context * shape.cache_bytes(device.number_bytes)
+    seconds = read / (tensor * device.bandwidth * counted.decode)
+    arithmetic = each * shape.flops(context) / (tensor * device.flops * counted.prefill)
     return max(seconds, arithmetic) + shape.layers * counted.layer_seconds
 
 

@@ -7,12 +7,14 @@ a load. So whoever is about to ask compares first, and refuses with all wants at
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from ground.errors import SetupError
 
 _GIB = 2**30
+_ROUNDING = 1e-9
+"""Three tenths hold a tenth three times."""
 
 
 class PlacementError(SetupError):
@@ -123,6 +125,42 @@ def require_room(wants: Sequence[Want], have: float, unit: str, *, where: str, f
         raise refusal(wants, have, unit, where=where, fix=fix)
 
 
+def places(bundle: Mapping[str, float], nodes: Sequence[Mapping[str, float]]) -> list[int]:
+    """How many equal bundles each machine has room for; none is split between machines.
+
+    Example:
+        2 CPU and 4 GPU, machines of 16 CPU and 8 GPU, and of 3 CPU and 8 GPU → [2, 1]
+    """
+    return [
+        min(int(node.get(name, 0) / amount + _ROUNDING) for name, amount in bundle.items())
+        for node in nodes
+    ]
+
+
+def require_places(
+    count: int, bundle: Mapping[str, float], nodes: Sequence[Mapping[str, float]], *, fix: str
+) -> None:
+    """Refuse a fleet for whose workers the machines of a cluster have not room at once.
+
+    Raises:
+        PlacementError: with want and have, machine by machine.
+    """
+    room = places(bundle, nodes)
+    each = zip(nodes, room, strict=True)
+    have = "; ".join(f"{_resources(node)}: {number}" for node, number in each)
+    require_room(
+        [Want("rollout workers", count, f"each {_resources(bundle)} of one machine")],
+        sum(room),
+        f"places ({have})",
+        where="rl.fleet",
+        fix=fix,
+    )
+
+
+def _resources(amounts: Mapping[str, float]) -> str:
+    return f"{amounts.get('CPU', 0):g} CPU and {amounts.get('GPU', 0):g} GPU"
+
+
 def fits(devices: Devices, consumers: Sequence[Consumer], counts: Sequence[int]) -> bool:
     """Whether so many replicas of each can be seated, machine by machine.
 
@@ -167,7 +205,8 @@ def refusal(
     lines = [f"{'':{width}}  want  have"]
     lines += [f"{w.name:{width}}  {_number(w.count):>4}        {w.because}".rstrip() for w in wants]
     lines.append(f"{'in all':{width}}  {_number(total):>4}  {_number(have):>4}  {unit}")
-    what = f"the models must fit: they want {_number(total)} {unit}, there are {_number(have)}"
+    of = unit.partition(" (")[0]
+    what = f"the models must fit: they want {_number(total)} {of}, there are {_number(have)}"
     if math.isinf(total):
         what = f"the models must fit: no number of {unit} would do, there are {_number(have)}"
     why = "\n    ".join(["", *lines])

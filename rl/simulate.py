@@ -85,25 +85,28 @@ class Played:
         """How it went between the ends of two steps, so that beginning and end can be left out."""
         a, b = self.marks[first], self.marks[last]
         seconds, steps = b.now - a.now, len(self.marks[first:]) - len(self.marks[last:])
+        lived = b.lived_seconds - a.lived_seconds
         return Rates(
             step_seconds=seconds / steps,
             learner_idle_share=1 - (b.trained_seconds - a.trained_seconds) / seconds,
-            engines_idle_share=1 - (b.busy_seconds - a.busy_seconds) / seconds,
-            places_share=(b.row_seconds - a.row_seconds) / seconds,
+            engines_idle_share=1 - (b.busy_seconds - a.busy_seconds) / lived,
+            places_share=(b.row_seconds - a.row_seconds) / lived,
         )
 
 
 @dataclass(frozen=True, slots=True)
 class Mark:
-    """What had been done by the end of a step; an engine's seconds are a mean over the fleet."""
+    """What had been done by the end of a step; seconds of engines are summed over the fleet."""
 
     now: float
     trained_seconds: float
     """In which the learner took steps."""
+    lived_seconds: float
+    """Of engines, from birth to end: a fleet that is resized has had more than it has."""
     busy_seconds: float
-    """Of an engine, with a row at least."""
+    """Of engines, with a row at least."""
     row_seconds: float
-    """Of a place, with a row in it."""
+    """Of engines, weighed by the share of their places with a row in it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -247,7 +250,7 @@ async def _play(
         full_at=section.engine.num_slots / section.group_size,
         now=lambda: clock.now,
     )
-    balance = Balance(fleet, section.fleet, now=lambda: clock.now)
+    balance = Balance(fleet, section.fleet, overlaps=section.max_staleness > 0)
     controller = Controller(
         make_books(section, world.pool, world.seed, ledger),
         fleet,
@@ -263,10 +266,10 @@ async def _play(
     await controller.begin(0, "weights")
     began = clock.now
     publication: asyncio.Task[float | None] | None = None
+    seconds = 0.0
     for step in range(section.steps):
-        asked = clock.now
         plan, _ = await controller.next_batch(step)
-        played.gauges.append(balance.turn(asked, plan.rollouts))
+        played.gauges.append(balance.turn(seconds, plan.rollouts))
         plans.append(plan)
         seconds = world.durations.train_seconds(plan)
         await asyncio.sleep(seconds)
@@ -284,8 +287,9 @@ async def _play(
 def _count(played: Played, world: _World, plan: Plan, seconds: float, now: float) -> None:
     played.rollouts += plan.rollouts
     trained = played.marks[-1].trained_seconds if played.marks else 0.0
-    workers, places = len(world.workers), world.section.engine.num_slots
     busy, rows = map(sum, zip(*(worker.used() for worker in world.workers), strict=True))
-    played.marks.append(Mark(now, trained + seconds, busy / workers, rows / workers / places))
+    lived = sum(worker.lived_seconds for worker in world.workers)
+    rows /= world.section.engine.num_slots
+    played.marks.append(Mark(now, trained + seconds, lived, busy, rows))
     for group in plan.groups:
         played.ages[plan.step - min(group.versions)] += len(group.rollouts)

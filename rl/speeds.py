@@ -32,9 +32,9 @@ class Speeds:
     reward: float
     """Of a worker's verifiers."""
 
-    def step_seconds(self, workers: int, rollouts: float) -> float:
-        """Predicted seconds of a step of so many rollouts, side by side."""
-        return rollouts * max(self.learner, self.rollout / workers)
+    def step_seconds(self, workers: int, rollouts: float, *, overlaps: bool = True) -> float:
+        """Predicted seconds of a step of so many rollouts, side by side or in turns."""
+        return rollouts * (max if overlaps else sum)((self.learner, self.rollout / workers))
 
 
 class SpeedMeter:
@@ -68,12 +68,15 @@ class SpeedMeter:
         self._seen.clear()
 
 
-def wanted(speeds: Speeds, workers: int, least: int, most: int) -> int:
-    """Workers that the fleet should have: as many as keep pace with the learner.
+def wanted(speeds: Speeds, workers: int, least: int, most: int, *, overlaps: bool = True) -> int:
+    """Workers that the fleet should have: as many as keep pace with the learner, and in turns all
+    that it may have, for then each of them makes the step shorter.
 
     Example:
         learner 0.02, rollout 0.07: 2 workers give 0.035 a sample, too slow; 4 give 0.0175
     """
+    if not overlaps:
+        return most
     pace = speeds.rollout / workers
     is_slow = pace > speeds.learner * (1 + BAND)
     is_idle = workers > 1 and speeds.rollout / (workers - 1) < speeds.learner * (1 - BAND)

@@ -166,15 +166,14 @@ class Budget:
 def _live(
     job: Job, pool: Pool, ours: Reserved, on_report: Callable[[Report], None], ranks: Ranks
 ) -> dict[str, object]:
-    fleet = job.section.fleet
     with (
         learner_process(job, lambda: dump_stacks(job), ranks.environment) as learner,
         ranks.life(job, learner),
         cluster(
             ours.folder,
-            fleet.most_workers * fleet.cpus_per_worker,
+            job.section.fleet,
+            job.section.engine,
             job.model,
-            num_spare_cpus=fleet.spare * fleet.cpus_per_worker,
             namespace=job.namespace,
         ) as address,
     ):

@@ -173,9 +173,14 @@ class Fleet:
         self._roster.resize(num_workers)
 
     def use(self) -> FleetUse:
-        """What the fleet has done since it began."""
+        """What the fleet has done since it began.
+
+        Raises:
+            PacktrainError: what the fleet failed with.
+        """
+        self._roster.check()
         self._count(0.0)
-        active = sum(not seat.is_retired and not seat.is_leaving for seat in self._roster.seats)
+        active = len(self._roster.staying)
         return FleetUse(active, self._filled_seconds, self._rollouts, self._reward_seconds)
 
     def stats(self) -> FleetStats:

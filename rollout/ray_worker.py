@@ -179,11 +179,7 @@ class RayWorker:
 
 
 def fleet_of(config: WorkerConfig) -> FleetSection:
-    """The fleet of this cluster: without a spare where workers have GPUs, see `FleetSection.spare`.
-
-    Raises:
-        SetupError: no machine of the cluster has what a worker needs.
-    """
+    """The fleet of this cluster: without a spare where workers have GPUs, see `FleetSection.spare`."""
     return with_affordable_spare(config, _machines())
 
 
@@ -192,13 +188,9 @@ def _machines() -> list[Resources]:
 
 
 def _own_group(config: WorkerConfig) -> PlacementGroup | None:
-    """A placement group of one worker, if it needs more than processors.
-
-    Raises:
-        SetupError: no machine of the cluster has as much.
-    """
-    bundle = bundle_of(config, _machines())
-    return placement_group([bundle], strategy="STRICT_PACK") if bundle else None
+    """A placement group of one worker, if it needs more than processors."""
+    bundle = bundle_of(config.engine, config.fleet.cpus_per_worker, _machines())
+    return placement_group([bundle], strategy="STRICT_PACK") if "GPU" in bundle else None
 
 
 def _within(group: PlacementGroup | None) -> PlacementGroupSchedulingStrategy | None:

@@ -64,12 +64,18 @@ class Roster:
         await self.until(lambda: all(seat.state not in _UNBORN for seat in self.seats))
 
     def resize(self, num_workers: int) -> None:
-        """Have so many workers from now on: new ones come up, the youngest ones leave.
+        """Have so many workers from now on, `min_workers` at least: new ones come up, or those that
+        do not serve leave, and then the youngest.
 
         Nothing waits here. A new one is given work when it has the current weights, one that leaves
         ends what it has begun; no group is lost or sampled twice.
+
+        Raises:
+            PacktrainError: what the fleet failed with.
         """
-        staying = [seat for seat in self.seats if not seat.is_leaving and not seat.is_retired]
+        self.check()
+        num_workers = max(num_workers, self._section.min_workers)
+        staying = sorted(self.staying, key=lambda seat: (not seat.is_serving, seat.index))
         for seat in staying[num_workers:]:
             seat.is_leaving = True
         for _ in range(num_workers - len(staying)):
@@ -77,6 +83,12 @@ class Roster:
             self.seats.append(seat)
             self._background.append(asyncio.create_task(self._tend(seat), name=seat.name))
         self.tell()
+
+    @property
+    def staying(self) -> list[Seat]:
+        """Seats that are filled, or will be again; never fewer than `min_workers` but the fleet has
+        failed."""
+        return [seat for seat in self.seats if not seat.is_leaving and not seat.is_retired]
 
     async def refit(self, version: int, weights: object) -> None:
         """Load a version everywhere; returns when all that serve have it, and one at least does.
@@ -113,6 +125,14 @@ class Roster:
             raise InfraError(
                 f"workers must be ready within {seconds:g} s, they are: {states}", where="fleet"
             ) from None
+        self.check()
+
+    def check(self) -> None:
+        """Nothing more comes of a fleet that has failed.
+
+        Raises:
+            PacktrainError: what it failed with.
+        """
         if self._failure is not None:
             raise self._failure
 
@@ -138,13 +158,15 @@ class Roster:
             while True:
                 began = time.time()
                 await self._live(seat, began)
+                if seat.lost.done():
+                    self._bury(seat)
+                if not seat.is_leaving:
+                    if seat.failures > self._section.max_restarts:
+                        return self._retire(seat)
+                    self._move(seat, State.RESTARTING)
+                    await asyncio.sleep(self._pause_seconds(seat.failures))
                 if seat.is_leaving:
                     return await self._dismiss(seat)
-                self._bury(seat)
-                if seat.failures > self._section.max_restarts:
-                    return self._retire(seat)
-                self._move(seat, State.RESTARTING)
-                await asyncio.sleep(self._pause_seconds(seat.failures))
                 self.restarts += 1
         except PacktrainError as error:
             self._fail(error)
@@ -257,19 +279,24 @@ class Roster:
         self._mark("lost", seat, time.time(), cause=cause)
 
     async def _dismiss(self, seat: Seat) -> None:
-        """A seat that leaves has ended its groups, or was lost and these went to others."""
-        if seat.lost.done():
-            self._bury(seat)
-        worker, seat.worker = seat.worker, None
+        """A seat that leaves has ended its groups, or was lost and these went to others.
+
+        It has its worker until this is gone, so that a fleet that is closed meanwhile sees it.
+        """
         seat.lose("dismissed")
         self._move(seat, State.RETIRED)
         self._mark("dismissed", seat, time.time())
-        if worker:
-            await worker.close()
+        if seat.worker:
+            await seat.worker.close()
+            seat.worker = None
 
     def _retire(self, seat: Seat) -> None:
         self._move(seat, State.RETIRED)
-        left = sum(not other.is_retired for other in self.seats)
+        self._require_enough()
+
+    def _require_enough(self) -> None:
+        """Those that leave do not count: they get no more work, however well they are."""
+        left = len(self.staying)
         if left >= self._section.min_workers:
             return
         lacked_memory = any(seat.memory_losses for seat in self.seats)

@@ -9,6 +9,7 @@ not sampled. A rollout takes as long as it is told, under the versions that its 
 from __future__ import annotations
 
 import asyncio
+import math
 import selectors
 from bisect import bisect_left, bisect_right
 from collections import deque
@@ -168,6 +169,7 @@ class SimulatedWorker:
         self._loads: list[tuple[float, int]] = []
         """(steps made by then, version), in order."""
         self._steps, self._since = 0.0, clock.now
+        self._born, self._ended = clock.now, math.inf
         self._rows: list[tuple[float, int, _Row]] = []
         self._waiting: deque[_Row] = deque()
         self._left: dict[asyncio.Future[None], int] = {}
@@ -212,9 +214,16 @@ class SimulatedWorker:
 
     def kill(self) -> None:
         """Nothing is left of it."""
+        self._ended = min(self._ended, self._clock.now)
 
     async def close(self) -> None:
         """Nothing is left of it."""
+        self.kill()
+
+    @property
+    def lived_seconds(self) -> float:
+        """From its birth to its end, or until now."""
+        return min(self._ended, self._clock.now) - self._born
 
     def used(self) -> tuple[float, float]:
         """Seconds so far with a row at least, and seconds summed over rows."""

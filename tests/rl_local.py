@@ -219,7 +219,7 @@ class LocalLoop:
         return {name: tensor.clone() for name, tensor in weights.items()}
 
     def next_batch(
-        self, step: int, stop: Callable[[], bool]
+        self, step: int, stop: Callable[[], bool], step_seconds: float
     ) -> tuple[Plan, dict[str, float]] | None:
         return self._call(self._controller.next_batch(step))
 

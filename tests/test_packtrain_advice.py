@@ -28,6 +28,14 @@ def test_a_fleet_that_idles_is_told_the_learners_best_share() -> None:
     assert advice(speeds(0.03, 0.06, 4)).endswith("33% of the devices; 2 workers would do")
 
 
+def test_in_turns_the_step_is_the_sum_so_both_count() -> None:
+    """0.02 and 0.12 / 3 = 0.04: a step of 0.06; of four workers 0.03, 0.05; side by side 0.04."""
+    told = advice({**speeds(0.02, 0.12, 3), "overlaps": 0.0})
+    assert "67% of a step is rollout's: one worker more would save 17% of the step" in told
+    assert told.endswith("side by side would save up to 33% (rl.max_staleness=1)")
+    assert advice({**speeds(0.02, 0.12, 3), "overlaps": 1.0}).startswith("the learner waits 50%")
+
+
 def test_nothing_is_said_while_both_keep_pace_or_nothing_is_known() -> None:
     assert advice(speeds(0.02, 0.042, 2)) == "" and advice({}) == ""
     assert advice({"workers": 2.0}) == ""

@@ -13,7 +13,7 @@ from packtrain.cli import main
 from packtrain.plan_text import seconds, short
 from packtrain.recipe import read_recipe
 from rl.config import RlSection
-from rl.footprint import engine_width, learner_footprint
+from rl.footprint import engine_width, host_bytes, learner_footprint, require_machine
 from rl.forecast import forecast, useful_engines
 from rl.hardware import DEVICES, Efficiency
 from rl.roofline import Workload, decoding_step, handover_seconds, learner_seconds, workload_of
@@ -30,7 +30,7 @@ H100 = DEVICES["h100"]
         ("llama8b", 8, "h100", 2),
         ("scout", 256, "h100", 27),
         ("maverick", 512, "h100", 22),
-        ("behemoth", 8192, "h200", 99),
+        ("behemoth", 8192, "h200", 117),
     ],
 )
 def test_shipped_recipes_are_valid_and_planned_as_they_say(
@@ -109,6 +109,16 @@ def test_a_decoding_step_is_bytes_over_bandwidth() -> None:
     assert step == pytest.approx(12.3e-3, rel=0.01)
 
 
+def test_beyond_a_machine_stages_read_their_weights_for_each_micro_batch() -> None:
+    """16 devices are two stages of 8: 64 rows are two micro-batches of 32, and each passes all the
+    weights at the bandwidth of 8 devices. Twice the devices only halve the keys and values."""
+    wide = decoding_step(LLAMA, H100, 64, 1000, 16, Efficiency(layer_seconds=0))
+    weights = 2 * (LLAMA.parameters - LLAMA.embedding)
+    assert wide == pytest.approx((weights + 32 * 1000 * 131_072) / (8 * 3.35e12 * 0.6))
+    within = decoding_step(LLAMA, H100, 64, 1000, 8, Efficiency(layer_seconds=0))
+    assert wide / within == pytest.approx(19.2 / 23.4, rel=0.01)
+
+
 def test_a_large_batch_is_bound_by_arithmetic() -> None:
     step = decoding_step(LLAMA, H100, 4096, 1, 1, Efficiency(layer_seconds=0))
     assert step == pytest.approx(4096 * LLAMA.flops(1) / (989e12 * 0.4))
@@ -150,6 +160,41 @@ def test_a_learner_holds_sixteen_bytes_a_parameter_over_all_its_devices() -> Non
     with_reference = learner_footprint(LLAMA, H100, _section(loss={"reference_kl": 0.1}), 1)
     assert sum(with_reference.shared.values()) == 20 * LLAMA.parameters
     assert footprint.on_each(8, 1)["weights"] == LLAMA.parameters / 2
+
+
+def test_the_keeper_has_three_versions_in_the_learners_numbers() -> None:
+    assert host_bytes(LLAMA) == 3 * 4 * LLAMA.parameters
+    require_machine(LLAMA, H100)  # 96 GB of 2 TB
+    behemoth = read_shape(ROOT / "recipes" / "behemoth" / "shape")
+    with pytest.raises(PlacementError, match="they want 22259 GiB of a machine with h200") as error:
+        require_machine(behemoth, DEVICES["h200"])  # 1,991.7e9 x 12 bytes
+    assert "3 versions x 7,419.8" in error.value.why and "1863" in error.value.why
+
+
+def test_an_engine_of_vllm_is_as_wide_as_the_recipe_says() -> None:
+    def width(parallel: int) -> int:
+        engine = {"kind": "vllm", "tensor_parallel": parallel, "max_length": 2048}
+        return engine_width(LLAMA, H100, _section(engine=engine), Efficiency())
+
+    assert (width(1), width(4)) == (1, 4)  # 1: the fewest that hold it
+    with pytest.raises(RecipeError, match="a power of two that divides the 32 heads, got 6"):
+        width(6)
+
+
+def test_the_plan_names_the_engines_keys_and_a_library_that_is_missing(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = str(ROOT / "recipes" / "llama8b" / "recipe.yaml")
+    assert main(["plan", path, "--gpus", "8"]) == 0
+    told = capsys.readouterr().out
+    assert "an engine of 2 devices: rl.engine.kind=vllm rl.engine.tensor_parallel=2" in told
+    monkeypatch.setattr("rollout.installed.has_vllm", lambda: False)
+    wide = ["rl.engine.kind=vllm", "rl.engine.tensor_parallel=4", "rl.fleet.num_workers=1"]
+    assert main(["plan", path, "--gpus", "8", *wide]) == 0
+    told = capsys.readouterr().out
+    assert "1 x 4: " in told and "an engine of" not in told
+    assert "  rl.engine.kind: vllm needs vLLM, which is not installed" in told
+    assert "model.path names /models/" in told
 
 
 def test_more_engines_than_open_groups_can_fill_are_left_over() -> None:

@@ -8,6 +8,7 @@ from collections.abc import Callable, Coroutine
 
 import pytest
 
+from ground.errors import WorkersLostError
 from ground.records import Group, Message, Prompt
 from rl.balance import Balance
 from rl.books import Plan
@@ -19,7 +20,7 @@ from rollout.fleet import Fleet, FleetUse
 from rollout.roster import Event
 from rollout.seat import WorkerDiedError
 from rollout.simulation import Clock, SimulatedWorker, run_virtual
-from rollout.task import GroupResult, GroupTask
+from rollout.task import GroupResult, GroupTask, Pong
 
 
 def test_the_fleet_is_resized_to_where_the_paces_meet() -> None:
@@ -61,16 +62,37 @@ class CountingFleet:
         self.workers = num_workers
 
 
-def test_the_learners_time_is_what_lies_between_two_plans_without_its_waits() -> None:
-    clock, fleet = Clock(), CountingFleet(2)
-    balance = Balance(fleet, FleetSection(num_workers=2), now=lambda: clock.now)
+def test_in_turns_the_step_is_the_sum_and_the_fleet_only_grows() -> None:
+    speeds = Speeds(learner=0.02, rollout=0.04, reward=0.0)
+    assert speeds.step_seconds(4, 100, overlaps=False) == pytest.approx(3.0)  # 2 s + 1 s
+    assert speeds.step_seconds(4, 100) == pytest.approx(2.0)
+    assert wanted(speeds, 4, 1, 8, overlaps=False) == 8 and wanted(speeds, 4, 1, 8) == 2
+    fleet = CountingFleet(4)
+    balance = Balance(fleet, FleetSection(num_workers=4, max_workers=8), overlaps=False)
+    for step in range(4):
+        fleet.filled, fleet.rollouts = 4.0 * step, 100 * step
+        gauges = balance.turn(2.0, 100)
+    assert fleet.workers == 8 and gauges["predicted_seconds"] == pytest.approx(3.0)
+
+
+def test_a_fleet_without_workers_has_gauges_without_a_prediction() -> None:
+    fleet = CountingFleet(2)
+    balance = Balance(fleet, FleetSection(num_workers=2, max_workers=4), overlaps=True)
+    balance.turn(0.0, 10)
+    fleet.filled, fleet.rollouts, fleet.workers = 12.0, 8, 0
+    assert balance.turn(5.0, 10) == {"workers": 0.0}
+
+
+def test_the_learners_time_is_its_step_over_the_rollouts_of_that_steps_plan() -> None:
+    fleet = CountingFleet(2)
+    balance = Balance(fleet, FleetSection(num_workers=2), overlaps=True)
     assert balance.turn(0.0, 10) == {"workers": 2.0}
-    clock.now, fleet.filled, fleet.rollouts = 7.0, 12.0, 8
-    gauges = balance.turn(5.0, 10)  # it worked 5 s, then waited 2 s
+    fleet.filled, fleet.rollouts = 12.0, 8
+    gauges = balance.turn(5.0, 20)
     assert gauges["learner_seconds_per_sample"] == 0.5
     assert gauges["rollout_seconds_per_sample"] == 1.5
     assert gauges["reward_seconds_per_sample"] == 0.5
-    assert gauges["predicted_seconds"] == 10 * 0.75  # two workers: 1.5 / 2
+    assert gauges["predicted_seconds"] == 20 * 0.75  # two workers: 1.5 / 2
     assert fleet.workers == 2  # without max_workers nothing is resized, however far apart
 
 
@@ -114,6 +136,9 @@ def test_a_learner_of_half_its_speed_gets_a_smaller_fleet_and_is_as_fast_with_it
     slow = fixed.rates(28, -3)
     assert slow.step_seconds == pytest.approx(20.0, rel=0.05) and slow.engines_idle_share > 0.4
     assert played.rates(28, -3).step_seconds == pytest.approx(slow.step_seconds, rel=0.05)
+    # Two workers of four have gone, and the two that stay are busy all the time.
+    assert played.rates(28, -3).engines_idle_share == pytest.approx(0.0, abs=0.02)
+    assert played.rates(28, -3).places_share == pytest.approx(1.0, abs=0.02)
 
 
 def recovery(played: Played, before: float) -> int:
@@ -157,6 +182,7 @@ class Crew:
     def __init__(self, seconds: float = 10.0) -> None:
         self.clock, self.seconds = Clock(), seconds
         self.born: list[RecordingWorker] = []
+        self.dies_at_birth = False
         self.events: list[Event] = []
 
     def spawn(self) -> RecordingWorker:
@@ -175,7 +201,19 @@ class RecordingWorker(SimulatedWorker):
         super().__init__(crew.clock, 4, lambda task: [crew.seconds] * len(task.seeds), rewards)
         self.sampled: list[str] = []
         self.is_closed = self.is_killed = False
-        self.dies = False
+        self.dies = self.death = False
+        self.closing_seconds = 0.0
+        self.crew = crew
+
+    async def open(self, index: int, slots_share: float = 1.0) -> None:
+        if self.crew.dies_at_birth:
+            raise WorkerDiedError("it died")
+        await super().open(index, slots_share)
+
+    async def ping(self) -> Pong:
+        if self.death:
+            raise WorkerDiedError("it died")
+        return await super().ping()
 
     async def rollout(self, task: GroupTask, attempt: int) -> GroupResult:
         if self.dies:
@@ -189,6 +227,7 @@ class RecordingWorker(SimulatedWorker):
         self.is_killed = True
 
     async def close(self) -> None:
+        await asyncio.sleep(self.closing_seconds)
         self.is_closed = True
 
 
@@ -263,6 +302,56 @@ def test_a_seat_that_dies_while_it_leaves_is_not_replaced_and_loses_nothing() ->
 
     run(crew, scenario)
     assert crew.sampled() == Counter("abcd")
+
+
+def test_a_fleet_whose_last_staying_seat_is_given_up_has_failed() -> None:
+    """Seat 1 is well and leaves, so it gets no more work; nobody else ever comes."""
+    crew = Crew(seconds=1e5)
+
+    async def scenario(fleet: Fleet) -> None:
+        running = await begin(fleet, "a", "b")
+        fleet.resize(1)
+        crew.dies_at_birth = True
+        crew.born[0].death = True
+        with pytest.raises(WorkersLostError, match="at least 1 of 2 rollout workers must live, 0 "):
+            await fleet.rollout(make_task("c"))
+        for call in (fleet.use, lambda: fleet.resize(2)):
+            with pytest.raises(WorkersLostError):
+                call()
+        assert crew.clock.now < 1e4 and fleet.stats().states == ("retired", "leaving")
+        await asyncio.gather(*running, return_exceptions=True)
+
+    run(crew, scenario)
+
+
+def test_who_does_not_serve_leaves_before_who_does() -> None:
+    crew = Crew()
+
+    async def scenario(fleet: Fleet) -> None:
+        crew.dies_at_birth = crew.born[0].death = True
+        await asyncio.sleep(2)
+        assert fleet.stats().states == ("restarting", "healthy")
+        fleet.resize(1)
+        assert [seat.is_leaving for seat in fleet._roster.seats] == [True, False]
+        born = len(crew.born)
+        await asyncio.sleep(100)
+        assert fleet.stats().states == ("retired", "healthy")
+        assert len(crew.born) == born  # it is not born again to be dismissed
+
+    run(crew, scenario)
+
+
+def test_a_dismissed_worker_that_ends_slowly_is_closed_with_the_fleet() -> None:
+    crew = Crew()
+
+    async def scenario(fleet: Fleet) -> None:
+        crew.born[1].closing_seconds = 50.0
+        fleet.resize(1)
+        await asyncio.sleep(2)
+        assert fleet.stats().states == ("healthy", "retired") and not crew.born[1].is_closed
+
+    run(crew, scenario)
+    assert crew.born[1].is_closed
 
 
 def test_a_fleet_that_shrank_grows_again_in_new_seats() -> None:

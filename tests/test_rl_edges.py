@@ -20,6 +20,7 @@ from rl.journal import Journal, read_journal
 from rl.pool import split_pool
 from rl.room import PlacementError
 from rl.snapshot import restore
+from rollout.config import EngineSection, FleetSection
 
 
 def make_prompts(count: int) -> list[Prompt]:
@@ -64,7 +65,7 @@ def test_a_fleet_larger_than_the_machine_is_refused_before_ray_starts(tmp_path: 
     """#40: Ray itself would wait for ever."""
     with (
         pytest.raises(PlacementError, match="they want 4096 processors, there are"),
-        cluster(tmp_path, 4096, tmp_path),
+        cluster(tmp_path, FleetSection(num_workers=4096), EngineSection(), tmp_path),
     ):
         pass
 

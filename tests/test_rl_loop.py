@@ -40,7 +40,7 @@ class FakeLoop:
         self.pending = Pending()
 
     def next_batch(
-        self, step: int, stop: Callable[[], bool]
+        self, step: int, stop: Callable[[], bool], step_seconds: float
     ) -> tuple[Plan, dict[str, float]] | None:
         if step == self.stop_at:
             self.pending.number = 15
@@ -194,15 +194,16 @@ def test_a_step_tells_how_its_time_was_spent(
     tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """3 s for the groups, 5 s for the step, 2 s for the copy: the learner idles in half of it."""
-    watch = Watch()
+    watch, spent = Watch(), list[float]()
     monkeypatch.setattr(rl.loop, "time", watch)
 
     class Slow(FakeLoop):
         def next_batch(
-            self, step: int, stop: Callable[[], bool]
+            self, step: int, stop: Callable[[], bool], step_seconds: float
         ) -> tuple[Plan, dict[str, float]] | None:
             watch.now += 3
-            return super().next_batch(step, stop)
+            spent.append(step_seconds)
+            return super().next_batch(step, stop, step_seconds)
 
     step = Learner.step
 
@@ -227,6 +228,8 @@ def test_a_step_tells_how_its_time_was_spent(
     assert numbers["learner_idle_share"] == 0.5
     assert numbers["tokens_per_second"] == numbers["trained_tokens"] / 10 == 1.2
     assert (report.started, report.ended) == (103.0, 108.0)
+    loop._next_plan(1, Pending())
+    assert spent == [0.0, 5.0]  # the copy, the publication and the wait are not the learner's work
 
 
 def test_what_became_of_a_steps_draws_by_hand() -> None:
@@ -269,7 +272,7 @@ def test_75_a_batch_that_diverges_is_kept_aside_and_not_counted_as_consumed(
 ) -> None:
     class Poisoned(FakeLoop):
         def next_batch(
-            self, step: int, stop: Callable[[], bool]
+            self, step: int, stop: Callable[[], bool], step_seconds: float
         ) -> tuple[Plan, dict[str, float]] | None:
             logprob = float("nan") if step == 1 else -2.0
             return make_plan(make_group(step, logprob=logprob), step=step), {}
@@ -310,7 +313,7 @@ def test_77_a_run_without_signal_asks_its_last_step_again_when_it_is_resumed(
 ) -> None:
     class Flat(FakeLoop):
         def next_batch(
-            self, step: int, stop: Callable[[], bool]
+            self, step: int, stop: Callable[[], bool], step_seconds: float
         ) -> tuple[Plan, dict[str, float]] | None:
             return Plan(step, (), {"all-1": 2}, rollouts=8, reward=1.0, pass_rate=1.0), {}
 

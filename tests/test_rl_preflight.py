@@ -141,8 +141,10 @@ from rl.processes import reserved
 with reserved(Path(sys.argv[1]) / "left.json") as ours:
     import ray
     from rl.cluster import cluster
+    from rollout.config import EngineSection, FleetSection
 
-    with cluster(ours.folder, 0.5, Path(sys.argv[1])) as address:
+    fleet = FleetSection(cpus_per_worker=0.5, spare=False)
+    with cluster(ours.folder, fleet, EngineSection(), Path(sys.argv[1])) as address:
         print(address, ray.get(ray.remote(lambda: 42).options(num_cpus=0.5).remote(), timeout=60))
 """
 

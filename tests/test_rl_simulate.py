@@ -12,6 +12,8 @@ import pytest
 from ground.records import Message, Prompt, Span
 from ground.shape import read_shape
 from packtrain.cli import main
+from packtrain.simulate import sharing
+from rl.books import Plan
 from rl.config import RlSection
 from rl.forecast import forecast
 from rl.hardware import DEVICES
@@ -179,4 +181,25 @@ def test_plan_simulate_tells_turns_and_overlap(capsys: pytest.CaptureFixture[str
     tiny = str(RECIPES / "tiny" / "recipe.yaml")
     assert main(["plan", tiny, "--simulate", "rl.groups_per_step=4", "--gpus", "2"]) == 0
     told = capsys.readouterr().out
-    assert "by the real controller and fleet" in told and "x as fast as in turns" in told
+    assert "by the real controller and fleet" in told
+    table = [line.split() for line in told.splitlines()]
+    steps = {
+        " ".join(row[:2]): float(row[2]) for row in table if row[1:2] in (["split"], ["shared"])
+    }
+    [beside] = [float(row[1]) for row in table if row[:1] == ["1"] and row[2:3] == ["s"]]
+    told_ratio = float(told.split("asynchronous is ")[1].split()[0])
+    assert told_ratio == pytest.approx(min(steps.values()) / beside, rel=0.02)
+    assert "2 devices, if they hold both sides at once; 0 s a step for the switch (none is" in told
+
+
+def test_in_turns_on_shared_devices_both_sides_have_all_of_them() -> None:
+    """A learner on 2 of 8 devices takes 4 times as long as on all 8, plus the switch."""
+    section = RlSection.model_validate({"steps": 1, "groups_per_step": 4, "group_size": 4})
+    shape, h100 = read_shape(RECIPES / "llama8b" / "shape"), DEVICES["h100"]
+    cast = Cast(
+        *(shape, h100, section, workload_of(section)), learner_devices=2, engines=3, width=2
+    )
+    shared = sharing(cast, 8, 5.0)
+    assert (shared.learner_devices, shared.engines) == (8, 4)
+    plan = Plan(0, (), {}, rollouts=0, reward=0.0, pass_rate=0.0)
+    assert shared.train_seconds(plan) == 5.0 and cast.train_seconds(plan) == 0.0

@@ -215,6 +215,14 @@ class FleetMachine(RuleBasedStateMachine):
     def pass_time(self, seconds: float) -> None:
         self.runner.run(asyncio.sleep(seconds))
 
+    @precondition(lambda self: self.fleet._roster._failure is None)
+    @rule(num_workers=st.integers(1, 4))
+    def resize(self, num_workers: int) -> None:
+        async def begin() -> None:
+            self.fleet.resize(num_workers)
+
+        self.runner.run(begin())
+
     @precondition(lambda self: self._living())
     @rule(data=st.data(), lacks_memory=st.booleans())
     def die(self, data: st.DataObject, lacks_memory: bool) -> None:
@@ -251,7 +259,8 @@ class FleetMachine(RuleBasedStateMachine):
             if isinstance(seat.worker, Scripted) and seat.state is State.STARTING:
                 assert not seat.worker.born or seat.worker.share == share
         assert len(self._living()) <= len(seats) + self.section.spare
-        is_lost = len(seats) - len(retired) < self.section.min_workers
+        staying = [seat for seat in seats if seat.index not in retired and not seat.is_leaving]
+        is_lost = len(staying) < self.section.min_workers
         assert is_lost == isinstance(self.fleet._roster._failure, WorkersLostError)
 
     @invariant()

@@ -17,16 +17,15 @@ from packtrain.recipe import read_recipe
 from packtrain.validate import check_inputs
 from rl.config import RlSection
 from rl.prober import Prober
+from rl.room import PlacementError, places, require_places
 from rollout import installed
 from rollout.bundle import bundle_of, with_affordable_spare
 from rollout.config import (
     EngineSection,
     EvaluateSection,
-    FleetSection,
     MeasureSection,
     SamplingSection,
 )
-from rollout.task import WorkerConfig
 
 TINY = Path(__file__).parents[1] / "recipes/tiny/recipe.yaml"
 CLUSTER = [{"CPU": 4.0}, {"CPU": 16.0, "GPU": 4.0}]
@@ -79,13 +78,11 @@ def test_the_floor_bounds_the_learners_tolerances_from_below(tiny_model: Path) -
 
 
 def test_a_worker_takes_one_bundle_of_one_machine() -> None:
-    assert bundle_of(config(EngineSection(kind="vllm", tensor_parallel=4)), CLUSTER) == {
-        "CPU": 2.0,
-        "GPU": 4.0,
-    }
-    assert bundle_of(config(EngineSection(kind="vllm")), CLUSTER) == {"CPU": 2.0, "GPU": 1.0}
-    assert bundle_of(config(EngineSection(kind="vllm")), [{"CPU": 4.0}]) is None
-    assert bundle_of(config(EngineSection()), CLUSTER) is None
+    cut, whole = EngineSection(kind="vllm", tensor_parallel=4), EngineSection(kind="vllm")
+    assert bundle_of(cut, 2.0, CLUSTER) == {"CPU": 2.0, "GPU": 4.0}
+    assert bundle_of(whole, 2.0, CLUSTER) == {"CPU": 2.0, "GPU": 1.0}
+    assert bundle_of(whole, 2.0, [{"CPU": 4.0}]) == {"CPU": 2.0}
+    assert bundle_of(EngineSection(), 2.0, CLUSTER) == {"CPU": 2.0}
 
 
 def test_no_spare_holds_gpus_that_a_worker_could_use() -> None:
@@ -103,9 +100,23 @@ def test_what_no_machine_has_is_refused_with_want_and_have(
     parallel: int, cpus: float, nodes: list[dict[str, float]]
 ) -> None:
     section = EngineSection(kind="vllm", tensor_parallel=parallel)
-    with pytest.raises(SetupError, match=rf"needs {cpus:g} CPU and {parallel} GPU") as error:
-        bundle_of(config(section, cpus), nodes)
-    assert "machine 0 has 4 CPU and 0 GPU" in error.value.why
+    with pytest.raises(SetupError, match="they want 1 places, there are 0") as error:
+        require_places(1, bundle_of(section, cpus, nodes), nodes, fix="")
+    assert f"each {cpus:g} CPU and {parallel} GPU of one machine" in error.value.why
+    assert "4 CPU and 0 GPU: 0" in error.value.why
+
+
+def test_bundles_are_counted_machine_by_machine() -> None:
+    """17 processors are enough for 8 workers of 2, but not on these machines; nor are 12 GPUs for 3
+    of 4 where one machine lacks processors for its second."""
+    nodes = [{"CPU": 3.0}, {"CPU": 5.0, "GPU": 8.0}, {"CPU": 9.0, "GPU": 4.0}]
+    assert places({"CPU": 2.0}, nodes) == [1, 2, 4]
+    assert places({"CPU": 2.0, "GPU": 4.0}, nodes) == [0, 2, 1]
+    assert places({"CPU": 3.0, "GPU": 4.0}, nodes) == [0, 1, 1]
+    assert places({"CPU": 0.1}, [{"CPU": 0.3}]) == [3]
+    require_places(7, {"CPU": 2.0}, nodes, fix="")
+    with pytest.raises(PlacementError, match="they want 8 places, there are 7"):
+        require_places(8, {"CPU": 2.0}, nodes, fix="")
 
 
 def test_a_missing_vllm_is_told_before_anything_runs(monkeypatch: pytest.MonkeyPatch) -> None:
