@@ -17,10 +17,10 @@ from typing import Literal
 
 from ground.errors import SetupError
 
-Kind = Literal["single", "ddp", "fsdp2", "zero1", "zero2", "zero3"]
+Kind = Literal["single", "ddp", "fsdp2", "zero2", "zero3"]
 """How the model is spread over the ranks; `single` is one process without a launcher."""
 
-_ZERO: Mapping[int, Kind] = {1: "zero1", 2: "zero2", 3: "zero3"}
+_ZERO: Mapping[int, Kind] = {2: "zero2", 3: "zero3"}
 _OF_RANKS = (
     *("RANK", "LOCAL_RANK", "GROUP_RANK", "ROLE_RANK", "ROLE_NAME"),
     *("WORLD_SIZE", "LOCAL_WORLD_SIZE", "GROUP_WORLD_SIZE", "ROLE_WORLD_SIZE"),
@@ -53,11 +53,16 @@ class Launch:
 
     @property
     def layout(self) -> str:
-        """How a trainer's checkpoint lies on the disk: with DeepSpeed every rank has its part."""
-        return f"{self.kind} on {self.num_ranks} ranks" if self.is_zero else "whole"
+        """How a trainer's checkpoint lies on the disk: whole, or every rank with its part."""
+        return "whole" if self.kind in ("single", "ddp") else str(self)
 
     def __str__(self) -> str:
-        return f"{self.kind} on {self.num_ranks} rank{'' if self.num_ranks == 1 else 's'}"
+        return in_words(self.kind, self.num_ranks)
+
+
+def in_words(kind: str, num_ranks: int) -> str:
+    """`ddp on 2 ranks`."""
+    return f"{kind} on {num_ranks} rank{'' if num_ranks == 1 else 's'}"
 
 
 def launch_of(environment: Mapping[str, str]) -> Launch:

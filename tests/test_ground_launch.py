@@ -11,6 +11,7 @@ import pytest
 import torch
 from launching import free_port, rank_environment
 from torch import nn
+from torch.distributed import DistStoreError
 
 from ground.errors import InfraError, RecipeError, SetupError
 from ground.launch import Launch, launch_of, of_launcher
@@ -79,6 +80,8 @@ def test_another_wrapper_or_number_of_ranks_than_asked_for_is_refused() -> None:
     Ranks(Launch(), 0.0).check(1, module)
     with pytest.raises(SetupError, match="by zero3 on 2 ranks, but it is single on 2 ranks"):
         Ranks(Launch("zero3", 0, 2), 0.0).check(2, module)
+    with pytest.raises(SetupError, match="by single on 1 rank, but it is data parallel on 1 rank"):
+        Ranks(Launch(), 0.0).check(1, nn.DataParallel(module))
     with pytest.raises(SetupError, match="by ddp on 2 ranks, but it is ddp on 1 rank"):
         Ranks(Launch("ddp", 0, 2), 0.0).check(1)
 
@@ -92,12 +95,16 @@ def test_only_a_rank_s_own_child_inherits_what_makes_it_a_rank() -> None:
 
 def test_deepspeed_s_checkpoints_fit_their_own_layout_alone() -> None:
     assert Launch("ddp", 0, 2).layout == Launch().layout == "whole"
+    assert Launch("fsdp2", 0, 2).layout == "fsdp2 on 2 ranks"
     assert Launch("zero2", 0, 2).layout != Launch("zero2", 0, 4).layout
 
 
 def test_the_words_of_a_rank_that_is_gone_become_ours() -> None:
     closed = RuntimeError("[…/gloo/transport/tcp/pair.cc:553] Connection closed by peer")
-    assert is_lost_rank(closed) and not is_lost_rank(RuntimeError("shapes differ"))
+    assert is_lost_rank(closed) and is_lost_rank(DistStoreError("no such key"))
+    assert not is_lost_rank(RuntimeError("the peer of recv has another shape; connection to nccl"))
+    with pytest.raises(RuntimeError, match="gloo/"), lost_ranks(Launch(), "train on", 30):
+        raise closed
     with (
         pytest.raises(InfraError, match="rank 1 must train on within 30 s, but another of the 2"),
         lost_ranks(Launch("ddp", 1, 2), "train on", 30),
