@@ -41,10 +41,10 @@ def train(stage: Stage[RlSection]) -> dict[str, object]:
 
         host(_roll(environment), environment)
         return {}
-    prompts = read_prompts(stage.trail.prompts_before("rl"), stage.head.data, stage.directory)
-    pool = split_pool(prompts, stage.section.validation.prompts, stage.head.seed)
     record = stage.run.path / "log" / "rl.processes.json"
-    with reserved(record) as ours, _hosts(launch, environment) as hosts:
+    with _hosts(launch, environment) as hosts, reserved(record) as ours:
+        prompts = read_prompts(stage.trail.prompts_before("rl"), stage.head.data, stage.directory)
+        pool = split_pool(prompts, stage.section.validation.prompts, stage.head.seed)
         # Ray reads its authentication mode from the environment when it is imported.
         from rl.supervisor import Ranks, supervise
 

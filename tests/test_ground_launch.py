@@ -104,7 +104,9 @@ def test_offloading_is_seen_in_either_file_and_refused_by_rl(tmp_path: Path) -> 
     file.write_text(json.dumps({"zero_optimization": zero}))
     named = {**ZERO, "ACCELERATE_DEEPSPEED_CONFIG_FILE": str(file)}
     field = {**ZERO, "ACCELERATE_DEEPSPEED_OFFLOAD_OPTIMIZER_DEVICE": "cpu"}
-    assert not launch_of({**field, "ACCELERATE_DEEPSPEED_OFFLOAD_OPTIMIZER_DEVICE": "none"}).offloads
+    assert not launch_of(
+        {**field, "ACCELERATE_DEEPSPEED_OFFLOAD_OPTIMIZER_DEVICE": "none"}
+    ).offloads
     for environment in (named, field):
         with pytest.raises(SetupError, match="rl does not run with DeepSpeed's offloading"):
             require_known(launch_of(environment))
