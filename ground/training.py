@@ -210,8 +210,10 @@ class FiniteLoss(Trainer):
         """The loss of the trainer next in line, checked before its backward pass."""
         result = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
         loss = result[0] if isinstance(result, tuple) else result
-        if self.ranks.any(not bool(torch.isfinite(loss).all())):
-            raise _diverged(f"the loss must be finite, got {loss.item()}", self.state.global_step)
+        is_finite = bool(torch.isfinite(loss).all())
+        if self.ranks.any(not is_finite):
+            got = "that of another rank is not" if is_finite else f"got {loss.item()}"
+            raise _diverged(f"the loss must be finite, {got}", self.state.global_step)
         return result
 
 

@@ -228,7 +228,10 @@ def _run_step(order: Order, lock: RunLock, panel: Panel, index: int, step: Step)
     ):
         code = child.wait(panel.refresh)
         code, message = told_end(told, code, is_stopped=child.stopped_by is not None)
-    if message:
+    if message and isinstance(panel, LivePanel):
+        with _output(order, step).open("a", encoding="utf-8") as file:
+            file.write(f"packtrain: {message}\n")
+    elif message:
         sys.stderr.write(f"packtrain: {message}\n")
     if code == 0 and not order.run.is_done(step.folder):
         code = 1

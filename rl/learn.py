@@ -101,6 +101,7 @@ def learn(job: Job, speaker: Voice, join: Callable[[Job], Loop]) -> dict[str, ob
         seed=job.seed,
         floor=job.section.engine.parity_nats,
         through=learner.update.module if learner.update.splits_weights else None,
+        shared=ranks.shared if learner.update.splits_weights else lambda experts: experts,
     )
     ensemble = Ensemble(learner, prober, ranks)
     if not ranks.is_main:

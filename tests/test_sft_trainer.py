@@ -227,6 +227,20 @@ def test_a_signal_to_another_rank_interrupts_and_its_time_limit_does_not(tmp_pat
         assert [path.name for path in each.checkpoints.steps()] == ["step_000001"]
 
 
+class _Broken(Ranks):
+    """Another rank's numbers are not finite."""
+
+    def greatest(self, *numbers: int) -> tuple[int, ...]:
+        return (1,)
+
+
+def test_a_loss_of_another_rank_that_is_not_finite_stops_us_before_the_update(bench: Bench):
+    bench.ranks, before = _Broken(Launch(), 0.0), tensors_of(bench.model)
+    with pytest.raises(DivergedError, match=r"step 1: the loss .* that of another rank is not"):
+        bench.train()
+    assert same(before, tensors_of(bench.model))
+
+
 def test_one_process_trains_on_one_gpu_of_several(
     bench: Bench, monkeypatch: pytest.MonkeyPatch
 ) -> None:
