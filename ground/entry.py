@@ -40,7 +40,10 @@ _VERDICT_SECONDS = 600.0
 """How long rank 0 may take to lock the run and to look at what is there."""
 _STOP = "stop"
 EXIT_CODE = "PACKTRAIN_EXIT_CODE"
-"""Names a file for the exit code, which launchers turn into 1; set by `packtrain run`."""
+"""Names a file for rank 0's exit code, which launchers turn into 1; set by `packtrain run`.
+
+The other ranks write files beside it, see `exit_file`. First comes the code, then what was said.
+"""
 
 _LOG = logging.getLogger("packtrain")
 
@@ -109,31 +112,37 @@ def stage_entry(
     """
     order = _parse(name, argv)
     install_redaction()
-    code = _exit_code(order, model, function)
-    if not order.rank and (path := os.environ.get(EXIT_CODE)):
-        Path(path).write_text(str(code), encoding="utf-8")
+    code, message = _ended(order, model, function)
+    if message:
+        _say(order, message)
+    if path := os.environ.get(EXIT_CODE):
+        word = f"{code}\n{redact(message)}"
+        exit_file(Path(path), order.rank).write_text(word, encoding="utf-8")
     return code
 
 
-def _exit_code(
+def exit_file(path: Path, rank: int) -> Path:
+    """Where a rank leaves its exit code: `sft.exit`, `sft.exit.rank1`."""
+    return path.with_name(f"{path.name}.rank{rank}") if rank else path
+
+
+def _ended(
     order: _Order, model: type[S], function: Callable[[Stage[S]], Mapping[str, object]]
-) -> int:
+) -> tuple[int, str]:
+    """Exit code, and what is to be said."""
     try:
         _carry_out(order, model, function)
     except PacktrainError as error:
-        _say(order, str(error))
-        return error.exit_code
+        return error.exit_code, str(error)
     except Interrupted as interruption:
-        _say(order, f"{order.place} was interrupted ({interruption}); continue it with --resume")
-        return interruption.exit_code
+        said = f"{order.place} was interrupted ({interruption}); continue it with --resume"
+        return interruption.exit_code, said
     except KeyboardInterrupt:
-        _say(order, f"{order.place} was interrupted; continue it with --resume")
-        return 130
+        return 130, f"{order.place} was interrupted; continue it with --resume"
     except Exception:
-        trace = redact(traceback.format_exc())
-        _say(order, f"{order.place} failed by a defect of packtrain:\n{trace}")
-        return 1
-    return 0
+        trace = traceback.format_exc()
+        return 1, f"{order.place} failed by a defect of packtrain:\n{redact(trace)}"
+    return 0, ""
 
 
 def _parse(name: str, argv: Sequence[str] | None) -> _Order:

@@ -14,7 +14,7 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import timedelta
-from typing import TypeVar, cast
+from typing import Literal, TypeVar, cast
 
 import torch
 import torch.distributed as dist
@@ -24,13 +24,13 @@ from torch.distributed.fsdp import FSDPModule
 from torch.nn.parallel import DistributedDataParallel
 
 from ground.errors import InfraError, SetupError
-from ground.launch import Kind, Launch, launch_of
+from ground.launch import Kind, Launch, in_words, launch_of
 from ground.roll import Roll
 
 Value = TypeVar("Value")
 
-_OF_TRANSPORT = ("gloo", "nccl", "connection", "timed out", "recv", "tcpstore", "peer")
-"""Words of the errors that torch raises where another rank is gone."""
+_OF_GLOO = ("gloo/", "Gloo ")
+"""What gloo's own errors name, which torch raises as any RuntimeError; others are DistErrors."""
 
 
 class Ranks:
@@ -74,12 +74,16 @@ class Ranks:
 
     def any(self, flag: bool) -> bool:
         """Whether some rank says so: all ranks get the same answer, so that none goes on alone."""
+        return self.greatest(int(flag)) == (1,)
+
+    def greatest(self, *numbers: int) -> tuple[int, ...]:
+        """The greatest that any rank says of each number."""
         if self.num_ranks == 1:
-            return flag
-        told = torch.tensor([float(flag)])
+            return numbers
+        told = torch.tensor(numbers)
         with lost_ranks(self.launch, "agree on going on", self.seconds):
             dist.all_reduce(told, op=dist.ReduceOp.MAX)
-        return bool(told.item())
+        return tuple(map(int, told.tolist()))
 
     def shared(self, value: Value) -> Value:
         """What rank 0 has, on every rank."""
@@ -101,7 +105,7 @@ class Ranks:
         if (found, num_ranks) == (wanted.kind, wanted.num_ranks):
             return
         raise SetupError(
-            f"the model must be trained by {wanted}, but it is {Launch(found, 0, num_ranks)}",
+            f"the model must be trained by {wanted}, but it is {in_words(found, num_ranks)}",
             where="accelerate launch",
             why="accelerate takes something else in silence where it cannot do what it was asked",
             fix="look at the launch file; recipes/accelerate has one for each that works",
@@ -147,10 +151,16 @@ def require_possible(launch: Launch, *, has_gpu: bool) -> None:
         )
 
 
-def wrapper_of(module: nn.Module) -> Kind:
-    """What a model was wrapped in; `single` for a bare one."""
+def wrapper_of(module: nn.Module) -> Kind | Literal["data parallel"]:
+    """What a model was wrapped in; `single` for a bare one.
+
+    `data parallel` is one process over several GPUs, which nobody can ask for: it multiplies the
+    rows of a step.
+    """
     if isinstance(module, DistributedDataParallel):
         return "ddp"
+    if isinstance(module, nn.DataParallel):
+        return "data parallel"
     if isinstance(module, FSDPModule):
         return "fsdp2"
     if importlib.util.find_spec("deepspeed") is not None:
@@ -171,7 +181,7 @@ def lost_ranks(launch: Launch, purpose: str, seconds: float) -> Iterator[None]:
     try:
         yield
     except RuntimeError as error:
-        if not is_lost_rank(error):
+        if launch.num_ranks == 1 or not is_lost_rank(error):
             raise
         raise InfraError(
             f"rank {launch.rank} must {purpose} within {seconds:g} s, but another of the "
@@ -186,8 +196,7 @@ def is_lost_rank(error: BaseException) -> bool:
     """Whether an error of a collective means that another rank is gone."""
     if isinstance(error, dist.DistError):
         return True
-    said = str(error).lower()
-    return isinstance(error, RuntimeError) and any(word in said for word in _OF_TRANSPORT)
+    return isinstance(error, RuntimeError) and any(word in str(error) for word in _OF_GLOO)
 
 
 def _initialise(launch: Launch, world: str, seconds: float) -> None:

@@ -14,11 +14,12 @@ from datetime import timedelta
 
 from torch.distributed import (
     DistError,
+    PrefixStore,  # pyright: ignore[reportPrivateImportUsage]
     TCPStore,  # pyright: ignore[reportPrivateImportUsage]
 )
 
 from ground.errors import InfraError
-from ground.launch import Launch, launch_of
+from ground.launch import HELD, Launch, launch_of
 
 _POLL_SECONDS = 0.05
 _CONNECT_SECONDS = 300.0
@@ -33,15 +34,30 @@ class Roll:
 
     def __init__(self, environment: Mapping[str, str]) -> None:
         self.launch: Launch = launch_of(environment)
-        is_held = environment.get("TORCHELASTIC_USE_AGENT_STORE") == str(True)
-        self.store = TCPStore(
-            environment["MASTER_ADDR"],
-            int(environment["MASTER_PORT"]),
-            self.launch.num_ranks,
-            is_master=not is_held and self.launch.is_main,
-            timeout=timedelta(seconds=_CONNECT_SECONDS),
-            wait_for_workers=False,
-        )
+        attempt = environment.get("TORCHELASTIC_RESTART_COUNT", "0")
+        # What ranks of an earlier attempt have told is not for those of this one.
+        self.store = PrefixStore(f"attempt/{attempt}", self._connected(environment))
+
+    def _connected(self, environment: Mapping[str, str]) -> TCPStore:
+        """The launcher's store, or rank 0's own where the launcher holds none.
+
+        Raises:
+            InfraError: it cannot be reached.
+        """
+        is_held = environment.get(HELD) == str(True)
+        host, port = environment["MASTER_ADDR"], int(environment["MASTER_PORT"])
+        try:
+            return TCPStore(
+                host,
+                port,
+                self.launch.num_ranks,
+                is_master=not is_held and self.launch.is_main,
+                timeout=timedelta(seconds=_CONNECT_SECONDS),
+                wait_for_workers=False,
+                multi_tenant=True,  # all Rolls of rank 0's process share one
+            )
+        except DistError as error:
+            raise self._lost(f"reach the store at {host}:{port}", str(error)) from error
 
     def tell(self, name: str, word: str) -> None:
         """Leave a word for the others."""

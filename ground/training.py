@@ -43,7 +43,7 @@ from ground.metrics import Metrics
 from ground.model import load_model
 from ground.ranks import Ranks, lost_ranks
 from ground.row_stream import RowStream
-from ground.signals import Pending, held_signals
+from ground.signals import Interrupted, Pending, held_signals
 from ground.trainer_config import TrainerSection
 
 _LEFT_OUT = ("training_args.bin", "README.md", "zero_to_fp32.py", "zero_to_torch.py")
@@ -148,7 +148,7 @@ def fit(trainer: FiniteLoss, where: Fit, *, resume: bool) -> Fitted:
 
     Raises:
         DivergedError: a loss or gradient was not finite; the weights of the last checkpoint stand.
-        Interrupted: a signal came; the step was finished and saved.
+        Interrupted: a signal came to any rank; the step was finished and saved.
         InfraError: another rank is gone.
     """
     ranks = trainer.ranks = where.ranks
@@ -157,9 +157,12 @@ def fit(trainer: FiniteLoss, where: Fit, *, resume: bool) -> Fitted:
     where.metrics.rewind(0 if latest is None else step_of(latest))
     trainer.remove_callback(PrinterCallback)
     with held_signals() as pending, lost_ranks(ranks.launch, "train on", ranks.seconds):
-        trainer.add_callback(_Watch(trainer, where, pending))
+        watch = _Watch(trainer, where, pending)
+        trainer.add_callback(watch)
         trainer.train(resume_from_checkpoint=None if latest is None else str(latest))
-        weights = _gathered(trainer)
+        weights = None if watch.stopped_by else _gathered(trainer)
+    if watch.stopped_by:
+        raise Interrupted(watch.stopped_by)
     if ranks.is_main:
         shutil.rmtree(where.scratch, ignore_errors=True)
     return Fitted(trainer.state.global_step, weights)
@@ -182,6 +185,15 @@ class FiniteLoss(Trainer):
 
     ranks = _ALONE
 
+    def __init__(self, *, args: TrainingArguments, **kwargs: object) -> None:
+        args._n_gpu = min(
+            args.n_gpu, 1
+        )  # or rows_per_step would be multiplied by the GPUs in sight
+        if args.deepspeed_plugin is not None:  # or no model could be made of ZeRO-3's parts
+            zero = args.deepspeed_plugin.deepspeed_config["zero_optimization"]
+            zero["stage3_gather_16bit_weights_on_model_save"] = True
+        super().__init__(args=args, **kwargs)  # pyright: ignore[reportArgumentType]
+
     def _get_train_sampler(self, train_dataset: Dataset | None = None) -> RowStream:
         args, rows = self.args, cast(Dataset, train_dataset or self.train_dataset)
         passes = args.max_steps * args.gradient_accumulation_steps
@@ -198,8 +210,10 @@ class FiniteLoss(Trainer):
         """The loss of the trainer next in line, checked before its backward pass."""
         result = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
         loss = result[0] if isinstance(result, tuple) else result
-        if self.ranks.any(not bool(torch.isfinite(loss).all())):
-            raise _diverged(f"the loss must be finite, got {loss.item()}", self.state.global_step)
+        is_finite = bool(torch.isfinite(loss).all())
+        if self.ranks.any(not is_finite):
+            got = "that of another rank is not" if is_finite else f"got {loss.item()}"
+            raise _diverged(f"the loss must be finite, {got}", self.state.global_step)
         return result
 
 
@@ -235,6 +249,8 @@ class _Watch(TrainerCallback):
         self._where = where
         self._pending = pending
         self._began = time.monotonic()
+        self.stopped_by = 0
+        """The signal that all ranks have stopped for, whichever of them it came to."""
 
     def on_train_begin(
         self,
@@ -278,7 +294,10 @@ class _Watch(TrainerCallback):
         """End early, with a checkpoint, on a signal or when the time is up."""
         limit = self._where.max_seconds
         out_of_time = limit is not None and time.monotonic() - self._began > limit
-        if self._where.ranks.any(self._pending.requested or out_of_time):
+        self.stopped_by, is_late = self._where.ranks.greatest(
+            self._pending.number or 0, int(out_of_time)
+        )
+        if self.stopped_by or is_late:
             control.should_save = True
             control.should_training_stop = True
 

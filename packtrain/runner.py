@@ -215,7 +215,8 @@ def _run_step(order: Order, lock: RunLock, panel: Panel, index: int, step: Step)
     _note(order, step, "running")
     panel.begin(index, line)
     told = (order.run.path / "log" / f"{step.log.removesuffix('.log')}.exit").resolve()
-    told.unlink(missing_ok=True)
+    for file in _exit_files(told):
+        file.unlink()
     with (
         raw_output_redacted(order.run.path / "log", "*.out", "*.err"),
         Child(
@@ -225,20 +226,47 @@ def _run_step(order: Order, lock: RunLock, panel: Panel, index: int, step: Step)
             output=_output(order, step) if isinstance(panel, LivePanel) else None,
         ) as child,
     ):
-        code = told_code(told, child.wait(panel.refresh))
+        code = child.wait(panel.refresh)
+        code, message = told_end(told, code, is_stopped=child.stopped_by is not None)
+    if message and isinstance(panel, LivePanel):
+        with _output(order, step).open("a", encoding="utf-8") as file:
+            file.write(f"packtrain: {message}\n")
+    elif message:
+        sys.stderr.write(f"packtrain: {message}\n")
     if code == 0 and not order.run.is_done(step.folder):
         code = 1
     _note(order, step, _state(code, child.stopped_by), code)
     return code
 
 
-def told_code(path: Path, code: int) -> int:
-    """The stage's own exit code, of which a launcher makes 1; its file goes."""
+def told_end(path: Path, code: int, *, is_stopped: bool = False) -> tuple[int, str]:
+    """The stage's own exit code, of which a launcher makes 1; the files of all ranks go.
+
+    The rank that failed says more than those that a launcher ended because of it, and those that
+    only saw it go. Where that was not rank 0, which speaks for itself, its words come along.
+    """
+    ends = [end for file in _exit_files(path) if (end := _end_of(file)) and end[0]]
+    if code != 1 or not ends:
+        return code, ""
+    if is_stopped:
+        return ends[0][0], ""
+    told, rank, message = min(ends, key=lambda end: (end[0] in (130, 143), end[0] == 6, end[1]))
+    return told, f"rank {rank}: {message}" if rank else ""
+
+
+def _exit_files(path: Path) -> list[Path]:
+    """What ranks have left, rank 0 first."""
+    return [file for file in (path, *path.parent.glob(f"{path.name}.rank*")) if file.is_file()]
+
+
+def _end_of(file: Path) -> tuple[int, int, str] | None:
+    """Exit code, rank and words of a rank, whose file goes."""
     with suppress(OSError, ValueError):
-        told = int(path.read_text(encoding="utf-8"))
-        path.unlink()
-        return told if code == 1 and told else code
-    return code
+        code, _, message = file.read_text(encoding="utf-8").partition("\n")
+        file.unlink()
+        _, _, rank = file.name.partition(".exit.rank")
+        return int(code), int(rank or 0), message
+    return None
 
 
 def _state(code: int, stopped_by: int | None) -> str:

@@ -15,8 +15,9 @@ from collections.abc import Callable
 from ground.errors import DivergedError
 from rl.books import Plan
 
-Check = Callable[[float], None]
-"""Takes a gradient's norm and raises where that, or the loss it knows of, is not finite."""
+Check = Callable[[float | None], None]
+"""Takes a gradient's norm, None for one that is not known yet, and raises where that, or the loss
+it knows of, is not finite."""
 
 _FIXES = {
     "all-0": "easier prompts: every answer was wrong; mine again with this model",
@@ -29,14 +30,15 @@ _FIXES = {
 }
 
 
-def check_finite(loss: float, grad_norm: float, *, step: int, num_rows: int) -> None:
+def check_finite(loss: float, grad_norm: float | None, *, step: int, num_rows: int) -> None:
     """Refuse a step whose loss or gradient is NaN or infinite; call it before the update.
 
     Both are global numbers, equal on every rank, so that all ranks stop together.
     """
-    if not math.isfinite(loss + grad_norm):
+    if not math.isfinite(loss + (grad_norm or 0.0)):
+        norm = "" if grad_norm is None else f" and a gradient norm {grad_norm:g}"
         raise DivergedError(
-            f"loss and gradient must be finite, got {loss:g} and a gradient norm {grad_norm:g}",
+            f"loss and gradient must be finite, got {loss:g}{norm}",
             where=f"rl, step {step}",
             why=f"{num_rows} rollouts were kept in the stage's diverged/ folder",
             fix="look at the saved rollouts, or lower rl.optimizer.learning_rate and make the "

@@ -37,6 +37,7 @@ from ground.signals import Interrupted, held_signals
 from ground.storage import commit_directory
 from rl.batch import collate, rows_of
 from rl.books import Plan
+from rl.config import RlSection
 from rl.consumed import Consumed
 from rl.ensemble import Ensemble
 from rl.job import Job, Report, Voice, learner_name, phase
@@ -89,8 +90,7 @@ def learn(job: Job, speaker: Voice, join: Callable[[Job], Loop]) -> dict[str, ob
     """
     torch.set_num_threads(job.section.threads)
     torch.manual_seed(job.seed)
-    longest = max(job.section.step_deadline_seconds, job.section.publication_seconds)
-    ranks = join_ranks(f"rl/{job.incarnation}", seconds=longest + _RANK_SLACK_SECONDS)
+    ranks = join_ranks(f"rl/{job.incarnation}", seconds=rank_patience(job.section))
     model, tokenizer = load_model(job.model), load_tokenizer(job.model)
     pad_id = ChatTemplate(tokenizer).pad_id
     learner = Learner(model, ranks.accelerator(), job.section, pad_id)
@@ -101,6 +101,7 @@ def learn(job: Job, speaker: Voice, join: Callable[[Job], Loop]) -> dict[str, ob
         seed=job.seed,
         floor=job.section.engine.parity_nats,
         through=learner.update.module if learner.update.splits_weights else None,
+        shared=ranks.shared if learner.update.splits_weights else lambda experts: experts,
     )
     ensemble = Ensemble(learner, prober, ranks)
     if not ranks.is_main:
@@ -120,6 +121,11 @@ def learn(job: Job, speaker: Voice, join: Callable[[Job], Loop]) -> dict[str, ob
         export_model(model, tokenizer, staging, facts)
         faults.point("export")
     return facts
+
+
+def rank_patience(section: RlSection) -> float:
+    """How long a rank waits for the others: rank 0 may publish, and then wait for a plan."""
+    return section.publication_seconds + section.step_deadline_seconds + _RANK_SLACK_SECONDS
 
 
 def _lead(

@@ -5,6 +5,7 @@ started (imports go on while Ray starts) → told the job → told Ray's address
 
 from __future__ import annotations
 
+import math
 import os
 import queue
 import subprocess
@@ -53,7 +54,9 @@ class LearnerProcess:
                 env={**os.environ, **environment},
             )
         self._phase, self._phase_since = "start", time.monotonic()
-        self._phase_seconds = self._step_seconds = job.section.step_deadline_seconds
+        # What a rank that follows does is rank 0's to say, and to end in time.
+        self._step_seconds = math.inf if rank else job.section.step_deadline_seconds
+        self._phase_seconds = self._step_seconds
         self._lines: queue.SimpleQueue[str | PacktrainError] = queue.SimpleQueue()
         self._patience = _FIRST_WORD_SECONDS
         self.heard_at = time.time()

@@ -37,8 +37,8 @@ logger = logging.getLogger("packtrain")
 
 _NOT_THE_SAME = (
     "version %d, made again from the journal, is not bit for bit the one of before: most likely "
-    "processor, libraries or rl.threads have changed. Training goes on, for log-probs were "
-    "recorded as they were sampled"
+    "processor, libraries, rl.threads or the number of ranks have changed. Training goes on, for "
+    "log-probs were recorded as they were sampled"
 )
 
 

@@ -11,7 +11,7 @@ Llama 4 scales its attention.
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import cast
@@ -75,6 +75,8 @@ class Prober:
         max_length: tokens that an engine takes at most.
         floor: nats that a typical probe may be off in any case: the engine has other kernels.
         through: the wrapped model, where only it can run: the ranks hold parts of the weights.
+        shared: makes what rank 0 has of it, where all ranks measure together. Roundings may lead
+            their routers to other experts, and yet all have to make the same passes.
     """
 
     def __init__(
@@ -85,7 +87,9 @@ class Prober:
         seed: int,
         floor: float = 0.0,
         through: nn.Module | None = None,
+        shared: Callable[[set[Expert]], set[Expert]] = lambda experts: experts,
     ) -> None:
+        self._shared = shared
         self._model, self._max_length = model, max_length
         self._logprobs = through or LogprobModel(model)
         self._random = np.random.default_rng([seed, 0x9A])
@@ -123,11 +127,11 @@ class Prober:
 
     def _see_experts(self, seen: Sequence[_Seen]) -> Iterator[_Seen]:
         """More random rows, until every expert is reached or there are enough."""
-        missing = self._experts.difference(*(each.reached for each in seen))
+        missing = self._shared(self._experts.difference(*(each.reached for each in seen)))
         while missing and len(self._rows) < _MAX_ROWS:
             self._rows.append(self._random_row(_ROW_TOKENS))
             (more,) = self._see(self._rows[-1:])
-            missing -= more.reached
+            missing = self._shared(missing - more.reached)
             yield more
         if missing - self.unreached:
             logger.warning(

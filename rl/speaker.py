@@ -5,8 +5,9 @@ from __future__ import annotations
 import os
 import threading
 import time
+from collections.abc import Mapping
 
-from ground.errors import PacktrainError
+from ground.errors import FailureKind, InfraError, PacktrainError
 from rl.job import Report
 
 _BEAT_SECONDS = 2.0
@@ -36,12 +37,31 @@ class Speaker:
 
     def fail(self, error: PacktrainError) -> int:
         """What ended the learner; returns its exit code."""
-        facts = {"type": type(error).__name__, "what": error.what, "where": error.where}
-        facts |= {"why": error.why, "fix": error.fix, "kind": str(error.kind)}
-        self.say(Report(kind="failed", facts={**facts, "exit_code": error.exit_code}))
+        self.say(Report(kind="failed", facts=facts_of(error)))
         return error.exit_code
 
     def _beat(self) -> None:
         while True:
             self.say(Report(kind="alive"))
             time.sleep(_BEAT_SECONDS)
+
+
+def facts_of(error: PacktrainError) -> dict[str, object]:
+    """An error as another process is told of it."""
+    facts = {"type": type(error).__name__, "what": error.what, "where": error.where}
+    facts |= {"why": error.why, "fix": error.fix, "kind": str(error.kind)}
+    return {**facts, "exit_code": error.exit_code}
+
+
+def error_of(facts: Mapping[str, object]) -> PacktrainError:
+    """The error with its exit code and kind; only a lost attempt keeps its type."""
+    is_lost = facts["type"] == InfraError.__name__
+    error = (InfraError if is_lost else PacktrainError)(
+        str(facts["what"]),
+        where=str(facts["where"]),
+        why=str(facts["why"]),
+        fix=str(facts["fix"]),
+    )
+    error.exit_code = int(str(facts["exit_code"]))
+    error.kind = FailureKind(str(facts["kind"]))
+    return error

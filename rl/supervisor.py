@@ -21,7 +21,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from ground import faults, stacks
-from ground.errors import FailureKind, InfraError, PacktrainError, SetupError, WorkersLostError
+from ground.errors import InfraError, PacktrainError, SetupError, WorkersLostError
 from ground.roles import enter_role
 from rl.actors import start_controller
 from rl.cluster import cluster
@@ -31,6 +31,7 @@ from rl.pool import Pool
 from rl.preflight import ClusterStartError
 from rl.processes import Reserved
 from rl.pulse import remote_pulse
+from rl.speaker import error_of
 from rl.watchdog import dump_stacks, stacks_folder, watched
 
 if TYPE_CHECKING:
@@ -211,21 +212,7 @@ def _read_reports(
     while True:
         report = learner.hear()
         if report.kind == "failed":
-            raise _error_of(report.facts)
+            raise error_of(report.facts)
         if report.kind == "done":
             return report.facts
         on_report(report)
-
-
-def _error_of(facts: Mapping[str, object]) -> PacktrainError:
-    """The learner's error with its exit code and kind; only a lost attempt keeps its type."""
-    is_lost = facts["type"] == InfraError.__name__
-    error = (InfraError if is_lost else PacktrainError)(
-        str(facts["what"]),
-        where=str(facts["where"]),
-        why=str(facts["why"]),
-        fix=str(facts["fix"]),
-    )
-    error.exit_code = int(str(facts["exit_code"]))
-    error.kind = FailureKind(str(facts["kind"]))
-    return error

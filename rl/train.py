@@ -33,18 +33,18 @@ if TYPE_CHECKING:
 def train(stage: Stage[RlSection]) -> dict[str, object]:
     """Run the loop to its end and audit ledger and journal; returns the summary."""
     launch, environment = launch_of(os.environ), of_launcher(os.environ)
-    _require_known(launch)
+    require_known(launch)
     for name in environment:  # our learner is a rank; Ray's processes are none
-        del os.environ[name]
+        os.environ.pop(name, None)
     if not launch.is_main:
         from rl.hosts import host
 
         host(_roll(environment), environment)
         return {}
-    prompts = read_prompts(stage.trail.prompts_before("rl"), stage.head.data, stage.directory)
-    pool = split_pool(prompts, stage.section.validation.prompts, stage.head.seed)
     record = stage.run.path / "log" / "rl.processes.json"
-    with reserved(record) as ours, _hosts(launch, environment) as hosts:
+    with _hosts(launch, environment) as hosts, reserved(record) as ours:
+        prompts = read_prompts(stage.trail.prompts_before("rl"), stage.head.data, stage.directory)
+        pool = split_pool(prompts, stage.section.validation.prompts, stage.head.seed)
         # Ray reads its authentication mode from the environment when it is imported.
         from rl.supervisor import Ranks, supervise
 
@@ -63,13 +63,26 @@ def train(stage: Stage[RlSection]) -> dict[str, object]:
     return {**facts, "audited": audited, "consumed": consumed}
 
 
-def _require_known(launch: Launch) -> None:
+def require_known(launch: Launch) -> None:
+    """Refuse what rl does not run on.
+
+    Raises:
+        SetupError: FSDP2, or DeepSpeed that offloads.
+    """
     if launch.kind == "fsdp2":
         raise SetupError(
             "rl does not run on FSDP2",
             where="accelerate launch",
             why="neither hand-over nor cuts gather weights and moments that FSDP2 has split",
             fix="use recipes/accelerate/ddp.yaml, zero2.yaml or zero3.yaml",
+        )
+    if launch.offloads:
+        raise SetupError(
+            "rl does not run with DeepSpeed's offloading",
+            where="accelerate launch",
+            why="cuts read moments where DeepSpeed keeps them on the device",
+            fix="set offload_optimizer_device and offload_param_device to none, as in "
+            "recipes/accelerate/zero3.yaml, and use more ranks",
         )
 
 

@@ -60,7 +60,9 @@ class Update(Protocol):
         """Clip, check and update at a learning rate; returns the norm before clipping.
 
         Args:
-            rate: asked once the numbers were found finite, and before anything has moved.
+            rate: asked once, after the first check and before anything has moved.
+            check: told the norm once it is known, and None before it where an update of this kind
+                measures it only as it updates. A norm that is not finite moves nothing either way.
         """
         ...
 

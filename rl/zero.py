@@ -79,7 +79,7 @@ class ZeroUpdate:
 
     def apply(self, rate: Callable[[], float], check: Check) -> float:
         """See `Update.apply`."""
-        check(0.0)
+        check(None)
         learning_rate = rate()
         for group in self._zero.param_groups:
             group["lr"] = learning_rate

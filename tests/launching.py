@@ -48,7 +48,6 @@ def zero3_settings() -> dict[str, object]:
     automatic = ("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_clipping")
     zero = {
         "stage": 3,
-        "stage3_gather_16bit_weights_on_model_save": True,
         "stage3_param_persistence_threshold": 0,
     }
     return {

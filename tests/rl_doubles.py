@@ -55,9 +55,16 @@ def make_plan(*groups: Group, step: int = 1) -> Plan:
 
 def make_ensemble(learner: Learner, ranks: Ranks | None = None) -> Ensemble:
     """The learners of all ranks; of this process alone by default."""
-    through = learner.update.module if learner.update.splits_weights else None
-    prober = Prober(learner.model, max_length=64, seed=0, through=through)
-    return Ensemble(learner, prober, ranks or Ranks(Launch(), 0.0))
+    ranks = ranks or Ranks(Launch(), 0.0)
+    is_split = learner.update.splits_weights
+    prober = Prober(
+        learner.model,
+        max_length=64,
+        seed=0,
+        through=learner.update.module if is_split else None,
+        shared=ranks.shared if is_split else lambda experts: experts,
+    )
+    return Ensemble(learner, prober, ranks)
 
 
 def make_learner(

@@ -25,6 +25,7 @@ from ground.records import Group
 from rl.books import Plan
 from rl.ensemble import Ensemble
 
+SPOILT = "spoilt"
 SETTINGS: dict[str, Any] = {
     "micro_batch_tokens": 24,
     "advantages": {"kind": "batch_std"},
@@ -74,9 +75,15 @@ def train(learners: Ensemble, out: Path) -> dict[str, Any]:
         learners.step(poisoned())
     except DivergedError as refusal:
         error = refusal.what
+    (out / SPOILT).touch()
+    spoilt = ""
+    try:
+        learners.step(make_plan(*(make_group(n) for n in range(3)), step=4))
+    except DivergedError as refusal:
+        spoilt = refusal.what
     kept = all(bool((before[k] == v).all()) for k, v in learners.model_tensors().items())
     scored = [list(probe.logprobs) for probe in probes.rows]
-    return {"numbers": numbers, "error": error, "kept": kept, "probes": scored}
+    return {"numbers": numbers, "error": error, "spoilt": spoilt, "kept": kept, "probes": scored}
 
 
 def go_on(learners: Ensemble, cut: Path, out: Path) -> dict[str, Any]:
@@ -86,6 +93,12 @@ def go_on(learners: Ensemble, cut: Path, out: Path) -> dict[str, Any]:
     numbers = [learners.step(plans()[2])]
     save_file(learners.model_tensors(), out / "last.safetensors")
     return {"numbers": numbers}
+
+
+def spoil(learners: Ensemble, out: Path) -> None:
+    """From the time that a file is there, this rank's gradients are infinite; its loss is not."""
+    weight = learners._learner.model.get_parameter("model.norm.weight")
+    weight.register_hook(lambda grad: grad * math.inf if (out / SPOILT).exists() else grad)
 
 
 def ensemble(model: Path, ranks: Ranks, **settings: Any) -> Ensemble:
@@ -102,6 +115,7 @@ def main() -> None:
     ranks = join_ranks("test", seconds=60)
     learners = ensemble(model, ranks, **SETTINGS)
     if not ranks.is_main:
+        spoil(learners, out)
         return learners.follow()
     found = go_on(learners, cut[0], out) if cut else train(learners, out)
     learners.end()

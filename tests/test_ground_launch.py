@@ -11,6 +11,7 @@ import pytest
 import torch
 from launching import free_port, rank_environment
 from torch import nn
+from torch.distributed import DistStoreError
 
 from ground.errors import InfraError, RecipeError, SetupError
 from ground.launch import Launch, launch_of, of_launcher
@@ -19,6 +20,7 @@ from ground.roll import Roll
 from ground.row_stream import RowStream
 from ground.trainer_config import TrainerSection
 from packtrain.launch_file import check_launch_file
+from rl.train import require_known
 
 ZERO = {"ACCELERATE_USE_DEEPSPEED": "true", "RANK": "1", "WORLD_SIZE": "2"}
 
@@ -58,11 +60,56 @@ def test_a_deepspeed_file_says_its_own_stage(tmp_path: Path) -> None:
         ({"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "1"}, "FSDP version 1"),
         ({"ACCELERATE_USE_MEGATRON_LM": "true"}, "Megatron-LM"),
         ({**ZERO, "ACCELERATE_DEEPSPEED_ZERO_STAGE": "0"}, "ZeRO stage 0"),
+        ({**ZERO, "ACCELERATE_DEEPSPEED_ZERO_STAGE": "1"}, "ZeRO stage 1"),
+        ({"ACCELERATE_MIXED_PRECISION": "bf16"}, r"mixed precision \(bf16\)"),
+        ({**ZERO, "ACCELERATE_MIXED_PRECISION": "fp16"}, r"mixed precision \(fp16\)"),
     ],
 )
 def test_what_packtrain_does_not_run_is_refused(more: dict[str, str], what: str) -> None:
     with pytest.raises(SetupError, match=f"asks for {what}, which packtrain does not run"):
         launch_of({"RANK": "0", "WORLD_SIZE": "2", **more})
+
+
+def test_mixed_precision_is_refused_in_one_process_too() -> None:
+    """accelerate gives a single process no rank, and the precision all the same."""
+    with pytest.raises(SetupError, match=r"mixed precision \(bf16\)"):
+        launch_of({"ACCELERATE_MIXED_PRECISION": "bf16"})
+    assert launch_of({"ACCELERATE_MIXED_PRECISION": "no"}) == Launch()
+
+
+@pytest.mark.parametrize(
+    ("settings", "what"),
+    [
+        ({"bf16": {"enabled": True}}, r"mixed precision \(bf16\)"),
+        ({"fp16": {"enabled": True}}, r"mixed precision \(fp16\)"),
+        ({"zero_optimization": {"stage": 1}}, "ZeRO stage 1"),
+    ],
+)
+def test_a_deepspeed_file_is_held_to_the_same(
+    settings: dict[str, object], what: str, tmp_path: Path
+) -> None:
+    file = tmp_path / "ds.json"
+    environment = {**ZERO, "ACCELERATE_DEEPSPEED_CONFIG_FILE": str(file)}
+    usual: dict[str, object] = {"zero_optimization": {"stage": 2}, "bf16": {"enabled": "auto"}}
+    file.write_text(json.dumps(usual))
+    assert launch_of(environment) == Launch("zero2", 1, 2)
+    file.write_text(json.dumps(usual | settings))
+    with pytest.raises(SetupError, match=f"asks for {what}"):
+        launch_of(environment)
+
+
+def test_offloading_is_seen_in_either_file_and_refused_by_rl(tmp_path: Path) -> None:
+    file = tmp_path / "ds.json"
+    zero = {"stage": 3, "offload_param": {"device": "cpu"}, "offload_optimizer": None}
+    file.write_text(json.dumps({"zero_optimization": zero}))
+    named = {**ZERO, "ACCELERATE_DEEPSPEED_CONFIG_FILE": str(file)}
+    field = {**ZERO, "ACCELERATE_DEEPSPEED_OFFLOAD_OPTIMIZER_DEVICE": "cpu"}
+    assert not launch_of(
+        {**field, "ACCELERATE_DEEPSPEED_OFFLOAD_OPTIMIZER_DEVICE": "none"}
+    ).offloads
+    for environment in (named, field):
+        with pytest.raises(SetupError, match="rl does not run with DeepSpeed's offloading"):
+            require_known(launch_of(environment))
 
 
 def test_fsdp2_without_a_gpu_is_refused_because_it_would_be_ddp() -> None:
@@ -79,6 +126,8 @@ def test_another_wrapper_or_number_of_ranks_than_asked_for_is_refused() -> None:
     Ranks(Launch(), 0.0).check(1, module)
     with pytest.raises(SetupError, match="by zero3 on 2 ranks, but it is single on 2 ranks"):
         Ranks(Launch("zero3", 0, 2), 0.0).check(2, module)
+    with pytest.raises(SetupError, match="by single on 1 rank, but it is data parallel on 1 rank"):
+        Ranks(Launch(), 0.0).check(1, nn.DataParallel(module))
     with pytest.raises(SetupError, match="by ddp on 2 ranks, but it is ddp on 1 rank"):
         Ranks(Launch("ddp", 0, 2), 0.0).check(1)
 
@@ -92,12 +141,16 @@ def test_only_a_rank_s_own_child_inherits_what_makes_it_a_rank() -> None:
 
 def test_deepspeed_s_checkpoints_fit_their_own_layout_alone() -> None:
     assert Launch("ddp", 0, 2).layout == Launch().layout == "whole"
+    assert Launch("fsdp2", 0, 2).layout == "fsdp2 on 2 ranks"
     assert Launch("zero2", 0, 2).layout != Launch("zero2", 0, 4).layout
 
 
 def test_the_words_of_a_rank_that_is_gone_become_ours() -> None:
     closed = RuntimeError("[…/gloo/transport/tcp/pair.cc:553] Connection closed by peer")
-    assert is_lost_rank(closed) and not is_lost_rank(RuntimeError("shapes differ"))
+    assert is_lost_rank(closed) and is_lost_rank(DistStoreError("no such key"))
+    assert not is_lost_rank(RuntimeError("the peer of recv has another shape; connection to nccl"))
+    with pytest.raises(RuntimeError, match="gloo/"), lost_ranks(Launch(), "train on", 30):
+        raise closed
     with (
         pytest.raises(InfraError, match="rank 1 must train on within 30 s, but another of the 2"),
         lost_ranks(Launch("ddp", 1, 2), "train on", 30),
@@ -119,6 +172,28 @@ def test_a_word_is_heard_when_it_comes_and_missed_by_name_when_it_does_not() -> 
         first.gather("world", 0.2)
     second.tell("world/here/1", "here")
     first.gather("world", 5)
+
+
+def test_without_the_launcher_s_store_all_rolls_of_rank_0_and_its_child_share_one() -> None:
+    given = {**os.environ, **rank_environment("ddp", 0, free_port())}
+    first, second = Roll(given), Roll(given)
+    first.tell("verdict", "go")
+    assert second.heard("verdict") == Roll(of_launcher(given)).heard("verdict") == "go"
+
+
+def test_what_ranks_told_before_a_launcher_s_restart_is_not_heard_after_it() -> None:
+    given = {**os.environ, **rank_environment("ddp", 0, free_port())}
+    before = Roll({**given, "TORCHELASTIC_RESTART_COUNT": "0"})
+    before.tell("sft/verdict", "stop")
+    after = Roll({**given, "TORCHELASTIC_RESTART_COUNT": "1"})
+    assert before.heard("sft/verdict") == "stop" and after.heard("sft/verdict") is None
+
+
+def test_a_store_that_cannot_be_reached_is_an_infra_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("ground.roll._CONNECT_SECONDS", 0.1)
+    given = {**os.environ, **rank_environment("ddp", 1, free_port())}
+    with pytest.raises(InfraError, match=r"rank 1 of 2 must reach the store at 127\.0\.0\.1"):
+        Roll(given)
 
 
 def test_a_run_reads_one_shuffled_pass_after_another_and_ends_at_its_last_step() -> None:

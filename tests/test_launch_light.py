@@ -157,6 +157,23 @@ def test_a_terminated_launch_saves_once_and_goes_on(recipe: Path, tmp_path: Path
     assert int(latest.name.removeprefix("step_")) == len(losses(two, "sft"))
 
 
+def test_a_signal_to_one_rank_alone_stops_all_and_finishes_nothing(
+    recipe: Path, tmp_path: Path
+) -> None:
+    recipe.write_text(recipe.read_text().replace(f"max_steps: {STEPS}", "max_steps: 2000"))
+    two = tmp_path / "two"
+    with started(
+        launch_line(RECIPES / "ddp.yaml", "sft.train", str(recipe), "--run", str(two))
+    ) as p:
+        wait_for_checkpoint(two, p)
+        ranks_of(p)[1].send_signal(signal.SIGTERM)
+        output, _ = p.communicate(timeout=60)
+    assert "sft was interrupted (SIGTERM); continue it with --resume" in output, output
+    assert not RunDir(two).is_done("sft") and not (two / "sft" / "model").exists()
+    *_, latest = Checkpoints(two / "sft" / "checkpoints").steps()
+    assert int(latest.name.removeprefix("step_")) == len(losses(two, "sft"))
+
+
 def test_a_zero_checkpoint_is_not_taken_for_another_number_of_ranks(
     recipe: Path, tmp_path: Path
 ) -> None:
@@ -174,7 +191,6 @@ def test_a_zero_checkpoint_is_not_taken_for_another_number_of_ranks(
 
 
 def test_fsdp2_on_a_cpu_is_refused_by_name(recipe: Path, tmp_path: Path) -> None:
-    pytest.importorskip("torch")
     arguments = [str(recipe), "--run", str(tmp_path / "two")]
     code, output = run_launch(RECIPES / "fsdp2.yaml", "sft.train", *arguments)
     assert code == 1 and "FSDP2 needs a GPU" in output and "exitcode  : 4" in output

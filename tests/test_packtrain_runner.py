@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
+from ground.entry import exit_file
 from ground.errors import RecipeError, SetupError
 from ground.lock import RunLock
 from ground.recipe import load_recipe
@@ -21,7 +22,7 @@ from ground.run import RunDir
 from packtrain import runner
 from packtrain.cli import parse
 from packtrain.panel import LivePanel
-from packtrain.runner import Order, command, discard, require_resumable, run_steps, told_code
+from packtrain.runner import Order, command, discard, require_resumable, run_steps, told_end
 from packtrain.status import read_status
 from packtrain.steps import Step, folders_from, launch_line, start_of, steps_of
 
@@ -140,9 +141,40 @@ def test_a_launcher_s_1_becomes_the_stage_s_own_code_and_no_other_does(tmp_path:
         ("x", 1, 1),
     ):
         told.write_text(written)
-        assert told_code(told, ended) == code
+        assert told_end(told, ended) == (code, "")
     told.unlink(missing_ok=True)
-    assert told_code(told, 1) == 1
+    assert told_end(told, 1) == (1, "")
+
+
+@pytest.mark.parametrize(
+    ("first", "second", "told"),
+    [
+        ("143\nwas interrupted", "3\nbad row", (3, "rank 1: bad row")),
+        ("6\nanother rank is gone", "3\nbad row", (3, "rank 1: bad row")),
+        ("143\nwas interrupted", "6\nanother is gone", (6, "rank 1: another is gone")),
+        ("5\nloss is nan", "5\nloss is nan", (5, "")),
+        ("5\nloss is nan", "143\nwas interrupted", (5, "")),
+        ("143\nwas interrupted", "143\nwas interrupted", (143, "")),
+        ("", "3\nbad row", (3, "rank 1: bad row")),
+    ],
+)
+def test_the_rank_that_failed_is_heard_above_those_that_were_ended_for_it(
+    first: str, second: str, told: tuple[int, str], tmp_path: Path
+) -> None:
+    path = tmp_path / "sft.exit"
+    path.write_text(first)
+    exit_file(path, 1).write_text(second)
+    assert told_end(path, 1) == told
+    assert not list(tmp_path.iterdir())
+
+
+def test_when_we_have_stopped_a_stage_its_ranks_losing_each_other_says_nothing(
+    tmp_path: Path,
+) -> None:
+    path = tmp_path / "sft.exit"
+    path.write_text("143\nwas interrupted")
+    exit_file(path, 1).write_text("6\nanother rank is gone")
+    assert told_end(path, 1, is_stopped=True) == (143, "")
 
 
 def test_the_line_to_go_on_with_keeps_every_word(trail: Trail) -> None:

@@ -13,7 +13,7 @@ from torch import nn
 
 from ground.errors import DataError, FailureKind, InfraError, PacktrainError
 from ground.records import Message, Prompt
-from rl import supervisor
+from rl import speaker
 from rl.cluster import cluster
 from rl.config import RlSection
 from rl.journal import Journal, read_journal
@@ -93,14 +93,14 @@ def test_restoring_needs_each_weight_once_and_nothing_else() -> None:
 
 def test_the_learners_error_keeps_its_words_and_its_exit_code() -> None:
     facts: dict[str, object] = {"what": "w", "where": "here", "why": "y", "fix": "f"}
-    own = supervisor._error_of({**facts, "type": "RewardError", "kind": "code", "exit_code": 2})
+    own = speaker.error_of({**facts, "type": "RewardError", "kind": "code", "exit_code": 2})
     assert (own.exit_code, own.kind, str(own)) == (
         2,
         FailureKind.CODE,
         "here: w\n  why: y\n  fix: f",
     )
     assert not isinstance(own, InfraError)
-    lost = supervisor._error_of({**facts, "type": "InfraError", "kind": "infra", "exit_code": 6})
+    lost = speaker.error_of({**facts, "type": "InfraError", "kind": "infra", "exit_code": 6})
     assert isinstance(lost, InfraError)
     assert isinstance(own, PacktrainError)
 

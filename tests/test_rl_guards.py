@@ -31,6 +31,13 @@ def test_75_a_number_that_is_none_is_refused(loss: float, norm: float) -> None:
     assert (caught.value.exit_code, caught.value.where) == (5, "rl, step 3")
 
 
+def test_75_a_norm_that_nobody_has_measured_is_neither_held_against_a_step_nor_told() -> None:
+    check_finite(1.0, None, step=3, num_rows=8)
+    with pytest.raises(DivergedError, match="got nan\n") as caught:
+        check_finite(math.nan, None, step=3, num_rows=8)
+    assert "norm" not in caught.value.what
+
+
 def test_the_brake_is_off_above_the_floor_and_linear_below() -> None:
     brake = EssBrake(0.5, max_steps=9)
     factors = [brake.factor(share, 0) for share in (1.0, 0.5, 0.49, 0.2, 0.0)]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -68,6 +69,7 @@ def alone(
     """The folder and the numbers of one process."""
     folder = tmp_path_factory.mktemp("alone")
     learners = rl_rank.ensemble(tiny_model, Ranks(Launch(), 0.0), **rl_rank.SETTINGS)
+    rl_rank.spoil(learners, folder)
     return folder, rl_rank.train(learners, folder)
 
 
@@ -89,6 +91,8 @@ def test_75_two_ranks_make_the_step_of_one_and_refuse_a_nan_together(
     for step, (got, want) in enumerate(zip(found["numbers"], expected["numbers"], strict=True)):
         assert got == pytest.approx(want, rel=1e-4, abs=1e-6), f"step {step}"
     assert "must be finite, got nan" in found["error"] and "must be finite" in expected["error"]
+    for ended in (found, expected):  # a finite loss, and a gradient that is not
+        assert re.search(r"got -?[0-9.e-]+ and a gradient norm (nan|inf)", ended["spoilt"]), ended
     assert found["kept"] and expected["kept"]
     for got, want in zip(found["probes"], expected["probes"], strict=True):
         assert got == pytest.approx(want, abs=1e-4)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -18,7 +18,7 @@ from benchmarks.parity_faults import damages
 from ground.errors import DataError, InfraError, ParityError
 from ground.logprobs import model_logprobs
 from ground.model import live_tensors, load_model, tensors_of
-from rl.prober import Prober
+from rl.prober import Expert, Prober
 from rollout.engine import Lent, Request
 from rollout.fake_engine import FakeEngine
 from rollout.gate import Gate
@@ -226,6 +226,40 @@ def test_rows_are_added_until_every_expert_is_reached_or_it_is_said(
     warned = caplog.text.count("no probe reaches")
     prober.measure()
     assert caplog.text.count("no probe reaches") == warned
+
+
+def test_75_ranks_that_route_apart_by_a_rounding_make_the_passes_of_rank_0(
+    tiny_model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("rl.prober._ROWS", 1)
+    monkeypatch.setattr("rl.prober._ROW_TOKENS", 4)
+    told: list[set[Expert]] = []
+    first = Prober(load_model(tiny_model), max_length=128, seed=0, shared=_kept_in(told))
+    passes, others = [_passes_of(first)], iter(told)
+    apart = load_model(tiny_model)
+    with torch.no_grad():  # another rank's router never sees expert 2 of the first layer chosen
+        router = apart.model.layers[1].feed_forward.router
+        router.weight[2] = router.weight[0]
+    passes.append(_passes_of(Prober(apart, max_length=128, seed=0)))
+    second = Prober(apart, max_length=128, seed=0, shared=lambda own: next(others))
+    passes.append(_passes_of(second))
+    assert passes[0] == passes[2] < passes[1], "alone it would go on, and wait for ever"
+
+
+def _kept_in(told: list[set[Expert]]) -> Callable[[set[Expert]], set[Expert]]:
+    def shared(experts: set[Expert]) -> set[Expert]:
+        told.append(set(experts))
+        return experts
+
+    return shared
+
+
+def _passes_of(prober: Prober) -> int:
+    """Forward passes of a measurement."""
+    passes: list[object] = []
+    with prober._logprobs.register_forward_pre_hook(lambda *_: passes.append(1)):
+        prober.measure()
+    return len(passes)
 
 
 def test_a_row_ends_where_two_experts_are_all_but_even(tiny_model: Path) -> None:

@@ -6,17 +6,21 @@ import json
 import os
 import signal
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from conftest import make_tiny_model
+from trl.trainer.sft_config import SFTConfig
 
 from ground.chat import ChatTemplate
 from ground.checkpoints import Checkpoints
 from ground.errors import DivergedError
+from ground.launch import Launch
 from ground.logprobs import model_logprobs
 from ground.metrics import Metrics, read_metrics
 from ground.model import load_model, load_tokenizer, tensors_of
+from ground.ranks import Ranks
 from ground.records import Demonstration, Message
 from ground.signals import Interrupted
 from ground.trainer_config import TrainerSection
@@ -46,10 +50,13 @@ class Bench:
         self.rows: TrainingRows = encode_demonstrations(demonstrations, chat, 100)
         self.checkpoints = Checkpoints(folder / "stage" / "checkpoints", keep=2)
         self.metrics_file = folder / "stage" / "metrics.jsonl"
+        self.ranks = Ranks(Launch(), 0.0)
 
     def train(self, section: TrainerSection = SECTION, *, resume: bool = False) -> int:
         with Metrics(self.metrics_file) as metrics:
-            where = Fit(self.folder / "stage", metrics, self.checkpoints, section.max_seconds)
+            where = Fit(
+                self.folder / "stage", metrics, self.checkpoints, section.max_seconds, self.ranks
+            )
             fitted = run_sft(
                 self.model, self.tokenizer, self.rows, section, where, seed=1, resume=resume
             )
@@ -196,6 +203,56 @@ def test_a_signal_finishes_the_step_saves_and_interrupts(bench: Bench):
         bench.train()
     assert caught.value.exit_code == 143
     assert [path.name for path in bench.checkpoints.steps()] == ["step_000002"]
+
+
+class _Told(Ranks):
+    """Another rank has got a signal, or has found that the time is up."""
+
+    def __init__(self, number: int, is_late: int) -> None:
+        super().__init__(Launch(), 0.0)
+        self._said = number, is_late
+
+    def greatest(self, *numbers: int) -> tuple[int, ...]:
+        return self._said if len(numbers) == 2 else numbers
+
+
+def test_a_signal_to_another_rank_interrupts_and_its_time_limit_does_not(tmp_path: Path):
+    bench, late = Bench(tmp_path / "signal"), Bench(tmp_path / "late")
+    bench.ranks, late.ranks = _Told(signal.SIGINT, 1), _Told(0, 1)
+    with pytest.raises(Interrupted) as caught:
+        bench.train()
+    assert caught.value.exit_code == 130
+    assert late.train() == 1
+    for each in (bench, late):
+        assert [path.name for path in each.checkpoints.steps()] == ["step_000001"]
+
+
+class _Broken(Ranks):
+    """Another rank's numbers are not finite."""
+
+    def greatest(self, *numbers: int) -> tuple[int, ...]:
+        return (1,)
+
+
+def test_a_loss_of_another_rank_that_is_not_finite_stops_us_before_the_update(bench: Bench):
+    bench.ranks, before = _Broken(Launch(), 0.0), tensors_of(bench.model)
+    with pytest.raises(DivergedError, match=r"step 1: the loss .* that of another rank is not"):
+        bench.train()
+    assert same(before, tensors_of(bench.model))
+
+
+def test_one_process_trains_on_one_gpu_of_several(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With two in sight transformers would take twice the rows of every step."""
+
+    def with_two(**arguments: Any) -> SFTConfig:
+        config = SFTConfig(**arguments)
+        config._n_gpu = 2
+        return config
+
+    monkeypatch.setattr("sft.trainer.SFTConfig", with_two)
+    assert bench.train(SECTION.model_copy(update={"max_steps": 3})) == 3
 
 
 def test_training_leaves_no_trace_in_the_config(bench: Bench):
