@@ -7,20 +7,23 @@ BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet --constraint constraints.txt
 
-.PHONY: quickstart test test-slow test-rebuild check bench install
+.PHONY: quickstart test test-slow test-launch test-rebuild check bench install
 .DEFAULT_GOAL := test
 
 quickstart: $(INSTALLED)
 	$(BIN)/packtrain run recipes/tiny/recipe.yaml --resume
 
 # One thread per process in tests: real Ray workers share the cores with pytest.
-test test-slow: export OMP_NUM_THREADS = 1
+test test-slow test-launch: export OMP_NUM_THREADS = 1
 
 test: check
-	$(BIN)/python -m pytest -m "not slow and not rebuild"
+	$(BIN)/python -m pytest -m "not slow and not launch and not rebuild"
 
 test-slow: $(INSTALLED)
 	$(BIN)/python -m pytest -m slow
+
+test-launch: $(INSTALLED)
+	$(BIN)/python -m pytest -m launch
 
 test-rebuild: $(INSTALLED)
 	$(BIN)/python -m pytest -m rebuild

@@ -179,7 +179,7 @@ class RayWorker:
 
 
 def fleet_of(config: WorkerConfig) -> FleetSection:
-    """The fleet of this cluster: without a spare where workers have GPUs, see `FleetSection.spare`."""
+    """The fleet of this cluster: without a spare where workers have GPUs."""
     return with_affordable_spare(config, _machines())
 
 

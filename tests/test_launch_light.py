@@ -30,7 +30,7 @@ from ground.metrics import read_metrics
 from ground.run import RunDir
 from ground.storage import verify_directory
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
+pytestmark = [pytest.mark.launch, pytest.mark.timeout(900)]
 
 TRAINER = """
     learning_rate: 3e-3

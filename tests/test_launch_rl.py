@@ -15,7 +15,7 @@ from rl_runs import STEPS, Run, nothing_left
 from ground.checkpoints import Checkpoints, step_of
 from ground.metrics import read_metrics
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
+pytestmark = [pytest.mark.launch, pytest.mark.timeout(900)]
 
 SYNCHRONOUS = {"max_staleness": 0, "checkpoint_every": 2}
 SHORT = SYNCHRONOUS | {"steps": 4}

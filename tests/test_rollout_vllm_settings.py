@@ -23,6 +23,7 @@ from rollout.bundle import bundle_of, with_affordable_spare
 from rollout.config import (
     EngineSection,
     EvaluateSection,
+    FleetSection,
     MeasureSection,
     SamplingSection,
 )
