@@ -27,6 +27,7 @@ from rollout.config import (
     MeasureSection,
     SamplingSection,
 )
+from rollout.task import WorkerConfig
 
 TINY = Path(__file__).parents[1] / "recipes/tiny/recipe.yaml"
 CLUSTER = [{"CPU": 4.0}, {"CPU": 16.0, "GPU": 4.0}]
