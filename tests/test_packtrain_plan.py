@@ -188,7 +188,7 @@ def test_the_plan_names_the_engines_keys_and_a_library_that_is_missing(
     assert main(["plan", path, "--gpus", "8"]) == 0
     told = capsys.readouterr().out
     assert "an engine of 2 devices: rl.engine.kind=vllm rl.engine.tensor_parallel=2" in told
-    monkeypatch.setattr("rollout.installed.has_vllm", lambda: False)
+    monkeypatch.setattr("rollout.installed.vllm_version", lambda: None)
     wide = ["rl.engine.kind=vllm", "rl.engine.tensor_parallel=4", "rl.fleet.num_workers=1"]
     assert main(["plan", path, "--gpus", "8", *wide]) == 0
     told = capsys.readouterr().out
