@@ -186,9 +186,7 @@ class FiniteLoss(Trainer):
     ranks = _ALONE
 
     def __init__(self, *, args: TrainingArguments, **kwargs: object) -> None:
-        args._n_gpu = min(
-            args.n_gpu, 1
-        )  # or rows_per_step would be multiplied by the GPUs in sight
+        args._n_gpu = min(args.n_gpu, 1)  # or a step would have its rows once for each GPU in sight
         if args.deepspeed_plugin is not None:  # or no model could be made of ZeRO-3's parts
             zero = args.deepspeed_plugin.deepspeed_config["zero_optimization"]
             zero["stage3_gather_16bit_weights_on_model_save"] = True

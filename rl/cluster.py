@@ -14,19 +14,20 @@ from pathlib import Path
 
 import ray
 
+from ground import faults, stacks
 from ground.disk import require_space
 from ground.errors import SetupError
 from ground.signals import install_signals
 from rl.preflight import ClusterStartError, check_cluster, must_answer
-from rl.processes import cluster_address
+from rl.processes import MARK, cluster_address
 from rl.room import Want, require_places, require_room
 from rollout.bundle import bundle_of
 from rollout.config import EngineSection, FleetSection
 
 NAMESPACE = "packtrain"
 """Of a cluster of our own; in another one each run has a namespace of its own."""
-_TRAVELS = "PACKTRAIN_"
-"""Variables with this prefix go to our actors, which an older cluster's raylets start."""
+_TRAVELS = (MARK, faults.VARIABLE, stacks.VARIABLE)
+"""Variables that go to our actors, which somebody else's raylets start; the run's token is none."""
 _SHARED_MEMORY = Path("/dev/shm")
 _MODELS_KEPT = 1
 """Room for a version that goes to another machine; here weights lie in the keeper's own memory."""
@@ -99,7 +100,7 @@ def _joined(
 ) -> Iterator[str]:
     """Somebody's cluster; ours in it are the actors alone, which leave with us."""
     check_cluster(address)
-    carried = {name: text for name, text in os.environ.items() if name.startswith(_TRAVELS)}
+    carried = {name: os.environ[name] for name in _TRAVELS if name in os.environ}
     with _connected(
         must_answer(address),
         address=address,

@@ -31,7 +31,8 @@ from rollout.descendants import end_tree
 
 ADDRESS = "RAY_ADDRESS"
 """Ray's own variable: where the cluster is that we belong to."""
-_MARK = "PACKTRAIN_LOOP"
+MARK = "PACKTRAIN_LOOP"
+"""Variable by which processes of one start of the loop know each other."""
 _FOLDER = "packtrain-"
 _REAP_SECONDS = 15.0
 _LONGEST_PLACE = 30
@@ -54,7 +55,7 @@ class Reserved:
 
     def sweep(self) -> int:
         """Kill every process that was started since, and whatever those started."""
-        return end_all(f"{_MARK}={self.mark}", self.folder, spare=os.getpid())
+        return end_all(f"{MARK}={self.mark}", self.folder, spare=os.getpid())
 
 
 @contextmanager
@@ -77,11 +78,11 @@ def reserved(record: Path) -> Iterator[Reserved]:
     left = {"mark": mark, "folder": str(folder), "host": pid_space()}
     write_file(record, json.dumps(left) + "\n")
     reaper = subprocess.Popen(
-        [sys.executable, "-m", "rl.reaper", f"{_MARK}={mark}", str(folder), str(os.getpid())],
+        [sys.executable, "-m", "rl.reaper", f"{MARK}={mark}", str(folder), str(os.getpid())],
         stdin=subprocess.PIPE,
         start_new_session=True,
     )
-    os.environ.update({_MARK: mark, "RAY_USAGE_STATS_ENABLED": "0"})
+    os.environ.update({MARK: mark, "RAY_USAGE_STATS_ENABLED": "0"})
     if not cluster_address():  # a cluster that we join has a token of its own
         os.environ.update({"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN_PATH": str(token)})
     try:
@@ -121,7 +122,7 @@ def _end_leftovers(record: Path) -> None:
         folder = Path(left["folder"])
         if left["host"] != pid_space() or not folder.name.startswith(_FOLDER):
             return
-        ended = end_all(f"{_MARK}={left['mark']}", folder, spare=os.getpid())
+        ended = end_all(f"{MARK}={left['mark']}", folder, spare=os.getpid())
         shutil.rmtree(folder, ignore_errors=True)
         if ended:
             logger.warning("processes that an earlier start of this run had left were ended")

@@ -387,11 +387,11 @@ from rollout.task import GroupResult, GroupTask, WorkerConfig
 LEAST, FILE = int(sys.argv[1]), Path(sys.argv[2])
 
 class Hog(PretendingWorker):
-    def _open_engine(self, section):
+    def _open_engine(self, section, model):
         self.slots = section.num_slots
         with FILE.open("a") as file:
             print(self.slots, file=file)
-        return super()._open_engine(section)
+        return super()._open_engine(section, model)
 
     async def load(self, incarnation, version, published):
         kept = []
