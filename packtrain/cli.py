@@ -199,6 +199,25 @@ def _report_arguments(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def _view_arguments(parser: argparse.ArgumentParser) -> None:
+    _run_directory_argument(parser)
+    parser.add_argument(
+        "what", nargs="*", metavar="WHAT", help="dropped, kept or groups (default: all)"
+    )
+    parser.add_argument("--prompt", default="", metavar="ID", help="of this id, or its beginning")
+    parser.add_argument("--capability", default="", metavar="NAME", help="of this capability")
+    parser.add_argument("--step", type=int, metavar="N", help="groups of this step of rl")
+    fates = parser.add_mutually_exclusive_group()
+    for fate, meaning in (
+        ("flat", "groups whose rewards were all equal"),
+        ("trained", "groups that were trained on"),
+    ):
+        fates.add_argument(
+            f"--{fate}", dest="fate", action="store_const", const=fate, default="", help=meaning
+        )
+    parser.add_argument("--full", action="store_true", help="long texts whole, not shortened")
+
+
 def _recipes_arguments(parser: argparse.ArgumentParser) -> None:
     actions = parser.add_subparsers(dest="action", required=True, metavar="ls|cp")
     actions.add_parser("ls", help="list the recipes that come with packtrain")
@@ -219,6 +238,9 @@ COMMANDS = (
     Command("plan", "who gets which devices, and how fast", "packtrain.plan", _plan_arguments),
     Command("status", "how far a run is, from any shell", "packtrain.status", _status_arguments),
     Command("report", "write a run's report.html", "packtrain.report", _report_arguments),
+    Command(
+        "view", "page through kept and dropped rows and groups", "packtrain.view", _view_arguments
+    ),
     Command("doctor", "check this machine and installation", "packtrain.doctor", _no_arguments),
     Command("recipes", "list or copy recipes", "packtrain.recipes", _recipes_arguments),
 )
