@@ -218,6 +218,22 @@ def _view_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--full", action="store_true", help="long texts whole, not shortened")
 
 
+def _data_arguments(parser: argparse.ArgumentParser) -> None:
+    actions = parser.add_subparsers(dest="action", required=True, metavar="preview|stats|convert")
+    preview = actions.add_parser("preview", help="the first rows, as packtrain understands them")
+    stats = actions.add_parser("stats", help="layouts, lengths, bad lines, the lines for a recipe")
+    convert = actions.add_parser("convert", help="write rows that every stage reads")
+    for each in (preview, stats, convert):
+        each.add_argument("file", type=Path, metavar="FILE", help="JSON lines, parquet or an array")
+    preview.add_argument("--rows", type=int, default=3, metavar="N", help="how many (default: 3)")
+    stats.add_argument("--model", type=Path, metavar="DIR", help="count in this model's tokens")
+    stats.add_argument("--max-length", type=int, metavar="N", help="count rows of more tokens")
+    convert.add_argument("target", type=Path, metavar="TARGET", help="a .jsonl file to write")
+    convert.add_argument(
+        "--max-bad", type=int, default=0, metavar="N", help="bad rows to leave out (default: 0)"
+    )
+
+
 def _recipes_arguments(parser: argparse.ArgumentParser) -> None:
     actions = parser.add_subparsers(dest="action", required=True, metavar="ls|cp")
     actions.add_parser("ls", help="list the recipes that come with packtrain")
@@ -241,6 +257,7 @@ COMMANDS = (
     Command(
         "view", "page through kept and dropped rows and groups", "packtrain.view", _view_arguments
     ),
+    Command("data", "look at a data file of your own", "packtrain.data", _data_arguments),
     Command("doctor", "check this machine and installation", "packtrain.doctor", _no_arguments),
     Command("recipes", "list or copy recipes", "packtrain.recipes", _recipes_arguments),
 )
