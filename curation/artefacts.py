@@ -1,7 +1,7 @@
 """What curation and RL left in a run, row by row and without a frame library.
 
     prune/kept, dropped ─▶ judged_rows      mine/prompts ─▶ mined_rows      rl/ledger ─▶ ledger_ends
-    rl/groups/step_* ─▶ group_rows, rollouts_of      rl/curriculum/round_* ─▶ round_rows
+    rl/groups/step_* ─▶ group_rows, rollouts_of, draw_rows      rl/curriculum/round_* ─▶ round_rows
 
 Rows are read in batches, so the memory needed does not grow with a run. What is missing or cannot
 be read is left out: a run may be at work, or may have been killed. Texts of models and data sets
@@ -44,6 +44,7 @@ _GROUP = (
     *("id", "prompt_id", "messages", "capability", "answer", "system", "state", "reason"),
     *("opened_at", "version", "passed", "rewards", "num_tokens"),
 )
+_DRAW = ("prompt_id", "capability", "opened_at", "version", "state", "reason", "passed")
 _ANSWERS = ("texts", "advantages", "finish", "errors", "reward_parts")
 _OF_ROLLOUT = {
     **{"rewards": "reward", "passed": "passed", "advantages": "advantage"},
@@ -70,9 +71,11 @@ def judged_rows(run: Path, names: Sequence[str] = ("kept", "dropped")) -> Iterat
             }
 
 
-def mined_rows(run: Path) -> Iterator[Row]:
-    """RL prompts with what pass@k found."""
+def mined_rows(run: Path, prompt: str | None = None) -> Iterator[Row]:
+    """RL prompts, or the one with this id, with what pass@k found."""
     for row in read_batches(run / "mine" / "prompts.parquet", _MINED):
+        if prompt not in (None, row["id"]):
+            continue
         difficulty = row["difficulty"] or {}
         trials = difficulty.get("trials") or 0
         yield {
@@ -90,21 +93,29 @@ def mined_rows(run: Path) -> Iterator[Row]:
         }
 
 
-def group_rows(run: Path, step: int | None = None, *, answers: bool = False) -> Iterator[Row]:
+def group_rows(
+    run: Path, step: int | None = None, *, prompt: str | None = None, answers: bool = False
+) -> Iterator[Row]:
     """Draws that RL's steps consumed, with the lists over their rollouts if `answers`.
+
+    `answer` can be shown, `solution` is the same as the reward compared with it.
 
     Args:
         step: of this one only; step n made version n.
+        prompt: of the prompt with this id only.
     """
     columns = (*_GROUP, *(_ANSWERS if answers else ()))
     for number, path in _numbered(run / "rl" / "groups", "step"):
         for row in read_batches(path, columns) if step in (None, number) else ():
+            if prompt not in (None, row["prompt_id"]):
+                continue
             passed = row["passed"] or []
             yield {
                 **row,
                 **{name: shown(row[name]) for name in ("capability", "answer", "system")},
                 "step": number,
                 "group": row["id"],
+                "solution": row["answer"] or "",
                 "question": conversation(row["messages"]),
                 "state": row["state"] or "",
                 "reason": row["reason"] or "",
@@ -114,6 +125,21 @@ def group_rows(run: Path, step: int | None = None, *, answers: bool = False) -> 
                 "pass_rate": _mean(passed),
                 "reward": _mean(row["rewards"]),
                 "tokens": _mean(row["num_tokens"]),
+            }
+
+
+def draw_rows(run: Path) -> Iterator[Row]:
+    """The same draws without any text: what was drawn when, and how it went."""
+    for number, path in _numbered(run / "rl" / "groups", "step"):
+        for row in read_batches(path, _DRAW):
+            passed = row["passed"] or []
+            yield {
+                **row,
+                "capability": shown(row["capability"]),
+                "step": number,
+                "opened_at": row["version"] if row["opened_at"] is None else row["opened_at"],
+                "successes": sum(passed),
+                "trials": len(passed),
             }
 
 

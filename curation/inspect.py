@@ -17,6 +17,7 @@ import pandas as pd
 from curation.artefacts import (
     ROUND,
     Row,
+    draw_rows,
     group_rows,
     judged_rows,
     ledger_ends,
@@ -25,9 +26,10 @@ from curation.artefacts import (
     round_rows,
 )
 from curation.config import PruneSection
-from curation.pruning import EVERYTHING, per_of, quotas
-from ground.records import LABELS
+from curation.tallies import CURRICULUM, group_of, quotas_at, round_sums
+from ground.records import LABELS, Message, Prompt
 from rollout.passk import wilson
+from rollout.rewards import Refusal, RewardFunction, Score, call_reward
 
 JUDGED = (
     *("id", "capability", "question", "answer", "label", "score", *(f"p_{x}" for x in LABELS)),
@@ -50,7 +52,7 @@ FUNNEL = ("version", "capability", "state", "reason", "draws")
 HISTORY = (
     *("version", "source", "successes", "trials", "pass_rate", "low", "high", "group", "outcome"),
 )
-STATUSES = ("active", "retired", "deferred", "refused")
+OWN = ("own_reward", "own_passed", "own_error")
 
 
 def judged(run: Path | str) -> pd.DataFrame:
@@ -72,20 +74,20 @@ def fates(
     Example:
         fates(judged, [0.5, 0.95]).groupby("fraction").kept.mean() → 0.5 and 0.05
     """
-    per = per_of(judged["rule"].iloc[0]) if len(judged) else EVERYTHING
-    group = pd.Series(EVERYTHING, judged.index) if per == EVERYTHING else judged[per]
+    rows = judged[["capability", "rule", "rank"]].to_dict("records")
     parts = []
     for each in fractions:
         share = PruneSection.model_validate({"fraction": each}).share
-        quota = group.map(quotas(group.value_counts().to_dict(), share)) if len(judged) else 0
-        parts.append(judged.assign(fraction=float(share), kept=judged["rank"] >= quota))
+        quota = quotas_at(rows, share)
+        kept = [row["rank"] >= quota[group_of(row)] for row in rows]
+        parts.append(judged.assign(fraction=float(share), kept=pd.Series(kept, judged.index, bool)))
     return pd.concat(parts, ignore_index=True)
 
 
 def shares(fates: pd.DataFrame, by: str = "capability") -> pd.DataFrame:
     """Rows, share kept and mean score of what is kept, per fraction and per value of a column."""
     parts = fates.groupby(["fraction", by], sort=True, dropna=False)
-    kept = fates[fates["kept"].astype(bool)].groupby(["fraction", by], dropna=False)
+    kept = fates[fates["kept"]].groupby(["fraction", by], dropna=False)
     table = parts["kept"].agg(rows="size", kept="sum").astype(int)
     table["kept_share"] = table["kept"] / table["rows"]
     table["mean_score_kept"] = kept["score"].mean()
@@ -111,13 +113,38 @@ def rollouts(run: Path | str, *, step: int | None = None, group: str | None = No
 
     Parts of a composed reward have columns of their own, `part_<name>`.
     """
+    prompt = None if group is None else group.rpartition(".")[0]
     rows = (
         answer
-        for row in group_rows(Path(run), step, answers=True)
+        for row in group_rows(Path(run), step, prompt=prompt, answers=True)
         if group in (None, row["group"])
         for answer in rollouts_of(row)
     )
     return _frame(rows, ROLLOUTS)
+
+
+def rescored(run: Path | str, function: RewardFunction, *, step: int | None = None) -> pd.DataFrame:
+    """The rollouts of a run, or of one step, with what another reward would have given them.
+
+    `own_reward` and `own_passed` are empty where the function returned something that is no score;
+    `own_error` says why. It is called in this process, with the run's own answers: fit for code of
+    one's own, never for code that a model wrote.
+
+    Example:
+        rescored(run, brief).groupby("group").own_reward.nunique() → 1 where a group would be flat
+
+    Raises:
+        RewardError: it did not return one value per completion.
+    """
+    rows = (
+        {**answer, **_own(result)}
+        for row in group_rows(Path(run), step, answers=True)
+        if row["texts"]
+        for answer, result in zip(
+            rollouts_of(row), call_reward(function, _prompt_of(row), row["texts"]), strict=True
+        )
+    )
+    return _frame(rows, (*ROLLOUTS, *OWN))
 
 
 def rounds(run: Path | str) -> pd.DataFrame:
@@ -135,25 +162,7 @@ def curriculum(run: Path | str) -> pd.DataFrame:
     `mean` is that of the posterior over the pool, `target` that over what the round was to draw,
     by weight. `drawn`, `trained` and `pass_rate` are of the draws from this round up to the next.
     """
-    known = rounds(run)
-    if known.empty:
-        return pd.DataFrame(
-            columns=["version", *STATUSES, "mean", "target", "drawn", "trained", "pass_rate"]
-        )
-    table = known.pivot_table(index="version", columns="status", values="prompts", aggfunc="sum")
-    table = table.reindex(columns=STATUSES).fillna(0).astype(int)
-    pool = known[known["status"] != "refused"]
-    for name, weight in (("mean", "prompts"), ("target", "share")):
-        weighed = (pool["mean"] * pool[weight]).groupby(pool["version"]).sum()
-        table[name] = weighed / pool.groupby("version")[weight].sum()
-    versions = table.index.to_numpy()
-    drawn = groups(run)
-    place = versions.searchsorted(drawn["opened_at"].to_numpy(float), side="right") - 1
-    parts = drawn.assign(trained=drawn["state"] == "trained").groupby(versions[place])
-    table["drawn"] = parts.size().reindex(versions, fill_value=0)
-    table["trained"] = parts["trained"].sum().reindex(versions, fill_value=0)
-    table["pass_rate"] = parts["successes"].sum() / parts["trials"].sum()
-    return table.rename_axis(columns=None).reset_index()
+    return _frame(round_sums(round_rows(Path(run)), draw_rows(Path(run))), CURRICULUM)
 
 
 def history(run: Path | str, prompt_id: str) -> pd.DataFrame:
@@ -162,8 +171,9 @@ def history(run: Path | str, prompt_id: str) -> pd.DataFrame:
     `source` is mined, group or posterior. Intervals are Wilson's at 95 %, and of a posterior one
     standard deviation to each side.
     """
-    found = mined(run).query("prompt_id == @prompt_id").assign(version=0, source="mined")
-    shown = groups(run).query("prompt_id == @prompt_id and trials > 0").assign(source="group")
+    found = _frame(mined_rows(Path(run), prompt_id), MINED).assign(version=0, source="mined")
+    shown = _frame(group_rows(Path(run), prompt=prompt_id), GROUPS).assign(source="group")
+    shown = shown[shown["trials"] > 0]
     shown["outcome"] = shown["reason"].where(shown["reason"] != "", shown["state"])
     bounds = [wilson(s, int(n)) for s, n in zip(shown["successes"], shown["trials"], strict=True)]
     shown["low"], shown["high"] = [b.low for b in bounds], [b.high for b in bounds]
@@ -184,6 +194,17 @@ def funnel(run: Path | str) -> pd.DataFrame:
     """
     table = pd.DataFrame(ledger_ends(Path(run)), columns=list(FUNNEL[:-1]))
     return table.value_counts(sort=False).rename("draws").reset_index()
+
+
+def _own(result: Score | Refusal) -> Row:
+    if isinstance(result, Refusal):
+        return {"own_error": result.reason}
+    return {"own_reward": result.reward, "own_passed": result.passed, "own_error": ""}
+
+
+def _prompt_of(row: Row) -> Prompt:
+    messages = tuple(Message(m["role"], m["content"]) for m in row["messages"] or [])
+    return Prompt(row["prompt_id"], messages, row["capability"], "own", row["solution"])
 
 
 def _frame(rows: Iterable[Row], columns: Sequence[str]) -> pd.DataFrame:

@@ -165,6 +165,26 @@ def test_rollouts_of_a_step_and_of_a_group(run: Path) -> None:
     assert len(inspect.rollouts(run)) == 8
 
 
+def test_another_reward_is_asked_with_what_the_run_asked_and_answered(run: Path) -> None:
+    def brief(
+        prompts: list[list[dict[str, str]]],
+        completions: list[list[dict[str, str]]],
+        answer: list[str],
+        **columns: list[str],
+    ) -> list[float | str]:
+        assert prompts[0][0]["content"] == f"ask \x1b[31m{columns['prompt_id'][0]}"
+        assert set(answer) == {"4"}
+        numbers = [float(turns[0]["content"].removeprefix("said ")) for turns in completions]
+        return [1 - number / 2 if number < 3 else "none" for number in numbers]
+
+    frame = inspect.rescored(run, brief)
+    assert frame[frame["group"] == "x.3"]["own_reward"].tolist()[:3] == [1.0, 0.5, 0.0]
+    assert frame["own_passed"].tolist()[:2] == [True, False]
+    last = frame.iloc[-1]
+    assert pd.isna(last["own_reward"]) and last["own_error"] == "must be a number, got str"
+    assert len(inspect.rescored(run, brief, step=1)) == 4
+
+
 def test_the_curriculum_round_by_round(run: Path) -> None:
     frame = inspect.curriculum(run).set_index("version")
     assert frame.loc[0, ["active", "retired", "deferred", "refused"]].tolist() == [1, 1, 0, 0]
