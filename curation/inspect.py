@@ -74,7 +74,9 @@ def fates(
     Example:
         fates(judged, [0.5, 0.95]).groupby("fraction").kept.mean() → 0.5 and 0.05
     """
-    rows = judged[["capability", "rule", "rank"]].to_dict("records")
+    columns = ("capability", "rule", "rank")
+    values = zip(*(judged[name] for name in columns), strict=True)
+    rows = [dict(zip(columns, each, strict=True)) for each in values]
     parts = []
     for each in fractions:
         share = PruneSection.model_validate({"fraction": each}).share
@@ -172,8 +174,8 @@ def history(run: Path | str, prompt_id: str) -> pd.DataFrame:
     standard deviation to each side.
     """
     found = _frame(mined_rows(Path(run), prompt_id), MINED).assign(version=0, source="mined")
-    shown = _frame(group_rows(Path(run), prompt=prompt_id), GROUPS).assign(source="group")
-    shown = shown[shown["trials"] > 0]
+    drawn = _frame(group_rows(Path(run), prompt=prompt_id), GROUPS)
+    shown = drawn.query("trials > 0").assign(source="group")
     shown["outcome"] = shown["reason"].where(shown["reason"] != "", shown["state"])
     bounds = [wilson(s, int(n)) for s, n in zip(shown["successes"], shown["trials"], strict=True)]
     shown["low"], shown["high"] = [b.low for b in bounds], [b.high for b in bounds]

@@ -225,25 +225,28 @@ _BESIDES = frozenset({"id", "capability", "difficulty", "reward", "answer"})
 """Columns of ours that may stand beside those of any layout."""
 
 
+_Ours = Callable[[Row], dict[str, object]]
+_KNOWN: tuple[tuple[str, str, str, _Ours, Kind | None, Mapping[str, str] | None], ...] = (
+    ("messages", "messages", "messages", _as_it_is, None, {}),
+    (PAIRS, "chosen rejected", "prompt chosen", _preference, "demonstration", None),
+    (
+        *("prompt and completion", "prompt completion", "prompt completion"),
+        *(_as_it_is, "demonstration", {}),
+    ),
+    ("verl", "prompt reward_model", "prompt reward_model ability", _verl, "prompt", None),
+    ("ShareGPT", "conversations", "conversations system", _sharegpt, None, None),
+    (
+        *("alpaca", "instruction output", "instruction output input system history"),
+        *(_alpaca, "demonstration", None),
+    ),
+    ("prompt", "prompt", "prompt", _as_it_is, "prompt", {}),
+    (
+        *("question and answer", "question answer", "question answer"),
+        *(_question, "demonstration", {"prompt": "question", "completion": "answer"}),
+    ),
+)
+"""Name, columns needed, columns read, reader, kind, `data.columns`."""
 LAYOUTS: Mapping[str, Layout] = {
     name: Layout(name, frozenset(needs.split()), frozenset(reads.split()), ours, kind, columns)
-    for name, needs, reads, ours, kind, columns in (
-        ("messages", "messages", "messages", _as_it_is, None, {}),
-        (PAIRS, "chosen rejected", "prompt chosen", _preference, "demonstration", None),
-        (
-            *("prompt and completion", "prompt completion", "prompt completion"),
-            *(_as_it_is, "demonstration", {}),
-        ),
-        ("verl", "prompt reward_model", "prompt reward_model ability", _verl, "prompt", None),
-        ("ShareGPT", "conversations", "conversations system", _sharegpt, None, None),
-        (
-            *("alpaca", "instruction output", "instruction output input system history"),
-            *(_alpaca, "demonstration", None),
-        ),
-        ("prompt", "prompt", "prompt", _as_it_is, "prompt", {}),
-        (
-            *("question and answer", "question answer", "question answer"),
-            *(_question, "demonstration", {"prompt": "question", "completion": "answer"}),
-        ),
-    )
+    for name, needs, reads, ours, kind, columns in _KNOWN
 }

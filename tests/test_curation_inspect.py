@@ -6,6 +6,7 @@ import json
 from collections.abc import Sequence
 from fractions import Fraction
 from pathlib import Path
+from typing import Any
 
 import pandas as pd
 import pyarrow as pa
@@ -69,7 +70,7 @@ def test_another_fraction_keeps_what_pruning_by_it_would_have_kept(tmp_path: Pat
         foreseen = frame[frame["fraction"] == fraction].set_index("id")["kept"].sort_index()
         decided = inspect.judged(run).set_index("id")["kept"].sort_index()
         assert foreseen.tolist() == decided.tolist()
-    assert frame.groupby("fraction")["kept"].sum().to_dict() == {0.5: 6, 0.7: 4}
+    assert frame.groupby("fraction")["kept"].sum().tolist() == [6, 4]
 
 
 def test_the_easiest_of_all_are_counted_over_all(tmp_path: Path) -> None:
@@ -171,7 +172,7 @@ def test_another_reward_is_asked_with_what_the_run_asked_and_answered(run: Path)
         completions: list[list[dict[str, str]]],
         answer: list[str],
         **columns: list[str],
-    ) -> list[float | str]:
+    ) -> list[Any]:
         assert prompts[0][0]["content"] == f"ask \x1b[31m{columns['prompt_id'][0]}"
         assert set(answer) == {"4"}
         numbers = [float(turns[0]["content"].removeprefix("said ")) for turns in completions]
@@ -207,7 +208,7 @@ def test_the_history_of_a_prompt_is_mined_then_shown_then_believed(run: Path) ->
     ]
     assert frame["pass_rate"].tolist() == pytest.approx([0.25, 0.5, 0.75, 4 / 12])
     assert frame["outcome"].tolist()[1:3] == ["trained", "trained"]
-    assert ((frame["low"] <= frame["pass_rate"]) & (frame["pass_rate"] <= frame["high"])).all()
+    assert len(frame.query("low <= pass_rate <= high")) == 4
     # Beta(4, 8): deviation sqrt(32 / (144 * 13)).
     spread = frame["high"].iloc[3] - frame["low"].iloc[3]
     assert spread == pytest.approx(2 * (32 / (144 * 13)) ** 0.5)

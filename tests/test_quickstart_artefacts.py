@@ -100,15 +100,15 @@ def test_the_ledger_closed() -> None:
 
 def test_the_frames_account_for_every_draw() -> None:
     funnel, rounds = inspect.funnel(RUN), inspect.curriculum(RUN)
-    withdrawn = int(funnel.loc[funnel["state"] == "withdrawn", "draws"].sum())
-    consumed = inspect.groups(RUN)["group"].nunique()
-    assert funnel["draws"].sum() == consumed + withdrawn == sum(ledger_counts(RUN).values())
+    groups, judged = inspect.groups(RUN), inspect.judged(RUN)
+    withdrawn = sum(funnel.query("state == 'withdrawn'")["draws"].tolist())
+    drawn = sum(funnel["draws"].tolist())
+    assert drawn == groups["group"].nunique() + withdrawn == sum(ledger_counts(RUN).values())
     assert rounds["version"].tolist() == list(range(0, 31, 3))
-    assert rounds["drawn"].sum() == len(inspect.groups(RUN))
-    pool = rounds[["active", "retired", "deferred", "refused"]].sum(axis=1)
-    assert pool.nunique() == 1
-    fates = inspect.fates(inspect.judged(RUN), [0.5])
-    assert fates["kept"].tolist() == inspect.judged(RUN)["kept"].tolist()
+    assert sum(rounds["drawn"].tolist()) == len(groups)
+    pool = sum(rounds[name] for name in ("active", "retired", "deferred", "refused"))
+    assert len(set(pool)) == 1
+    assert inspect.fates(judged, [0.5])["kept"].tolist() == judged["kept"].tolist()
 
 
 @pytest.mark.parametrize(
