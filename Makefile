@@ -20,7 +20,7 @@ test: check
 	$(BIN)/python -m pytest -m "not slow and not launch and not rebuild"
 
 test-slow: $(INSTALLED)
-	$(BIN)/python -m pytest -m slow
+	$(BIN)/python -m pytest -m slow --durations=20
 
 test-launch: $(INSTALLED)
 	$(BIN)/python -m pytest -m launch
