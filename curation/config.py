@@ -67,3 +67,5 @@ class CurriculumSection(Section):
     """A prompt with this pass rate or more is solved (ScaleRL, arXiv 2510.13786)."""
     review_share: float = Field(default=0.02, ge=0, lt=1)
     """Share of the draws that look again at solved prompts and at those never solved yet."""
+    round_every: int = Field(default=10, ge=1)
+    """Versions after which what is known of the prompts is written to rl/curriculum."""

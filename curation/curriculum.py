@@ -49,6 +49,31 @@ class Observation:
     trials: int
 
 
+@dataclass(frozen=True, slots=True)
+class Known:
+    """What is known of one prompt, or of those of a capability that share their mined evidence.
+
+    Example:
+        Known("math", None, prompts=40, successes=4.0, trials=8.0, mean=0.5, deviation=0.15,
+        status="active", share=0.2)       # a fifth of the draws goes to these forty
+    """
+
+    capability: str
+    prompt_id: str | None
+    """None where several prompts, or mined ones that were never observed, are meant."""
+    prompts: int
+    successes: float
+    trials: float
+    """Evidence as it has decayed."""
+    mean: float
+    deviation: float
+    """Of the pass rate's posterior, Beta(1 + successes, 1 + failures)."""
+    status: str
+    """active, retired, deferred or refused."""
+    share: float
+    """Of this version's draws in all, by weight; the sum over a pool is 1."""
+
+
 class Curriculum:
     """A pool of prompts with decayed evidence on each.
 
@@ -149,6 +174,33 @@ class Curriculum:
         retired, deferred = int(sizes[self._retired()].sum()), int(sizes[self._deferred()].sum())
         active = len(self._pool) - retired - deferred - refused
         return {"active": active, "retired": retired, "deferred": deferred, "refused": refused}
+
+    def known(self) -> list[Known]:
+        """Everything that is known at this version, a row per stratum; refused prompts last."""
+        own = {stratum: self._pool[number].id for number, stratum in self._own.items()}
+        mean, deviation = posterior(self._successes, self._trials)
+        sizes, mass = self._strata.sizes.copy(), self._weights() * self._strata.sizes
+        refused = [self._own[number] for number in self._refused]
+        status = np.full(len(sizes), "active", dtype="<U8")
+        status[self._retired()], status[self._deferred()] = "retired", "deferred"
+        status[refused] = "refused"
+        total = float(mass.sum()) or 1.0
+        order = [*np.flatnonzero(sizes).tolist(), *refused]
+        sizes[refused] = 1
+        return [
+            Known(
+                capability=self._names[int(self._codes[stratum])],
+                prompt_id=own.get(stratum),
+                prompts=int(sizes[stratum]),
+                successes=float(self._successes[stratum]),
+                trials=float(self._trials[stratum]),
+                mean=float(mean[stratum]),
+                deviation=float(deviation[stratum]),
+                status=str(status[stratum]),
+                share=float(mass[stratum]) / total,
+            )
+            for stratum in order
+        ]
 
     def state_dict(self) -> dict[str, object]:
         """Version and evidence on observed or refused prompts, as JSON types: the rest was mined.
@@ -274,6 +326,17 @@ class Curriculum:
         active, reviewed = float(mass[of & ~review].sum()), float(mass[of & review].sum())
         if active > 0 and reviewed > 0:
             weights[of & review] *= active * share / (1 - share) / reviewed
+
+
+def posterior(successes: Floats, trials: Floats) -> tuple[Floats, Floats]:
+    """Mean and standard deviation of the pass rate, p ~ Beta(1 + successes, 1 + failures).
+
+    Example:
+        nothing known → 1/2 and sqrt(1/12);  2 of 2 → 3/4 and sqrt(3/80)
+    """
+    alpha, beta = 1 + successes, 1 + trials - successes
+    total = alpha + beta
+    return alpha / total, np.sqrt(alpha * beta / (total**2 * (total + 1)))
 
 
 def gradient_chance(successes: Floats, trials: Floats, group_size: int) -> Floats:

@@ -9,7 +9,15 @@ import sys
 from curation.config import PruneSection
 from curation.judge import Judgement, LabelJudge
 from curation.models import model_name
-from curation.pruning import SCHEMA, decision_row, group_counts, prune, quotas, summarise
+from curation.pruning import (
+    SCHEMA,
+    decision_row,
+    group_counts,
+    prune,
+    quotas,
+    rule_of,
+    summarise,
+)
 from ground.console import reporter
 from ground.entry import Stage, stage_entry
 from ground.errors import DataError
@@ -31,7 +39,7 @@ def train(stage: Stage[PruneSection]) -> dict[str, object]:
     judgements = _judge(stage, rows)
     decisions = prune(rows, judgements, section.share, section.per)
     judged_by = f"label:{model_name(teacher)}"
-    rule = f"easiest {section.fraction} per {section.per}"
+    rule = rule_of(section.fraction, section.per)
     for name, kept in (("kept", True), ("dropped", False)):
         part = [decision_row(d, judged_by, rule) for d in decisions if d.kept == kept]
         write_rows(stage.directory / f"{name}.parquet", part, SCHEMA)

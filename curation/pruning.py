@@ -72,6 +72,20 @@ class Decision:
         return fate if self.judgement.is_judged else f"unjudged: {self.judgement.reason}; {fate}"
 
 
+def rule_of(fraction: object, per: str) -> str:
+    """The rule of a decision in words, as the rows carry it.
+
+    Example:
+        rule_of(0.95, "capability") → "easiest 0.95 per capability"
+    """
+    return f"easiest {fraction} per {per}"
+
+
+def per_of(rule: str) -> str:
+    """Whether a rule gives every capability its share, or takes the easiest wherever they are."""
+    return rule.rpartition(" per ")[2]
+
+
 def quotas(counts: Mapping[str, int], share: Fraction) -> dict[str, int]:
     """How many rows of each group are dropped: floor(share · n) of all n rows together.
 

@@ -17,6 +17,7 @@ from typing import BinaryIO
 from ground.errors import DataError
 
 MAX_LINE_BYTES = 16 * 1024 * 1024
+MAX_ARRAY_BYTES = 1024 * 1024 * 1024
 _MARKERS = (b"<<<<<<<", b"=======", b">>>>>>>", b"|||||||")
 _FOREIGN = (
     (b"\xff\xfe", "is UTF-16, must be UTF-8", "iconv -f UTF-16 -t UTF-8"),
@@ -64,18 +65,87 @@ def read_lines(path: Path) -> Iterator[Line]:
         yield from _lines(file)
 
 
+def is_array(path: Path) -> bool:
+    """Whether a file begins like one JSON array rather than like lines of objects."""
+    try:
+        with path.open("rb") as file:
+            return _begins_array(file.read(4096))
+    except OSError:
+        return False
+
+
+def read_array(path: Path) -> Iterator[Line]:
+    """Yield the objects of a file that is one JSON array, each with the line it begins in.
+
+    As strict as `read_lines`, but whole in memory, so stages do not read arrays: a person's file is
+    made into lines by `packtrain data convert`.
+
+    Raises:
+        DataError: the file is no array of JSON, or larger than MAX_ARRAY_BYTES.
+    """
+    if path.stat().st_size > MAX_ARRAY_BYTES:
+        raise DataError(
+            f"an array may have {MAX_ARRAY_BYTES // 2**20} MB, it has "
+            f"{path.stat().st_size // 2**20}",
+            where=str(path),
+            fix="jq -c '.[]' turns an array into lines",
+        )
+    raw = path.read_bytes().removeprefix(b"\xef\xbb\xbf")
+    try:
+        text = raw.decode("utf-8")
+    except UnicodeDecodeError as error:
+        line = raw.count(b"\n", 0, error.start) + 1
+        what = f"not UTF-8: byte 0x{raw[error.start]:02x}"
+        raise DataError(what, where=f"{path}:{line}") from None
+    yield from _items(path, text)
+
+
+def _items(path: Path, text: str) -> Iterator[Line]:
+    place, line, counted = _past_space(text, text.index("[") + 1), 1, 0
+    while not text.startswith("]", place):
+        line, counted = line + text.count("\n", counted, place), place
+        try:
+            value, place = _DECODER.raw_decode(text, place)
+        except json.JSONDecodeError as error:
+            what = f"not JSON: {error.msg.removesuffix(' at')} at column {error.colno}"
+            raise DataError(what, where=f"{path}:{error.lineno}") from None
+        except (RowError, RecursionError) as error:
+            what = str(error) if isinstance(error, RowError) else "nested too deep"
+            raise DataError(what, where=f"{path}:{line}") from None
+        is_row = isinstance(value, dict)
+        wrong = "" if is_row else f"a row must be an object, got {kind_of(value)}"
+        yield Line(line, text[counted:place].encode(), value if is_row else None, wrong)
+        place = _past_space(text, place)
+        if text.startswith(",", place):
+            place = _past_space(text, place + 1)
+        elif not text.startswith("]", place):
+            raise DataError("the array is cut off or broken here", where=f"{path}:{line}")
+    if text[place + 1 :].strip():
+        raise DataError("something stands behind the array", where=str(path))
+
+
+def _past_space(text: str, place: int) -> int:
+    while place < len(text) and text[place] in " \t\r\n":
+        place += 1
+    return place
+
+
+def _begins_array(start: bytes) -> bool:
+    return start.removeprefix(b"\xef\xbb\xbf").lstrip().startswith(b"[")
+
+
 def _refuse_foreign(path: Path, file: BinaryIO) -> None:
     start = file.read(4096)
     for magic, what, fix in _FOREIGN:
         if start.startswith(magic):
             raise DataError(f"the file {what}", where=str(path), fix=fix)
-    start = start.removeprefix(b"\xef\xbb\xbf")
-    if start.lstrip().startswith(b"["):
+    if _begins_array(start):
+        start = start.removeprefix(b"\xef\xbb\xbf")
         line = start[: len(start) - len(start.lstrip())].count(b"\n") + 1
         raise DataError(
             "the file is one JSON array, must be one object per line",
             where=f"{path}:{line}",
-            fix="jq -c '.[]' turns an array into lines",
+            fix=f"packtrain data convert {path} {path.stem}.lines.jsonl makes lines of it",
         )
     file.seek(0)
 

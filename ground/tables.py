@@ -23,7 +23,7 @@ from ground.rows import Row, demonstration_of, prompt_of, row_of
 from ground.schema import row_misfits
 from ground.storage import replace_file, write_file
 
-R = TypeVar("R", Prompt, Demonstration)
+R = TypeVar("R", bound=Prompt | Demonstration)
 
 _LOG = logging.getLogger("packtrain")
 _MAX_SHOWN = 20
@@ -109,9 +109,16 @@ def read_demonstrations(
 
 def read_table(path: Path, data: Data, parse: Callable[[Row, Data], R]) -> Table[R]:
     """Parse every row; equal rows once, an id with two contents is a bad row."""
+    return tabulate(path, lines_of(path), data, parse)
+
+
+def tabulate(
+    path: Path, lines: Iterable[Line], data: Data, parse: Callable[[Row, Data], R]
+) -> Table[R]:
+    """The same of lines that were read from `path` in another way."""
     table: Table[R] = Table(path)
     seen: dict[str, tuple[R, int]] = {}
-    for line in _rows(path):
+    for line in lines:
         if line.value is None:
             table.bad.append(line)
         else:
@@ -121,10 +128,29 @@ def read_table(path: Path, data: Data, parse: Callable[[Row, Data], R]) -> Table
     return table
 
 
+def lines_of(path: Path) -> Iterator[Line]:
+    """The rows of a JSONL or parquet file as they stand, each with its number.
+
+    Raises:
+        DataError: the file as a whole is missing, damaged, or something else.
+    """
+    match path.suffix:
+        case ".jsonl" | ".ndjson" | ".json":
+            yield from read_lines(path)
+        case ".parquet":
+            yield from _parquet_rows(path)
+        case other:
+            raise DataError(
+                f"a table is a .jsonl or .parquet file, got '{other or path.name}'",
+                where=str(path),
+                fix="unpack or convert it, or rename it if it is one of these",
+            )
+
+
 def read_rows(path: Path) -> list[dict[str, object]]:
     """All rows of a parquet or JSONL file as they stand; any unreadable one is a DataError."""
     rows: list[dict[str, object]] = []
-    for line in _rows(path):
+    for line in lines_of(path):
         if line.value is None:
             raise DataError(line.error, where=_where(path, line.number))
         rows.append(line.value)
@@ -187,20 +213,6 @@ def _take(
             raise RowError(f"id '{record.id}' has another content than in line {number}")
     except RowError as error:
         table.bad.append(Line(line.number, line.raw, None, str(error)))
-
-
-def _rows(path: Path) -> Iterator[Line]:
-    match path.suffix:
-        case ".jsonl" | ".ndjson" | ".json":
-            yield from read_lines(path)
-        case ".parquet":
-            yield from _parquet_rows(path)
-        case other:
-            raise DataError(
-                f"a table is a .jsonl or .parquet file, got '{other or path.name}'",
-                where=str(path),
-                fix="unpack or convert it, or rename it if it is one of these",
-            )
 
 
 def _parquet_rows(path: Path) -> Iterator[Line]:

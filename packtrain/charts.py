@@ -128,10 +128,17 @@ def interval_chart(
     return plot.svg()
 
 
-def bar_chart(bars: Sequence[Bar], *, title: str, unit: str = "", digits: str = ",.0f") -> str:
+def bar_chart(
+    bars: Sequence[Bar],
+    *,
+    title: str,
+    unit: str = "",
+    digits: str = ",.0f",
+    ends: Sequence[str] = (),
+) -> str:
     """Horizontal stacked bars with their sums; parts of equal name have equal colour.
 
-    `digits` is the format of the sums.
+    `digits` is the format of the sums; `ends` are texts in their place, one per bar.
     """
     if not bars:
         return ""
@@ -154,7 +161,8 @@ def bar_chart(bars: Sequence[Bar], *, title: str, unit: str = "", digits: str = 
                 element, "title"
             ).text = f"{bar.label}, {name}: {value:,.6g} {unit}".rstrip()
             start += width
-        canvas.text(start + 6, top + 15, f"{sum(v for _, v in bar.parts):{digits}}", style="tick")
+        end = ends[row] if ends else f"{sum(value for _, value in bar.parts):{digits}}"
+        canvas.text(start + 6, top + 15, end, style="tick")
     if len(names) > 1:
         canvas.legend(names, y=height - 10, left=left)
     return canvas.svg()

@@ -199,6 +199,41 @@ def _report_arguments(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def _view_arguments(parser: argparse.ArgumentParser) -> None:
+    _run_directory_argument(parser)
+    parser.add_argument(
+        "what", nargs="*", metavar="WHAT", help="dropped, kept or groups (default: all)"
+    )
+    parser.add_argument("--prompt", default="", metavar="ID", help="of this id, or its beginning")
+    parser.add_argument("--capability", default="", metavar="NAME", help="of this capability")
+    parser.add_argument("--step", type=int, metavar="N", help="groups of this step of rl")
+    fates = parser.add_mutually_exclusive_group()
+    for fate, meaning in (
+        ("flat", "groups whose rewards were all equal"),
+        ("trained", "groups that were trained on"),
+    ):
+        fates.add_argument(
+            f"--{fate}", dest="fate", action="store_const", const=fate, default="", help=meaning
+        )
+    parser.add_argument("--full", action="store_true", help="long texts whole, not shortened")
+
+
+def _data_arguments(parser: argparse.ArgumentParser) -> None:
+    actions = parser.add_subparsers(dest="action", required=True, metavar="preview|stats|convert")
+    preview = actions.add_parser("preview", help="the first rows, as packtrain understands them")
+    stats = actions.add_parser("stats", help="layouts, lengths, bad lines, the lines for a recipe")
+    convert = actions.add_parser("convert", help="write rows that every stage reads")
+    for each in (preview, stats, convert):
+        each.add_argument("file", type=Path, metavar="FILE", help="JSON lines, parquet or an array")
+    preview.add_argument("--rows", type=int, default=3, metavar="N", help="how many (default: 3)")
+    stats.add_argument("--model", type=Path, metavar="DIR", help="count in this model's tokens")
+    stats.add_argument("--max-length", type=int, metavar="N", help="count rows of more tokens")
+    convert.add_argument("target", type=Path, metavar="TARGET", help="a .jsonl file to write")
+    convert.add_argument(
+        "--max-bad", type=int, default=0, metavar="N", help="bad rows to leave out (default: 0)"
+    )
+
+
 def _recipes_arguments(parser: argparse.ArgumentParser) -> None:
     actions = parser.add_subparsers(dest="action", required=True, metavar="ls|cp")
     actions.add_parser("ls", help="list the recipes that come with packtrain")
@@ -219,6 +254,10 @@ COMMANDS = (
     Command("plan", "who gets which devices, and how fast", "packtrain.plan", _plan_arguments),
     Command("status", "how far a run is, from any shell", "packtrain.status", _status_arguments),
     Command("report", "write a run's report.html", "packtrain.report", _report_arguments),
+    Command(
+        "view", "page through kept and dropped rows and groups", "packtrain.view", _view_arguments
+    ),
+    Command("data", "look at a data file of your own", "packtrain.data", _data_arguments),
     Command("doctor", "check this machine and installation", "packtrain.doctor", _no_arguments),
     Command("recipes", "list or copy recipes", "packtrain.recipes", _recipes_arguments),
 )

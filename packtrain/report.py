@@ -21,7 +21,7 @@ from markupsafe import Markup
 from ground.console import plain_text, say
 from ground.logs import redact
 from ground.storage import write_file
-from packtrain import figures
+from packtrain import curation_figures, figures
 from packtrain.observe import estimate, mapping, number, read_json, read_rows, text
 from packtrain.samples import comparisons, conversation, shorten
 from packtrain.status import read_status
@@ -74,6 +74,7 @@ def contents(run: Path) -> dict[str, object]:
     recipe = _read_text(run / "recipe.resolved.yaml")
     models = exploration(run)
     ks = figures.pass_names(values for _, values in models)
+    cuts = curation_figures.cuts(run)
     return {
         "name": run.resolve().name,
         "headline": headline(run),
@@ -88,8 +89,11 @@ def contents(run: Path) -> dict[str, object]:
             "Training": figures.training(run),
             "What RL trained on": figures.funnel(run) + figures.timeline(run),
         },
+        "curriculum": curation_figures.curriculum(run),
         "pruned": _pruned(run),
-        "prune_figures": figures.pruning(run),
+        "prune_figures": figures.pruning(run) + curation_figures.labels_left(cuts),
+        "cuts": [cut.name for cut in cuts],
+        "cut_table": curation_figures.cut_table(cuts),
         "comparisons": comparisons(run),
         "ledger": _ledger(run),
         "environment": _flat(read_json(run / "env.json")),

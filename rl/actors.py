@@ -23,6 +23,7 @@ from rl.controller import Controller
 from rl.job import Job
 from rl.journal import Journal
 from rl.pool import Pool
+from rl.rounds import Rounds
 from rollout.fleet import Fleet
 from rollout.ray_worker import RayWorker, fleet_of
 from rollout.systems import draw_system
@@ -48,6 +49,7 @@ class ControllerActor:
         self._events = Journal(job.directory / "events.jsonl")
         self._prompts = {prompt.id: prompt for prompt in pool.training}
         self._books = Books.of(section, pool.training, job.seed, self._ledger.append)
+        self._rounds = Rounds(job.directory / "curriculum", section.curriculum.round_every)
         config = WorkerConfig(
             job.model,
             section.engine,
@@ -105,7 +107,7 @@ class ControllerActor:
             replayed: what became of the draws of each step that it repeated since.
         """
         self._fence.check(incarnation)
-        restore_books(self._books, self._ledger, saved, replayed, self._prompts)
+        restore_books(self._books, self._ledger, self._rounds, saved, replayed, self._prompts)
         await self._controller.begin(version, await self._weights(version))
 
     async def next_batch(
@@ -125,6 +127,7 @@ class ControllerActor:
         self._fence.check(incarnation)
         weights = await self._weights(version)
         score = await self._controller.publish(version, weights, evaluate=evaluate)
+        self._rounds.keep(self._books.curriculum)
         self._ledger.flush()
         return score
 
@@ -201,13 +204,14 @@ class KeeperCheck:
 def restore_books(
     books: Books,
     ledger: Journal,
+    rounds: Rounds,
     saved: Mapping[str, object] | None,
     replayed: Sequence[Sequence[Outcome]],
     prompts: Mapping[str, Prompt],
 ) -> None:
     """Bring new books to where the learner is: the cut, then the journaled steps since.
 
-    The ledger's file goes back to the cut with them, and is written again from there.
+    The ledger's file and the rounds go back to the cut with them, and are written again from there.
     """
     if saved is None:
         ledger.rewind(0)
@@ -215,8 +219,11 @@ def restore_books(
     else:
         ledger.rewind(cast(int, saved["ledger_bytes"]))
         books.load_state_dict(saved, prompts)
+    rounds.forget_after(books.version)
+    rounds.keep(books.curriculum)
     for outcomes in replayed:
         books.replay(outcomes)
+        rounds.keep(books.curriculum)
 
 
 def start_controller(job: Job, pool: Pool) -> ActorHandle:

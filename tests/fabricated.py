@@ -4,16 +4,25 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
+from fractions import Fraction
 from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from curation.config import CurriculumSection
+from curation.curriculum import Curriculum, Observation
+from curation.judge import Judgement
+from curation.pruning import SCHEMA as PRUNED
+from curation.pruning import decision_row, prune, rule_of
 from ground.provenance import stage_settings
 from ground.recipe import load_recipe
+from ground.records import Demonstration, Message, Prompt
 from ground.run import RunDir
+from ground.tables import write_rows
 from rl.groups import SCHEMA as GROUPS
+from rl.rounds import Rounds
 from rollout.passk import mean_pass_at_k
 
 CAPABILITIES = ("arithmetic", "counting", "logic", "strings")
@@ -116,26 +125,20 @@ def _estimate(solved: Sequence[int], k: int) -> Mapping[str, float]:
 
 
 def _prune(folder: Path, text: str) -> None:
-    generator = np.random.default_rng(2)
-    for name, low, high in (("dropped", 0.0, 0.5), ("kept", 0.4, 1.0)):
-        rows = [
-            {
-                "id": f"{name}{i}",
-                "messages": [
-                    {"role": "user", "content": text},
-                    {"role": "assistant", "content": text},
-                ],
-                "capability": CAPABILITIES[i % 4],
-                "difficulty": {
-                    "label": LABELS[i % 3],
-                    "score": float(score),
-                    "judged_by": "teacher",
-                },
-                "reason": "easiest half of its capability",
-            }
-            for i, score in enumerate(generator.uniform(low, high, 200))
-        ]
-        pq.write_table(pa.Table.from_pylist(rows), folder / f"{name}.parquet")
+    """400 rows in turn of four capabilities, harder the later; the easier half of each went."""
+    messages = (Message("user", text), Message("assistant", text))
+    rows = [Demonstration(f"row{n}", messages, CAPABILITIES[n % 4]) for n in range(400)]
+    judgements = [
+        Judgement({"easy": (1 - n / 400) / 2, "medium": 0.5, "hard": n / 800}, mass=0.9)
+        if n % 100
+        else Judgement(reason=text)
+        for n in range(400)
+    ]
+    decisions = prune(rows, judgements, Fraction(1, 2), "capability")
+    for name, kept in (("kept", True), ("dropped", False)):
+        part = [d for d in decisions if d.kept == kept]
+        written = [decision_row(d, "label:teacher", rule_of(0.5, "capability")) for d in part]
+        write_rows(folder / f"{name}.parquet", written, PRUNED)
 
 
 def _sft(folder: Path, text: str) -> None:
@@ -183,8 +186,45 @@ def _rl(folder: Path, text: str) -> None:
         for n, (state, reason) in enumerate(ends):
             file.write(json.dumps({"draw": n, "state": state, "reason": reason}) + "\n")
     (folder / "groups").mkdir()
-    row = {"id": "a.0", "prompt_id": "a", "texts": [text], "state": "trained", "reason": ""}
-    pq.write_table(pa.Table.from_pylist([row], GROUPS), folder / "groups" / "step_000001.parquet")
+    for step in (1, 2):
+        rows = [_group(f"{name[0]}{n}", name, text, step) for n in (0, 1) for name in CAPABILITIES]
+        path = folder / "groups" / f"step_{step:06d}.parquet"
+        pq.write_table(pa.Table.from_pylist(rows, GROUPS), path)
+    pool = [
+        Prompt(f"{name[0]}{n}", (), name, "exact", "4") for n in (0, 1) for name in CAPABILITIES
+    ]
+    curriculum = Curriculum(pool, CurriculumSection(), seed=0, group_size=4)
+    rounds = Rounds(folder / "curriculum", every=1)
+    rounds.keep(curriculum)
+    for version in (1, 2):
+        seen = [Observation(prompt.id, version, 4) for prompt in pool if prompt.id.endswith("0")]
+        curriculum.observe(version, seen)
+        rounds.keep(curriculum)
+
+
+def _group(prompt: str, capability: str, text: str, step: int) -> dict[str, object]:
+    """Four answers to the first prompt of a capability, as many right as the step says."""
+    passed = [n < step for n in range(4)] if prompt.endswith("0") else [False] * 4
+    return {
+        "id": f"{prompt}.{step}",
+        "prompt_id": prompt,
+        "messages": [{"role": "user", "content": text}],
+        "capability": capability,
+        "answer": text,
+        "system": "",
+        "opened_at": step - 1,
+        "version": step - 1,
+        "state": "trained" if any(passed) else "filtered",
+        "reason": "" if any(passed) else "all-0",
+        "passed": passed,
+        "texts": [text] * 4,
+        "rewards": [float(right) for right in passed],
+        "advantages": [right - sum(passed) / 4 for right in passed],
+        "num_tokens": [7] * 4,
+        "finish": ["stop"] * 4,
+        "errors": [""] * 4,
+        "reward_parts": [[{"name": text, "value": 0.5}]] * 4,
+    }
 
 
 def _lines(path: Path, rows: Sequence[Mapping[str, object]]) -> None:

@@ -35,6 +35,7 @@ from rl.journal import Journal, read_journal
 from rl.learn import learn
 from rl.ledger import audit_ledger
 from rl.pool import Pool
+from rl.rounds import Rounds
 from rollout.engine import Completion, Request
 from rollout.hf_engine import HfEngine
 from rollout.task import GroupTask
@@ -184,6 +185,7 @@ class LocalLoop:
         self._job, self._pool, self._killer = job, pool, killer
         self._ledger = Journal(job.directory / "ledger.jsonl", buffered=True)
         self._books = Books.of(job.section, pool.training, job.seed, self._ledger.append)
+        self._rounds = Rounds(job.directory / "curriculum", job.section.curriculum.round_every)
         self._fleet = LocalFleet(job, job.section.fleet.num_workers, jitter, job.incarnation)
         self._controller = Controller(
             self._books,
@@ -209,7 +211,7 @@ class LocalLoop:
     ) -> None:
         prompts = {prompt.id: prompt for prompt in self._pool.training}
         books = cast(Mapping[str, object] | None, saved)
-        restore_books(self._books, self._ledger, books, replayed, prompts)
+        restore_books(self._books, self._ledger, self._rounds, books, replayed, prompts)
         self._call(self._controller.begin(version, weights))
 
     def pack(

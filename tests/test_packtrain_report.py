@@ -17,8 +17,10 @@ import pyarrow.parquet as pq
 import pytest
 from fabricated import fabricate_run
 
+from curation.artefacts import draw_rows, round_rows
+from curation.tallies import round_sums
 from ground.errors import DataError
-from packtrain import figures
+from packtrain import curation_figures, figures
 from packtrain.charts import Span
 from packtrain.report import page, write_report
 from packtrain.samples import comparisons, newest_sample
@@ -135,6 +137,9 @@ def test_every_section_is_there(run: Path) -> None:
         *("Corner cases by model", "RL: answers that ended in an error"),
         *("SFT loss", "RL: reward and pass rate", "RL: effective sample size", "Filter funnel"),
         *("Trainer and rollout workers", "What pruning kept", "The same prompts, before and after"),
+        *("What the curriculum knew", "Prompts by what is known of them"),
+        *("Pass rates, believed and shown", "The prompts that were drawn most"),
+        *("What another fraction would keep", "Rows left, by capability"),
         *("Ledger", "Environment", "Recipe"),
     ):
         assert heading in html, heading
@@ -244,6 +249,30 @@ def test_the_funnel_sums_to_what_was_drawn(run: Path) -> None:
         ("filtered", "all-1"): 60,
         ("withdrawn", "end"): 10,
     }
+
+
+def test_cuts_say_what_meta_s_fractions_would_have_left(run: Path) -> None:
+    """400 rows, 100 of each capability; the first of every hundred is unjudged, so it stays."""
+    cuts = curation_figures.cuts(run)
+    assert [cut.name for cut in cuts] == ["whole set", "50% dropped", "95% dropped"]
+    assert curation_figures.cut_table(cuts) == [
+        (name, [100, 50, 5]) for name in ("arithmetic", "counting", "logic", "strings")
+    ]
+    assert [cut.left["arithmetic", "unjudged"] for cut in cuts] == [4, 4, 4]
+    assert cuts[2].left["counting", "unjudged"] == 0
+    (figure,) = curation_figures.labels_left(cuts)
+    assert "95% dropped, unjudged: 0.2 of the rows" in figure.svg
+
+
+def test_the_curriculum_is_drawn_from_its_rounds(run: Path) -> None:
+    """Version 0: nothing is known, Beta(1, 1). Version 1: half of the pool got 1 of 4."""
+    status, rates, histories = (figure.svg for figure in curation_figures.curriculum(run))
+    assert [status.count(f">{name}<") for name in ("active", "solved", "never solved")] == [1] * 3
+    assert rates.count("<polyline") == 3
+    sums = round_sums(round_rows(run), draw_rows(run))
+    assert [row["mean"] for row in sums][:2] == pytest.approx([0.5, (0.5 + 2 / 6) / 2])
+    assert [row["pass_rate"] for row in sums] == [1 / 8, 2 / 8, None]
+    assert ">arithmetic a0<" in histories and ">strings s0<" in histories
 
 
 def test_examples_show_gains_of_every_capability_and_the_largest_loss(run: Path) -> None:

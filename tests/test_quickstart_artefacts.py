@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 from pathlib import Path
 from statistics import fmean
 
 import html5lib
+import nbformat
 import pyarrow.parquet as pq
 import pytest
+from nbclient import NotebookClient
 
+from curation import inspect
 from dpo.config import GateSection, PairsSection
 from ground.storage import verify_directory
 from packtrain.figures import ledger_counts
@@ -94,10 +98,44 @@ def test_the_ledger_closed() -> None:
     assert sum(counts.values()) > 0
 
 
+def test_the_frames_account_for_every_draw() -> None:
+    funnel, rounds = inspect.funnel(RUN), inspect.curriculum(RUN)
+    withdrawn = int(funnel.loc[funnel["state"] == "withdrawn", "draws"].sum())
+    consumed = inspect.groups(RUN)["group"].nunique()
+    assert funnel["draws"].sum() == consumed + withdrawn == sum(ledger_counts(RUN).values())
+    assert rounds["version"].tolist() == list(range(0, 31, 3))
+    assert rounds["drawn"].sum() == len(inspect.groups(RUN))
+    pool = rounds[["active", "retired", "deferred", "refused"]].sum(axis=1)
+    assert pool.nunique() == 1
+    fates = inspect.fates(inspect.judged(RUN), [0.5])
+    assert fates["kept"].tolist() == inspect.judged(RUN)["kept"].tolist()
+
+
+@pytest.mark.parametrize(
+    ("name", "pictures"), [("1_pruning", 2), ("2_curriculum", 3), ("3_groups", 5)]
+)
+def test_a_notebook_runs_and_draws(
+    name: str, pictures: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Seven seconds of a core each; the deadline is of a cell."""
+    monkeypatch.setenv("PACKTRAIN_RUN", str(RUN))
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")]))
+    notebook = nbformat.read(ROOT / "notebooks" / f"{name}.ipynb", as_version=4)
+    folder = {"metadata": {"path": str(ROOT / "notebooks")}}
+    NotebookClient(notebook, timeout=120, kernel_name="python3", resources=folder).execute()
+    shown = [out for cell in notebook.cells for out in cell.get("outputs", [])]
+    assert sum("image/png" in out.get("data", {}) for out in shown) == pictures
+    said = "".join(out.get("text", "") for out in shown if out.get("name") == "stderr")
+    assert "Warning" not in said, said
+
+
 def test_the_report_opens_and_shows_every_part() -> None:
     html = (RUN / "report.html").read_text()
     html5lib.HTMLParser(strict=False).parse(html)
-    for heading in ("Accuracy by model", "Filter funnel", "The same prompts, before and after"):
+    for heading in (
+        *("Accuracy by model", "Filter funnel", "The same prompts, before and after"),
+        *("What the curriculum knew", "What another fraction would keep"),
+    ):
         assert heading in html
 
 
