@@ -167,9 +167,9 @@ class Entropy(_Unlearned):
 class Aligned:
     """Per capability a curve over the teacher's entropy, moved by what held-out rows can tell.
 
-    At each knot of the curve, of the tokens near it, at step s of S:
+    At each knot of the curve, with the gains (distill/signal.py) of the tokens near it, in S steps:
 
-        x = mean of (soft gain - s/S * hard gain)                   distill/signal.py
+        x = mean of (soft gain - w * hard gain), w from `labels_from` at step 0 to 1 at step S
         evidence = average of x / root of average of x squared      both decaying with `memory`
         share <- clip(share + rate * clip(evidence + trust, -1, 1), low, high)
 
@@ -182,11 +182,14 @@ class Aligned:
     sign from one observation to the next. It is a curve and not one share since teachers fail by
     kind of token: where they are sure of a wrong fact, or flat where there is something to know.
 
+    Rule and defaults were frozen before the worlds of benchmarks/distill_worlds.py were drawn that
+    they are judged by.
+
     Every rank must be told the same observations, or be given the state of one.
 
     Example:
-        start 0.7, rate 0.1, trust 0.3, one knot, at step 0: soft gains of mean -3 and no spread →
-        evidence -1 → share 0.63
+        start 0.7, rate 0.2, trust 0.3, one knot, at step 0: soft gains of mean -3 and no spread →
+        evidence -1 → share 0.56
     """
 
     def __init__(self, section: AlignedShare, num_steps: int) -> None:
@@ -220,7 +223,7 @@ class Aligned:
             return
         section, seen = self._section, self._of(capability)
         parts_NK = parts_of(entropy_N, section.knots).to(gains.soft_N.device)
-        labels = min(step / self._num_steps, 1.0)
+        labels = section.labels_from + (1 - section.labels_from) * min(step / self._num_steps, 1)
         gain_NK = (gains.soft_N - labels * gains.hard_N)[:, None] * parts_NK
         mean_K = gain_NK.mean(0)
         square_K = mean_K.square() + gain_NK.var(0, correction=0) / len(gain_NK)

@@ -65,7 +65,7 @@ def test_entropy_gives_the_teacher_the_tokens_on_which_it_is_unsure() -> None:
 
 
 def one_share(**settings: object) -> Weighting:
-    return rule({"knots": [0.0], "trust": 0.0} | settings)
+    return rule({"knots": [0.0], "trust": 0.0, "rate": 0.1, "labels_from": 0.0} | settings)
 
 
 def observe(
@@ -112,6 +112,14 @@ def test_the_labels_get_the_word_as_the_run_goes_on(step: int, share: float) -> 
     assert aligned.shares["math"] == pytest.approx(share)
 
 
+def test_labels_count_from_the_first_step_as_far_as_asked_for() -> None:
+    aligned = one_share(labels_from=0.5)
+    observe(aligned, "math", 1.0, 1.0, hard=2.0)  # 1 - 0.5 * 2
+    assert aligned.shares["math"] == pytest.approx(0.7)
+    observe(aligned, "math", 1.0, 1.0, hard=2.0, step=100)  # 1 - 2
+    assert aligned.shares["math"] < 0.7
+
+
 def test_trust_is_added_in_the_teacher_s_favour() -> None:
     aligned = one_share(trust=0.25)
     observe(aligned, "math", 0.0, 0.0)
@@ -125,7 +133,7 @@ def test_entropy_is_dealt_out_to_the_knots_beside_it() -> None:
 
 
 def test_a_teacher_that_is_wrong_where_it_is_sure_loses_these_tokens_alone() -> None:
-    aligned = rule({"trust": 0.0, "knots": [0.0, 1.0, 2.0]})
+    aligned = rule({"trust": 0.0, "rate": 0.1, "knots": [0.0, 1.0, 2.0]})
     soft_N = torch.tensor([-4.0, -4.0, 4.0, 4.0])
     gains = Gains(soft_N, torch.zeros(4))
     aligned.observe(0, "math", gains, torch.tensor([0.0, 0.0, 2.0, 2.0]))
