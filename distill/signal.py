@@ -103,7 +103,9 @@ def token_gains(
     """
     sum_M = _log_sum(heldout.hidden_NH, head_weight_VH)
     sum_N = _log_sum(trained.hidden_NH, head_weight_VH)
-    softened_N = _log_sum(trained.hidden_NH / soft.temperature, head_weight_VH)
+    softened_N = sum_N
+    if soft.temperature != 1:
+        softened_N = _log_sum(trained.hidden_NH / soft.temperature, head_weight_VH)
     kernel_NM = _kernel(trained.hidden_NH, heldout.hidden_NH, ridge)
     soft_N, hard_N, rest_N, rest_gain_N = torch.zeros(4, len(sum_N), device=sum_N.device)
     width = _width(head_weight_VH, len(sum_M) + len(sum_N))
