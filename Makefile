@@ -20,7 +20,7 @@ test: check
 	$(BIN)/python -m pytest -m "not slow and not launch and not rebuild"
 
 test-slow: $(INSTALLED)
-	$(BIN)/python -m pytest -m slow
+	$(BIN)/python -m pytest -m slow --durations=20
 
 test-launch: $(INSTALLED)
 	$(BIN)/python -m pytest -m launch
@@ -48,6 +48,8 @@ bench: $(INSTALLED)
 	$(BIN)/python -m benchmarks.allocation
 	$(BIN)/python -m benchmarks.cluster_model
 	$(BIN)/python -m benchmarks.chaos
+	$(BIN)/python -m benchmarks.repeats
+	$(BIN)/python -m benchmarks.distill_worlds
 	$(BIN)/python -m benchmarks.launchers
 	$(BIN)/python -m benchmarks.trail
 

@@ -30,6 +30,7 @@ from ground.errors import DataError
 from ground.records import Prompt
 
 Floats = NDArray[np.float64]
+Mask = NDArray[np.bool_]
 
 _WIDE_SHARE = 0.5
 """Share of a widened version's draws that solved and hopeless prompts get."""
@@ -105,6 +106,11 @@ class Curriculum:
         """The policy version whose draws are being served."""
         return self._version
 
+    @property
+    def capabilities(self) -> Sequence[str]:
+        """Of all prompts, in order."""
+        return self._names
+
     def shares(self) -> dict[str, float]:
         """Share of the draws that each capability's weights ask for; sums to 1."""
         mass = self._weights() * self._strata.sizes
@@ -139,17 +145,17 @@ class Curriculum:
         observations: Sequence[Observation],
         refused: Iterable[str] = (),
         *,
-        is_wide: bool = False,
+        wide: Iterable[str] = (),
     ) -> None:
         """Fade what is known, add what groups showed, and go on to the next version.
 
         Args:
             refused: prompts that can never be answered; they are not drawn any more.
-            is_wide: widen the band of the new version, and of this one only.
+            wide: capabilities whose band is widened in the new version, and in this one only.
         """
         if version != self._version + 1:
             raise ValueError(f"version {self._version + 1} comes next, got version {version}")
-        self._version, self.is_wide = version, is_wide
+        self._version, self.wide = version, frozenset(wide)
         self._refuse(refused)
         self._successes *= self._section.decay
         self._trials *= self._section.decay
@@ -207,7 +213,7 @@ class Curriculum:
         }
         return {
             "version": self._version,
-            "is_wide": self.is_wide,
+            "wide": sorted(self.wide),
             "pool": self._fingerprint,
             "evidence": evidence,
             "refused": [self._pool[number].id for number in self._refused],
@@ -216,7 +222,7 @@ class Curriculum:
     def load_state_dict(
         self,
         version: int,
-        is_wide: bool,
+        wide: Iterable[str],
         pool: str,
         evidence: dict[str, list[float]],
         refused: list[str],
@@ -235,7 +241,7 @@ class Curriculum:
         self._separate([self._index[prompt_id] for prompt_id in evidence])
         for own, (successes, trials) in zip(self._own.values(), evidence.values(), strict=True):
             self._successes[own], self._trials[own] = successes, trials
-        self._version, self.is_wide = version, is_wide
+        self._version, self.wide = version, frozenset(wide)
         self._refuse(refused)
         self._forget_order()
 
@@ -252,8 +258,8 @@ class Curriculum:
         """Stratum of each prompt that was observed, by its number: it shares it with nobody."""
         self._refused: dict[int, None] = {}
         self._version = 0
-        self.is_wide = False
-        """Whether what is solved or hopeless gets half of this version's draws."""
+        self.wide: frozenset[str] = frozenset()
+        """Capabilities in which what is solved or hopeless gets half of this version's draws."""
         self._forget_order()
 
     def _separate(self, numbers: Sequence[int]) -> None:
@@ -286,11 +292,11 @@ class Curriculum:
         """sha256 over the prompts' ids."""
         return hashlib.sha256("\n".join(self._index).encode()).hexdigest()
 
-    def _retired(self) -> NDArray[np.bool_]:
+    def _retired(self) -> Mask:
         """By stratum."""
         return (self._trials > 0) & (self._successes >= self._section.retire_at * self._trials)
 
-    def _deferred(self) -> NDArray[np.bool_]:
+    def _deferred(self) -> Mask:
         """By stratum."""
         return (self._trials > 0) & (self._successes == 0)
 
@@ -302,14 +308,24 @@ class Curriculum:
         if self._known is not None:
             return self._known
         weights = gradient_chance(self._successes, self._trials, self._group_size)
-        review, mass = self._retired() | self._deferred(), weights * self._strata.sizes
-        active, reviewed = float(mass[~review].sum()), float(mass[review].sum())
-        if active > 0 and reviewed > 0:
-            share = self._section.review_share
-            share = max(share, _WIDE_SHARE) if self.is_wide else share
-            weights[review] *= active * share / (1 - share) / reviewed
+        review, share = self._retired() | self._deferred(), self._section.review_share
+        wide_share = max(share, _WIDE_SHARE)
+        if self.wide.issuperset(self._names):
+            self._scale(weights, review, np.full_like(review, True), wide_share)
+        else:
+            self._scale(weights, review, np.full_like(review, True), share)
+            for name in self.wide:
+                own = self._codes == self._names.index(name)
+                self._scale(weights, review, own, wide_share)
         self._known = weights
         return weights
+
+    def _scale(self, weights: Floats, review: Mask, of: Mask, share: float) -> None:
+        """Give the reviewed strata of some their share of the weight of all of these."""
+        mass = weights * self._strata.sizes
+        active, reviewed = float(mass[of & ~review].sum()), float(mass[of & review].sum())
+        if active > 0 and reviewed > 0:
+            weights[of & review] *= active * share / (1 - share) / reviewed
 
 
 def posterior(successes: Floats, trials: Floats) -> tuple[Floats, Floats]:

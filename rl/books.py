@@ -14,7 +14,8 @@ that the step's own publication opens. A draw that comes back is waited for, so 
 ever; and near the end of the run, when no slots open any more, all are.
 
 After `max_empty_steps` steps in a row without a group that teaches, publications widen the
-curriculum's band until one teaches. Steps count, not seconds: draws follow from outcomes alone.
+curriculum's band until one teaches; with quotas (curation/mixture.py) each capability's own band is
+widened by its own slots. Steps and slots count, not seconds: draws follow from outcomes alone.
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ from typing import Literal, TypedDict, cast
 
 from curation.bands import Band, band
 from curation.curriculum import Curriculum, Observation
+from curation.mixture import Mixture, MixtureState, require_quotas
 from ground.errors import DataError
 from ground.records import Group, Prompt
 from rl.advantages import group_advantages
@@ -134,12 +136,19 @@ class Books:
         curriculum = Curriculum(
             prompts, section.curriculum, seed=seed, group_size=section.group_size
         )
+        mixture = None
+        if section.quotas:
+            require_quotas(section.quotas, {prompt.capability for prompt in prompts})
+            mixture = Mixture(
+                section.quotas, batch=section.groups_per_step, patience=section.max_empty_steps
+            )
         source = Source(
             curriculum,
             steps=section.steps,
             groups_per_step=section.groups_per_step,
             max_staleness=section.max_staleness,
             max_refills=section.max_refills,
+            mixture=mixture,
         )
         buffer = Buffer(
             groups_per_step=section.groups_per_step, max_staleness=section.max_staleness
@@ -151,6 +160,11 @@ class Books:
     def curriculum(self) -> Curriculum:
         """What is known of the prompts as of `version`."""
         return self.source.curriculum
+
+    @property
+    def mixture(self) -> Mixture | None:
+        """Account of the quotas, if the recipe has any."""
+        return self.source.mixture
 
     def open(self) -> list[Draw]:
         """Open the slots that the current version makes room for; returns their first draws."""
@@ -212,8 +226,7 @@ class Books:
         told = [each.observation for each in outcomes if each.observation]
         refused = [each.draw.prompt.id for each in outcomes if each.reason == "refused"]
         self._empty_steps = 0 if trained else self._empty_steps + 1
-        is_starved = self._empty_steps >= self._max_empty_steps
-        self.curriculum.observe(version, told, refused, is_wide=is_starved)
+        self.curriculum.observe(version, told, refused, wide=self._starved(slots))
         return self.open()
 
     def replay(self, outcomes: Sequence[Outcome]) -> None:
@@ -251,6 +264,7 @@ class Books:
         return {
             "version": self.version,
             "empty_steps": self._empty_steps,
+            "mixture": self.mixture and self.mixture.state_dict(),
             "curriculum": self.curriculum.state_dict(),
             "ledger": self.ledger.state_dict(),
             "slots": [_saved(slot) for slot in self.buffer.slots()],
@@ -269,6 +283,8 @@ class Books:
         self.version = cast(int, state["version"])
         self._empty_steps = cast(int, state["empty_steps"])
         self.curriculum.load_state_dict(**cast(dict, state["curriculum"]))
+        if self.mixture:
+            self.mixture.load_state_dict(cast(MixtureState, state["mixture"]))
         ledger = cast(dict, state["ledger"])
         self.ledger.load_state_dict(ledger["drawn"], ledger["open"], ledger["closed"])
         for saved in cast(Sequence[_SavedSlot], state["slots"]):
@@ -295,6 +311,17 @@ class Books:
         if refill is not None:
             self.ledger.admit(refill)
         return refill
+
+    def _starved(self, slots: Sequence[Slot]) -> frozenset[str]:
+        """Capabilities that need a wider band, after slots that are through."""
+        starved = self._empty_steps >= self._max_empty_steps
+        everyone = self.curriculum.capabilities if starved else ()
+        if self.mixture is None:
+            return frozenset(everyone)
+        for slot in slots:
+            taught = any(not outcome.reason for outcome in slot.outcomes)
+            self.mixture.settle(slot.capability, taught=taught)
+        return self.mixture.dry | frozenset(everyone)
 
     def _may_go_on(self, step: int) -> bool:
         if not (num_waiting := self.buffer.num_waiting(step)):

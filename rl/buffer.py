@@ -68,6 +68,11 @@ class Slot:
         return ends or len(self.outcomes) == len(self.draws)
 
     @property
+    def capability(self) -> str:
+        """What all its draws are of."""
+        return self.draws[0].prompt.capability
+
+    @property
     def group(self) -> Group | None:
         """The group to train on, if there is one."""
         last = self.outcomes[-1] if self.outcomes else None

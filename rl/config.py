@@ -141,6 +141,9 @@ class RlSection(Section):
     """Share of a step's slots that must be in before the others can be dropped."""
     max_refills: int = Field(default=1, ge=0)
     """Draws that may replace a flat group, one after another."""
+    quotas: dict[str, Annotated[float, Field(ge=0, le=1)]] = Field(default_factory=dict)
+    """Share of the *trained* groups by capability, e.g. {math: 0.5, code: 0.5}; they sum to 1 and
+    name every capability of the prompts. Empty: draws go where groups are most likely to teach."""
     sampling: SamplingSection = SamplingSection()
     engine: EngineSection = EngineSection()
     fleet: FleetSection = FleetSection()
@@ -225,6 +228,12 @@ class RlSection(Section):
                 f"lease_seconds must be above silent_seconds and fleet.publish_deadline_seconds "
                 f"({longest:g}), got {self.lease_seconds:g}"
             )
+        return self
+
+    @model_validator(mode="after")
+    def _quotas_share_a_step(self) -> Self:
+        if self.quotas and abs(sum(self.quotas.values()) - 1) > 1e-6:
+            raise ValueError(f"quotas must sum to 1, got {sum(self.quotas.values()):g}")
         return self
 
     @model_validator(mode="after")

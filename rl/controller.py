@@ -27,6 +27,7 @@ from ground.errors import InfraError, WorkersLostError
 from ground.records import Group, Prompt
 from rl.books import Books, Broken, Plan
 from rl.config import RlSection
+from rl.droughts import Droughts
 from rl.source import Draw
 from rollout.engine import PromptTooLong
 from rollout.seeds import sample_seed
@@ -83,11 +84,13 @@ class Controller:
         self._running: dict[str, asyncio.Task[Group | Broken]] = {}
         self._failure: BaseException | None = None
         self._busy = BusyClock(now)
+        self._droughts = Droughts(books, section.max_empty_steps, note)
         self._asked: int | None = None
         self._since, self._moves = 0.0, 0
 
     async def begin(self, version: int, weights: object) -> None:
         """Bring the first weights to the fleet and start sampling."""
+        self._droughts.begin()
         await self._hand_over(version, weights)
         self._admit(self._books.waiting())
         for number in range(self._in_flight):
@@ -132,10 +135,8 @@ class Controller:
         faults.point("publish.begin")
         await self._hand_over(version, weights)
         faults.point("publish.handed")
-        was_wide = self._books.curriculum.is_wide
         self._admit(self._books.publish(version))
-        if self._books.curriculum.is_wide and not was_wide:
-            self._tell_widened(version)
+        self._droughts.tell(version)
         self._moves += 1
         faults.point("publish.freed")
         score = await self.evaluate(version) if evaluate else None
@@ -271,21 +272,9 @@ class Controller:
         return {
             "rollout_idle_share": 1 - self._busy.share(),
             "buffered": float(self._books.buffer.num_settled),
-            "curriculum_wide": float(self._books.curriculum.is_wide),
+            **self._droughts.gauges(),
             **{f"prompts_{name}": float(count) for name, count in counts.items()},
         }
-
-    def _tell_widened(self, version: int) -> None:
-        counts, empty = self._books.curriculum.counts(), self._section.max_empty_steps
-        logger.warning(
-            "no group of %d steps teaches: from version %d on %d solved and %d hopeless prompts "
-            "get half of the draws",
-            empty,
-            version,
-            counts["retired"],
-            counts["deferred"],
-        )
-        self._timeline("widened", time.time(), version)
 
     def _timeline(self, kind: str, start: float, version: int) -> None:
         now = time.time()

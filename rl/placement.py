@@ -95,12 +95,13 @@ def _least_counts(devices: Devices, consumers: Sequence[Consumer]) -> list[int]:
     ]
     machines = ", ".join(map(str, devices.machines[:8]))
     is_cut = sum(fewest) <= devices.count and not is_seated
+    more = "" if any(map(math.isinf, fewest)) else "more devices, or "
     raise refusal(
         wants,
         devices.count,
         "devices",
         where="placement",
-        fix="give more devices, or ones with more memory, or a smaller model",
+        fix=f"give {more}devices with more memory, or a smaller model",
         besides=f" but not side by side: machines of {machines}" * is_cut,
     )
 

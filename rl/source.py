@@ -16,6 +16,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from curation.curriculum import Curriculum
+from curation.mixture import Mixture
 from ground.records import Prompt
 
 
@@ -64,8 +65,9 @@ class Source:
         groups_per_step: int,
         max_staleness: int,
         max_refills: int,
+        mixture: Mixture | None = None,
     ) -> None:
-        self.curriculum = curriculum
+        self.curriculum, self.mixture = curriculum, mixture
         self._groups_per_step, self._max_staleness = groups_per_step, max_staleness
         self._num_slots, self._max_refills = steps * groups_per_step, max_refills
 
@@ -79,8 +81,8 @@ class Source:
             late: draws to ask again, oldest first; returned second are those that found no slot.
         """
         first, last = self._range(version)
-        counts = apportion(self.curriculum.shares(), last - first)
-        turns = _interleave(counts)
+        turns = self._turns(last - first)
+        counts = Counter(turns)
         again: dict[str, deque[Draw]] = {name: deque() for name in turns}
         left = [draw for draw in late if draw.prompt.capability not in again]
         for draw in late:
@@ -120,6 +122,16 @@ class Source:
         if late is not None:
             draws[0] = Draw(late.number, slot, 0, version, late.prompt, is_again=True)
         return draws
+
+    def _turns(self, num_slots: int) -> list[str]:
+        """Capability of each new slot: by quota in every step, or as the weights ask."""
+        shares = self.curriculum.shares()
+        if self.mixture is None:
+            return _interleave(apportion(shares, num_slots))
+        present = {name for name, share in shares.items() if share}
+        steps = range(num_slots // self._groups_per_step)
+        batches = [self.mixture.turns(self._groups_per_step, present) for _ in steps]
+        return [name for counts in batches for name in _interleave(counts)]
 
     def _range(self, version: int) -> tuple[int, int]:
         """First slot that a version opens, and the one behind the last."""

@@ -28,6 +28,7 @@ logger = logging.getLogger(__name__)
 Event = dict[str, object]
 
 _UNBORN = (State.STARTING, State.DEAD, State.RESTARTING)
+_UP = (State.STALE, State.HEALTHY, State.SUSPECT)
 
 
 class Roster:
@@ -244,11 +245,13 @@ class Roster:
             await self._load(seat, *self._weights)
 
     async def _load(self, seat: Seat, version: int, weights: object) -> None:
-        assert seat.worker
+        """Weights into a life that is up; one that ends first leaves them to the next life."""
         seconds = self._section.publish_deadline_seconds
         async with seat.loading:
             if seat.version == version:
                 return
+            if seat.worker is None or seat.state not in _UP:
+                raise InfraError(f"{seat.name} is {seat.state}", where="fleet")
             started = time.time()
             try:
                 loaded = await seat.within(

@@ -67,16 +67,16 @@ def test_77_a_widened_version_gives_half_of_its_draws_to_what_was_shut_out() -> 
     pool = [make_prompt("half", 4, 8, "logic"), make_prompt("solved", 8, 8, "sums")]
     curriculum = make_curriculum(pool, review_share=0.1)
     assert curriculum.shares() == pytest.approx({"logic": 0.9, "sums": 0.1})
-    curriculum.observe(1, [], is_wide=True)
+    curriculum.observe(1, [], wide=("logic", "sums"))
     assert curriculum.shares() == pytest.approx({"logic": 0.5, "sums": 0.5})
     again = make_curriculum(pool, review_share=0.1)
     again.load_state_dict(**json.loads(json.dumps(curriculum.state_dict())))
-    assert again.is_wide and again.shares() == curriculum.shares()
+    assert again.wide == {"logic", "sums"} and again.shares() == curriculum.shares()
     curriculum.observe(2, [])
-    assert not curriculum.is_wide
+    assert not curriculum.wide
     assert curriculum.shares() == pytest.approx({"logic": 0.9, "sums": 0.1})
     wider = make_curriculum(pool, review_share=0.7)
-    wider.observe(1, [], is_wide=True)
+    wider.observe(1, [], wide=("logic", "sums"))
     assert wider.shares() == pytest.approx({"logic": 0.3, "sums": 0.7}), "it never narrows"
 
 

@@ -215,7 +215,7 @@ def test_77_a_curriculum_that_is_widened_is_told_once_and_shown_in_the_gauges(
     widened = [event for event in events if event["kind"] == "widened"]
     assert [(event["version"], event["role"]) for event in widened] == [(3, "controller")]
     told = [record.message for record in caplog.records if "get half" in record.message]
-    assert len(told) == 1 and told[0].startswith("no group of 3 steps teaches: from version 3 on")
+    assert len(told) == 1 and told[0].startswith("no group of 3 steps in")
 
 
 def test_a_broken_and_a_refused_group_are_replaced_and_told_apart() -> None:

@@ -167,7 +167,7 @@ class WronglyMined:
             self.books.settle(draw, answered(draw, rewards, (is_mixed, False, False, False)))
         self.plans.append(self.books.plan(len(self.plans)))
         self.books.publish(len(self.plans))
-        self.is_wide.append(self.books.curriculum.is_wide)
+        self.is_wide.append(bool(self.books.curriculum.wide))
         return self.plans[-1]
 
 
@@ -210,7 +210,7 @@ def test_77_a_restart_widens_at_the_same_version_and_draws_the_same(cut: int) ->
         again.open()
     for plan in world.plans[cut:]:
         again.replay([outcome.without_group for outcome in plan.outcomes])
-    assert again.curriculum.is_wide
+    assert again.curriculum.wide
     assert again.curriculum.state_dict() == world.books.curriculum.state_dict()
     drawn = [[slot.draws for slot in books.buffer.slots()] for books in (world.books, again)]
     assert drawn[0] == drawn[1]

@@ -69,15 +69,16 @@ def test_what_cannot_fit_is_refused_at_once_with_want_and_have() -> None:
         plan(Devices.of(8, bytes_each=10 * 2**30), [learner, rollout])
     told = str(caught.value)
     assert caught.value.exit_code == 4
-    assert "they want 10 devices, there are 8" in told
+    assert "they want 10 devices, there are 8" in told and "fix: give more devices, or" in told
     assert "learner     6        1 x 1 side by side, 60.0 GiB spread over all" in told
     assert "rollout     4        1 x 4 side by side, 5.0 of 10.0 GiB on each" in told
 
 
 def test_a_device_that_is_too_small_is_no_matter_of_their_number() -> None:
     judge = Consumer("judge", 1.0, replica_bytes=11.0)
-    with pytest.raises(PlacementError, match="no number of devices would do, there are 4"):
+    with pytest.raises(PlacementError, match="no number of devices would do") as caught:
         plan(Devices.of(4, bytes_each=10.0), [judge])
+    assert caught.value.fix == "give devices with more memory, or a smaller model"
 
 
 def test_wants_within_what_is_there_pass_and_others_do_not() -> None:

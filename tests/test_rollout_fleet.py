@@ -379,6 +379,27 @@ def test_a_restarted_worker_serves_only_under_the_newest_weights() -> None:
     _run(script, scenario)
 
 
+@pytest.mark.parametrize("ticks", range(8))
+def test_3_a_worker_lost_in_the_moment_of_a_publication_loads_it_in_its_next_life(
+    ticks: int,
+) -> None:
+    """However far its burial has come when the publication asks who serves."""
+    script = Script()
+
+    async def scenario(fleet: Fleet) -> None:
+        await _begin(fleet)
+        fleet._roster.seats[0].lose("SIGKILL")
+        for _ in range(ticks):
+            await asyncio.sleep(0)
+        await fleet.publish(1, "weights 1")
+        await asyncio.sleep(0.3)
+        assert fleet.stats().states == ("healthy", "healthy")
+        assert [worker.version for worker in fleet.stats().workers] == [1, 1]
+        assert [worker.lives for worker in fleet.stats().workers] == [2, 1]
+
+    _run(script, scenario)
+
+
 def test_weights_published_during_a_refit_are_loaded_before_it_serves() -> None:
     gate = asyncio.Event()
 

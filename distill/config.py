@@ -1,0 +1,99 @@
+"""Settings of co-distillation."""
+
+from __future__ import annotations
+
+from itertools import pairwise
+from typing import Annotated, Literal, Self
+
+from pydantic import BeforeValidator, Field, model_validator
+
+from ground.config import Section
+
+
+class StaticShare(Section):
+    """The same share of the soft target from the first step to the last."""
+
+    kind: Literal["static"]
+    share: float = Field(default=0.5, ge=0, le=1)
+    """0: hard targets alone; 1: the teacher alone."""
+
+
+class ScheduleShare(Section):
+    """Warm-up, stable, decay over the steps of the run (arXiv 2410.16215)."""
+
+    kind: Literal["schedule"]
+    peak: float = Field(default=0.9, ge=0, le=1)
+    """Share of the soft target in the stable part."""
+    warmup: float = Field(default=0.1, ge=0, le=1)
+    """Part of the steps in which the share rises from 0 to the peak."""
+    decay: float = Field(default=0.3, ge=0, le=1)
+    """Part of the steps, at the end, in which it falls back to 0."""
+
+    @model_validator(mode="after")
+    def _fit_into_the_run(self) -> Self:
+        if self.warmup + self.decay > 1:
+            raise ValueError(
+                "warmup and decay together must leave the run its length, got "
+                f"{self.warmup} + {self.decay} > 1"
+            )
+        return self
+
+
+class EntropyShare(Section):
+    """More of the soft target where the teacher is unsure (arXiv 2509.01649)."""
+
+    kind: Literal["entropy"]
+    peak: float = Field(default=0.9, ge=0, le=1)
+    """Share where the teacher's distribution is uniform over the vocabulary; 0 where it is sure."""
+
+
+class AlignedShare(Section):
+    """The share of each capability follows what held-out rows say of its teacher; the default."""
+
+    kind: Literal["aligned"] = "aligned"
+    start: float = Field(default=0.7, ge=0, le=1)
+    """Share before anything was observed."""
+    rate: float = Field(default=0.2, gt=0, le=1)
+    """How far one observation moves a share at most."""
+    memory: float = Field(default=0.7, ge=0, lt=1)
+    """What an observation leaves of those before it in the averages that a share follows."""
+    trust: float = Field(default=0.3, ge=0, le=1)
+    """Added to the evidence, which is between -1 and 1, in the teacher's favour: where held-out
+    rows cannot tell, the soft target is the better one, for it carries no label noise."""
+    labels_from: float = Field(default=0.1, ge=0, le=1)
+    """How much the labels' gain counts against the teacher's in the first step; it rises to 1 in
+    the last one. 1 asks for the better of the two from the beginning."""
+    knots: tuple[float, ...] = (0.0, 1.0, 2.5)
+    """Entropies of the teacher, in nats, that have shares of their own; between them shares lie on
+    a line. A single knot keeps one share per capability."""
+    low: float = Field(default=0.02, ge=0, le=1)
+    """No share falls below this, so that the teacher is still heard when it gets better."""
+    high: float = Field(default=0.98, ge=0, le=1)
+    """No share rises above this."""
+    every: int = Field(default=10, ge=1)
+    """Steps between two observations."""
+
+    @model_validator(mode="after")
+    def _in_order(self) -> Self:
+        if not self.low <= self.start <= self.high:
+            raise ValueError(
+                f"low <= start <= high must hold, got {self.low}, {self.start}, {self.high}"
+            )
+        if not self.knots or any(a >= b for a, b in pairwise(self.knots)):
+            raise ValueError(f"knots must rise, at least one of them, got {list(self.knots)}")
+        return self
+
+
+def _full(value: object) -> object:
+    """`static` alone is the section with that kind; without a kind it is `aligned`."""
+    if isinstance(value, str):
+        return {"kind": str(value)}
+    return {"kind": "aligned", **value} if isinstance(value, dict) else value
+
+
+WeightingSection = Annotated[
+    StaticShare | ScheduleShare | EntropyShare | AlignedShare,
+    Field(discriminator="kind"),
+    BeforeValidator(_full),
+]
+"""`weighting: aligned`, or with settings: `weighting: {kind: static, share: 0.9}`."""
