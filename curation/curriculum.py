@@ -71,7 +71,7 @@ class Known:
     status: str
     """active, retired, deferred or refused."""
     share: float
-    """Of this version's draws in all, by weight; the sum over a pool is 1."""
+    """Of this version's draws in all, by weight and before quotas; the sum over a pool is 1."""
 
 
 class Curriculum:

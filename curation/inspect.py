@@ -74,7 +74,7 @@ def fates(
     Example:
         fates(judged, [0.5, 0.95]).groupby("fraction").kept.mean() → 0.5 and 0.05
     """
-    columns = ("capability", "rule", "rank")
+    columns: tuple[str, ...] = ("capability", "rule", "rank")
     values = zip(*(judged[name] for name in columns), strict=True)
     rows = [dict(zip(columns, each, strict=True)) for each in values]
     parts = []
