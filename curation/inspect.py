@@ -74,9 +74,8 @@ def fates(
     Example:
         fates(judged, [0.5, 0.95]).groupby("fraction").kept.mean() → 0.5 and 0.05
     """
-    columns: tuple[str, ...] = ("capability", "rule", "rank")
-    values = zip(*(judged[name] for name in columns), strict=True)
-    rows = [dict(zip(columns, each, strict=True)) for each in values]
+    values = zip(judged["capability"], judged["rule"], judged["rank"], strict=True)
+    rows: list[Row] = [{"capability": c, "rule": rule, "rank": rank} for c, rule, rank in values]
     parts = []
     for each in fractions:
         share = PruneSection.model_validate({"fraction": each}).share
