@@ -112,6 +112,39 @@ class OptimizerSection(Section):
     max_grad_norm: float = Field(default=1.0, gt=0)
 
 
+class LearnerSection(Section):
+    """The learner's ranks, where Ray is to start them: each is a worker of Ray Train, on this or
+    any other machine of the cluster (rl/train_ranks.py). `accelerate launch` starts ranks of its
+    own, on one machine, and has no use for this section."""
+
+    num_ranks: int = Field(default=1, ge=1)
+    """Processes that train together. 1 is a process of the supervisor's own, for which nothing is
+    reserved. Another number may be given whenever a stopped run goes on: the steps stay the
+    same."""
+    spread: Literal["ddp", "zero2", "zero3"] = "ddp"
+    """What a rank holds: the whole model (ddp), a part of gradients and moments (zero2), or a part
+    of the weights as well (zero3, DeepSpeed)."""
+    cpus_per_rank: float = Field(default=1, gt=0)
+    """What Ray reserves for a rank. Ranks without GPUs are dealt out over the machines one by one,
+    beginning with the run's own; `threads` is what each computes with."""
+    gpus_per_rank: int = Field(default=0, ge=0, le=1)
+    """1: each rank has a GPU, and a machine is filled before the next one is begun. 0: ranks
+    compute on processors, also where there are GPUs."""
+    room_seconds: float = Field(default=60.0, ge=0)
+    """How long a run that lost a machine waits until all its ranks and workers have room again;
+    then it ends with what they want and what there is."""
+
+    @property
+    def is_in_ray(self) -> bool:
+        """Whether Ray starts the ranks."""
+        return self.num_ranks > 1
+
+    @property
+    def reserved_cpus(self) -> float:
+        """Processors that Ray keeps for the ranks."""
+        return self.num_ranks * self.cpus_per_rank if self.is_in_ray else 0.0
+
+
 class ValidationSection(Section):
     """A slice of the prompts that is only looked at; picks the weights that are exported."""
 
@@ -144,6 +177,7 @@ class RlSection(Section):
     sampling: SamplingSection = SamplingSection()
     engine: EngineSection = EngineSection()
     fleet: FleetSection = FleetSection()
+    learner: LearnerSection = LearnerSection()
     advantages: AdvantageSection = BaselineAdvantages()
     loss: LossSection = AipoLoss()
     optimizer: OptimizerSection = OptimizerSection()

@@ -33,6 +33,8 @@ class Job(Section):
     systems: Systems = Systems()
     rewards: tuple[Path, ...] = ()
     """Files with the user's own reward functions."""
+    receives_weights: bool = False
+    """A rank that reads none from `model`, whose folder may not be whole here: rank 0 gives its."""
 
     @property
     def controller_name(self) -> str:

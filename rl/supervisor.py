@@ -16,9 +16,6 @@ import os
 import threading
 import time
 from collections.abc import Callable, Mapping
-from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
 
 from ground import faults, stacks
 from ground.errors import InfraError, PacktrainError, SetupError, WorkersLostError
@@ -26,16 +23,14 @@ from ground.roles import enter_role
 from rl.actors import start_controller
 from rl.cluster import cluster
 from rl.job import Job, Report
-from rl.learner_process import LearnerProcess, learner_process
+from rl.learner_process import LearnerProcess
 from rl.pool import Pool
 from rl.preflight import ClusterStartError
 from rl.processes import Reserved
 from rl.pulse import remote_pulse
+from rl.ranks import Ranks
 from rl.speaker import error_of
-from rl.watchdog import dump_stacks, stacks_folder, watched
-
-if TYPE_CHECKING:
-    from rl.hosts import Hosts
+from rl.watchdog import stacks_folder, watched
 
 _GRACE_SECONDS = 20.0
 """How long a learner may take to finish its step and save after a signal."""
@@ -53,7 +48,7 @@ def supervise(
     *,
     on_report: Callable[[Report], None],
     note: Callable[[Mapping[str, object]], None],
-    ranks: Ranks | None = None,
+    ranks: Ranks,
 ) -> dict[str, object]:
     """Run the loop to its end, over as many lives as the recipe allows; returns its facts.
 
@@ -61,7 +56,7 @@ def supervise(
         job_of_life: the job of a life, by number from 0.
         on_report: receives the learner's reports.
         note: receives an event for the timeline.
-        ranks: what a launcher said; by default there is one learner.
+        ranks: who starts the learner, or those of all ranks.
 
     Raises:
         WorkersLostError: the last allowed life was lost as well.
@@ -82,7 +77,7 @@ def supervise(
         job = job_of_life(life)
         try:
             faults.point("life.begin")
-            return _live(job, pool, ours, hear, ranks or Ranks())
+            return _live(job, pool, ours, hear, ranks)
         except InfraError as error:
             faults.point("sweep")
             ours.sweep()
@@ -94,29 +89,6 @@ def supervise(
                 | {"cause": error.what}
             )
             life += 1
-
-
-@dataclass(frozen=True, slots=True)
-class Ranks:
-    """The learner's ranks, where a launcher started us.
-
-    Example:
-        Ranks({"RANK": "0", "WORLD_SIZE": "2", …}, hosts)
-    """
-
-    environment: Mapping[str, str] = field(default_factory=dict)
-    """By which the launcher made us rank 0, for our learner."""
-    hosts: Hosts | None = None
-    """Those of the other ranks, where there are any."""
-
-    def life(self, job: Job, learner: LearnerProcess) -> AbstractContextManager[None]:
-        """The other ranks' learners, as long as this lasts."""
-        return self.hosts.life(job, learner.give_up) if self.hosts else nullcontext()
-
-    def require_all(self) -> None:
-        """See `Hosts.require_all`."""
-        if self.hosts:
-            self.hosts.require_all()
 
 
 class Budget:
@@ -167,17 +139,16 @@ class Budget:
 def _live(
     job: Job, pool: Pool, ours: Reserved, on_report: Callable[[Report], None], ranks: Ranks
 ) -> dict[str, object]:
-    with (
-        learner_process(job, lambda: dump_stacks(job), ranks.environment) as learner,
-        ranks.life(job, learner),
-        cluster(
-            ours.folder,
-            job.section.fleet,
-            job.section.engine,
-            job.model,
-            namespace=job.namespace,
-        ) as address,
-    ):
+    joined = cluster(
+        ours.folder,
+        job.section.fleet,
+        job.section.engine,
+        job.model,
+        learner=job.section.learner,
+        namespace=job.namespace,
+        is_first=job.incarnation == 0,
+    )
+    with ranks.begun(job, joined) as (learner, address):
         controller = start_controller(job, pool)
         with watched(job, remote_pulse(controller, job.incarnation), learner):
             learner.tell(address)

@@ -1,0 +1,124 @@
+"""The learner's ranks as workers of Ray Train: same numbers, and what is lost with one of them."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+import psutil
+import pytest
+from launching import needs_deepspeed
+from ray_jobs import HIDDEN, Job, project
+from ray_nodes import Nodes, two_nodes
+from rl_runs import RL, Run, nothing_left, wait_until
+
+from ground.checkpoints import Checkpoints, step_of
+from ground.metrics import read_metrics
+from rl.train_ranks import interface_of
+
+STEPS = 6
+ONE: dict[str, object] = RL | {
+    "steps": STEPS,
+    "max_staleness": 0,
+    "fleet": {"spare": False, "cpus_per_worker": 0.25, "backoff_seconds": 0.1},
+}
+NUMBERS = ("loss", "grad_norm", "reward", "entropy", "ess_applied", "staleness_mean")
+SAME = 1e-6
+
+
+def two(spread: str = "ddp", **more: object) -> dict[str, object]:
+    """The same on two ranks, of which a node with one processor holds one."""
+    return ONE | {"learner": {"num_ranks": 2, "cpus_per_rank": 0.6, "spread": spread, **more}}
+
+
+def numbers(stage: Path) -> list[list[float]]:
+    records = [r for r in read_metrics(stage / "metrics.jsonl") if "loss" in r]
+    assert [record["step"] for record in records] == list(range(1, STEPS + 1))
+    return [[float(str(record[name])) for name in NUMBERS] for record in records]
+
+
+def test_ranks_speak_over_the_network_that_ray_speaks_over() -> None:
+    addresses = {"lo": ["127.0.0.1"], "eth0": ["172.17.0.2"], "ib0": ["fe80::1", "10.0.0.7"]}
+    assert interface_of("10.0.0.7", addresses) == "ib0"
+    assert interface_of("10.0.0.8", addresses) == ""
+
+
+@pytest.fixture(scope="module")
+def alone(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> list[list[float]]:
+    """The numbers of one process."""
+    folder = tmp_path_factory.mktemp("alone")
+    with nothing_left(Run(folder, tiny_model, rl=ONE)) as run:
+        output = run.finish()
+        assert run.process.returncode == 0, output
+    return numbers(run.stage)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+@needs_deepspeed
+def test_a_run_on_two_ranks_is_stopped_and_goes_on_in_one_process_with_the_same_numbers(
+    tmp_path: Path, tiny_model: Path, alone: list[list[float]]
+) -> None:
+    with nothing_left(Run(tmp_path, tiny_model, rl=two("zero2", cpus_per_rank=0.5))) as run:
+        run.wait_for_step(2)
+        run.process.terminate()
+        output = run.finish()
+        assert "continue it with --resume" in output, output
+        *_, latest = Checkpoints(run.stage / "checkpoints").steps()
+        assert step_of(latest) == run.version < STEPS
+        recipe = run.directory / "recipe.yaml"
+        recipe.write_text(json.dumps(json.loads(recipe.read_text()) | {"rl": ONE}))
+        run.start("--resume")
+        output = run.finish()
+        assert run.process.returncode == 0, output
+    for got, want in zip(numbers(run.stage), alone, strict=True):
+        assert got == pytest.approx(want, rel=SAME, abs=SAME)
+    assert (tmp_path / "run" / "log" / "rl.learner.rank1.log").is_file()
+
+
+@pytest.fixture
+def nodes(tmp_path: Path) -> Iterator[Nodes]:
+    """Two nodes, of which the second sees nothing of the test's files and of our code."""
+    with two_nodes(hidden=[tmp_path, *HIDDEN]) as nodes:
+        yield nodes
+
+
+def second_rank(nodes: Nodes) -> psutil.Process:
+    """Rank 1's learner, on the second node."""
+    assert nodes.other
+    (found,) = [
+        each
+        for each in psutil.Process(nodes.other.pid).children(recursive=True)
+        if "rl.learn" in each.cmdline()
+    ]
+    assert found.environ()["RANK"] == "1"
+    return found
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_a_rank_on_another_node_is_lost_then_its_node_and_the_numbers_stay_those_of_one_process(
+    tmp_path: Path, tiny_model: Path, nodes: Nodes, alone: list[list[float]]
+) -> None:
+    shutil.copytree(tiny_model, tmp_path / "model")
+    work = project(tmp_path / "work", tmp_path / "model", two(room_seconds=1))
+    job = Job(work, tmp_path / "runs" / "toy")
+    process = job.submit(nodes)
+    wait_until(lambda: job.version >= 2, 240, "step 2", process)
+    second_rank(nodes).kill()
+    wait_until(lambda: len(job.events("restart")) == 1, 60, "the next life", process)
+    wait_until(lambda: job.version >= 4, 240, "step 4", process)
+    assert nodes.other
+    nodes.end(nodes.other)
+    output, _ = process.communicate(timeout=300)
+    assert "the models must fit: they want 3 places, there are 2" in output, output
+    nodes.join()
+    nodes.wait_for_other()
+    process = job.submit(nodes, "--resume")
+    output, _ = process.communicate(timeout=300)
+    assert process.returncode == 0, output + nodes.logs()
+    job.check_finished(STEPS)
+    for got, want in zip(numbers(job.stage), alone, strict=True):
+        assert got == pytest.approx(want, rel=SAME, abs=SAME)
