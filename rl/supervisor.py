@@ -4,8 +4,9 @@
                                                   └── killed, or the controller gone ─▶ life n + 1
 
 Learner, controller, fleet and Ray itself live and end together: whichever of them is killed, the
-next life starts all of them from the same cut. (A single rollout worker is the fleet's business and
-ends nothing.) What the learner could not know better than us is not tried again: a recipe, data or
+next life starts all of them from the same cut, and so does one that has another number of ranks
+(rl/share.py), from a cut made for it. (A single rollout worker is the fleet's business and ends
+nothing.) What the learner could not know better than us is not tried again: a recipe, data or
 divergence error, a fleet that is lost, or a defect of ours ends the stage at once.
 """
 
@@ -29,6 +30,7 @@ from rl.preflight import ClusterStartError
 from rl.processes import Reserved
 from rl.pulse import remote_pulse
 from rl.ranks import Ranks
+from rl.share import Share, Split
 from rl.speaker import error_of
 from rl.watchdog import stacks_folder, watched
 
@@ -72,12 +74,19 @@ def supervise(
         budget.see(report)
         on_report(report)
 
-    life = 0
+    life, recipe, split = 0, job.section, None
     while True:
         job = job_of_life(life)
+        if split:
+            job = job.model_copy(update={"section": split.applied(recipe)})
+        share = Share(recipe, job.section.learner.num_ranks)
         try:
             faults.point("life.begin")
-            return _live(job, pool, ours, hear, ranks)
+            return _live(job, pool, ours, hear, ranks, share)
+        except AnotherSplit as wish:
+            ours.sweep()
+            split, life = wish.split, life + 1
+            note(_shared_out(job.section.learner.num_ranks, wish.split))
         except InfraError as error:
             faults.point("sweep")
             ours.sweep()
@@ -89,6 +98,22 @@ def supervise(
                 | {"cause": error.what}
             )
             life += 1
+
+
+class AnotherSplit(Exception):
+    """A life has ended at a cut, so that the next one has another number of ranks."""
+
+    def __init__(self, split: Split) -> None:
+        super().__init__(split)
+        self.split = split
+
+
+def _shared_out(before: int, split: Split) -> dict[str, object]:
+    """What is told of it."""
+    now, cause = time.time(), f"from {before} to {split.ranks} learner ranks"
+    logger.info("the devices are shared out anew: %s, workers: %d", cause, split.workers)
+    event = {"time": now, "kind": "share", "role": "supervisor", "start": now, "end": now}
+    return {**event, "cause": cause, "ranks": split.ranks, "workers": split.workers}
 
 
 class Budget:
@@ -137,7 +162,12 @@ class Budget:
 
 
 def _live(
-    job: Job, pool: Pool, ours: Reserved, on_report: Callable[[Report], None], ranks: Ranks
+    job: Job,
+    pool: Pool,
+    ours: Reserved,
+    on_report: Callable[[Report], None],
+    ranks: Ranks,
+    share: Share,
 ) -> dict[str, object]:
     joined = cluster(
         ours.folder,
@@ -152,17 +182,29 @@ def _live(
         controller = start_controller(job, pool)
         with watched(job, remote_pulse(controller, job.incarnation), learner):
             learner.tell(address)
-            facts = _follow(learner, on_report, ranks)
+            facts = _follow(learner, on_report, ranks, share)
         del controller  # its only handle: the actor lives as long as we hold it
     return facts
 
 
 def _follow(
-    learner: LearnerProcess, on_report: Callable[[Report], None], ranks: Ranks
+    learner: LearnerProcess, on_report: Callable[[Report], None], ranks: Ranks, share: Share
 ) -> dict[str, object]:
-    """Pass reports on until the learner is done; when we are interrupted, let it save first."""
+    """Pass reports on until the learner is done; when we are interrupted, let it save first.
+
+    Raises:
+        AnotherSplit: the learner was asked to save and leave, and has done so.
+    """
+    wishes: list[Split] = []
+
+    def hear(report: Report) -> None:
+        on_report(report)
+        if not wishes and report.kind == "step" and (s := share.see(report.step, report.numbers)):
+            wishes.append(s)
+            learner.ask_to_stop()
+
     try:
-        return _read_reports(learner, on_report)
+        facts = _read_reports(learner, hear)
     except KeyboardInterrupt:
         learner.ask_to_stop()
         killer = threading.Timer(_GRACE_SECONDS, learner.close)
@@ -175,6 +217,9 @@ def _follow(
             killer.cancel()
         ranks.require_all()
         raise
+    if wishes and not facts:
+        raise AnotherSplit(wishes[0])
+    return facts
 
 
 def _read_reports(

@@ -92,6 +92,11 @@ class _Order:
         given = variables_of(launch, self.host, self.port, attempt=self.life) | _transport()
         return {**given, _DEVICES: devices if self.has_gpus else ""}
 
+    def of_leader(self, devices: str) -> dict[str, str]:
+        """The same for rank 0; alone it is a process like any other."""
+        given = self.environment(0, devices)
+        return given if self.launch.num_ranks > 1 else {_DEVICES: given[_DEVICES]}
+
 
 class TrainRanks:
     """See `rl.ranks.Ranks`.
@@ -114,7 +119,7 @@ class TrainRanks:
         with joined as address, _held(job) as (roll, order):
             try:
                 with self._group(job, order, roll) as group, Hosts(roll, _rank_lost) as hosts:
-                    given = order.environment(0, group.devices())
+                    given = order.of_leader(group.devices())
                     with (
                         learner_process(job, lambda: dump_stacks(job), given) as learner,
                         group.followed(learner),
@@ -220,10 +225,14 @@ def work(settings: dict[str, object]) -> None:
     unpacked = order.luggage.unpack()
     try:
         with own_folder() as folder:
-            own = {"model": unpacked.model, "receives_weights": True}
-            own |= {"directory": folder, "log_directory": folder}
+
+            def at_home(job: Job) -> Job:
+                own = {"model": unpacked.model, "receives_weights": True}
+                own |= {"directory": folder, "log_directory": folder}
+                return job.model_copy(update=own | {"logs_end_in": job.log_directory})
+
             try:
-                host_life(roll, order.life, lambda job: job.model_copy(update=own), environment)
+                host_life(roll, order.life, at_home, environment)
             finally:
                 roll.tell(_logs(order.life, rank), json.dumps(_ends_of_files(folder)))
     finally:
