@@ -4,8 +4,12 @@
 
 The fleet is resized while it works (rl/balance.py). A rank more or less is another group of
 processes and so another life, from a cut that is made for it: that costs what a start costs. So it
-is done where the planner's split (rl/placement.py) of the same devices makes a sample cheaper by
-more than a band, and not before the speeds of the present one are settled.
+is done where another split of the same devices makes a sample cheaper by more than a band, and not
+before the speeds of the present one are settled.
+
+The split is the planner's (rl/placement.py, to which tests/test_rl_share.py holds it). With two
+sides there are no more splits than ranks, so all are tried, and each by what is known of it: so
+many ranks cost together what they did when they were there, or else their part of what one costs.
 """
 
 from __future__ import annotations
@@ -14,23 +18,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from rl.config import RlSection
-from rl.placement import plan
-from rl.room import Consumer, Devices
 from rl.speeds import BAND, WINDOW
-
-_LEARNER, _ROLLOUT = "learner", "rollout"
-
-
-@dataclass(frozen=True, slots=True)
-class Costs:
-    """Seconds of a sample: of the learner if it had one rank, of one worker.
-
-    Example:
-        Costs(learner=0.12, rollout=0.04)
-    """
-
-    learner: float
-    rollout: float
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,78 +32,83 @@ class Split:
     ranks: int
     workers: int
 
-    def seconds(self, costs: Costs, *, overlaps: bool) -> float:
-        """Of a sample, side by side or in turns."""
-        paces = costs.learner / self.ranks, costs.rollout / self.workers
-        return (max if overlaps else sum)(paces)
-
     def applied(self, section: RlSection) -> RlSection:
-        """The recipe's section for a life with this split; the fleet keeps to what is left."""
+        """The recipe's section for a life with this split; the fleet shrinks from there."""
         learner = section.learner.model_copy(update={"num_ranks": self.ranks})
-        left = (_devices(section) - self.ranks) // section.engine.tensor_parallel
-        most = max(min(left, section.fleet.most_workers), self.workers)
-        fleet = {"num_workers": self.workers, "max_workers": most}
-        return section.model_copy(
-            update={"learner": learner, "fleet": section.fleet.model_copy(update=fleet)}
-        )
+        workers = {"num_workers": self.workers, "max_workers": self.workers}
+        fleet = section.fleet.model_copy(update=workers)
+        return section.model_copy(update={"learner": learner, "fleet": fleet})
 
 
-def best_split(now: Split, costs: Costs, section: RlSection) -> Split:
-    """The planner's split of the recipe's devices; the present one unless that pays.
+def splits(section: RlSection) -> list[Split]:
+    """All that the recipe's devices and bounds allow, each with as many workers as are left.
 
     Example:
-        recipe: 1 rank and 3 workers at most; 1 of each works, costs 0.12 and 0.04
-        → 3 ranks and 1 worker, 0.04 s a sample instead of 0.12
+        1 rank and at most 3 workers, at most 3 ranks → (1, 3), (2, 2), (3, 1)
     """
-    overlaps, width = section.max_staleness > 0, section.engine.tensor_parallel
-    fleet, learner = section.fleet, section.learner
-    placement = plan(
-        Devices((_devices(section),)),
-        [
-            Consumer(_LEARNER, costs.learner, least=learner.min_ranks, most=learner.max_ranks),
-            Consumer(
-                _ROLLOUT,
-                costs.rollout * width,
-                width,
-                least=fleet.min_workers,
-                most=fleet.most_workers,
-            ),
-        ],
-        overlaps=overlaps,
-    )
-    found = Split(placement.devices[_LEARNER], placement.devices[_ROLLOUT] // width)
-    share = found.seconds(costs, overlaps=overlaps) / now.seconds(costs, overlaps=overlaps)
-    return found if share < 1 - BAND else now
+    learner, fleet, width = section.learner, section.fleet, section.engine.tensor_parallel
+    devices = learner.num_ranks + fleet.most_workers * width
+    most = learner.num_ranks if learner.max_ranks is None else learner.max_ranks
+    found = [
+        Split(ranks, min((devices - ranks) // width, fleet.most_workers))
+        for ranks in range(learner.min_ranks, most + 1)
+    ]
+    return [split for split in found if split.workers >= fleet.min_workers]
+
+
+def best_split(
+    now: Split, learner: Mapping[int, float], rollout: float, section: RlSection
+) -> Split:
+    """The split with the cheapest sample; the present one unless another is so by more than a band.
+
+    Args:
+        learner: seconds of a sample by number of ranks, the present one among them.
+        rollout: seconds of a sample if there were one worker.
+
+    Example:
+        of (1, 3), (2, 2), (3, 1); now one each, {1: 0.12}, 0.04 → (3, 1): 0.04 instead of 0.12
+    """
+    alone = learner[now.ranks] * now.ranks
+
+    def seconds(split: Split) -> float:
+        paces = learner.get(split.ranks, alone / split.ranks), rollout / split.workers
+        return max(paces) if section.max_staleness else sum(paces)
+
+    best = min(splits(section), key=lambda split: (seconds(split), abs(split.ranks - now.ranks)))
+    return best if seconds(best) < seconds(now) * (1 - BAND) else now
 
 
 class Share:
-    """Follows a life's reports.
+    """Follows the reports of one life after another.
 
     Example:
-        Share(recipe, ranks=1).see(10, {"learner_seconds_per_sample": 0.12, …}) → Split(3, 1)
+        share = Share(recipe)
+        share.begin(ranks=1);  share.see(10, {"learner_seconds_per_sample": 0.12, …}) → Split(3, 1)
 
     Args:
-        section: the recipe's, whatever this life has of it.
-        ranks: of this life.
+        section: the recipe's, whatever a life has of it.
     """
 
-    def __init__(self, section: RlSection, ranks: int) -> None:
-        self._section, self._ranks, self._seen = section, ranks, 0
+    def __init__(self, section: RlSection) -> None:
+        self._section = section
+        self._ranks, self._seen = section.learner.num_ranks, 0
+        self._learner: dict[int, float] = {}
+
+    def begin(self, ranks: int) -> None:
+        """A life with so many ranks begins."""
+        self._ranks, self._seen = ranks, 0
 
     def see(self, step: int, numbers: Mapping[str, float]) -> Split | None:
         """A step's numbers; returns another split than the present one at a cut's step, or None."""
-        learner, rollout = (numbers.get(f"{n}_seconds_per_sample") for n in (_LEARNER, _ROLLOUT))
+        learner = numbers.get("learner_seconds_per_sample")
+        rollout = numbers.get("rollout_seconds_per_sample")
         if self._section.learner.max_ranks is None or not learner or not rollout:
             return None
         self._seen += 1
-        if self._seen <= WINDOW // 2 or step % self._section.checkpoint_every:
+        is_last = step == self._section.steps
+        if self._seen <= WINDOW // 2 or is_last or step % self._section.checkpoint_every:
             return None
+        self._learner[self._ranks] = learner
         now = Split(self._ranks, max(round(numbers["workers"]), 1))
-        split = best_split(now, Costs(learner * self._ranks, rollout), self._section)
-        return split if split.ranks != now.ranks and step < self._section.steps else None
-
-
-def _devices(section: RlSection) -> int:
-    """All that the recipe gives to both: a rank's device is as good as a worker's."""
-    workers = section.fleet.most_workers * section.engine.tensor_parallel
-    return section.learner.num_ranks + workers
+        split = best_split(now, self._learner, rollout, self._section)
+        return split if split.ranks != now.ranks else None

@@ -75,11 +75,12 @@ def supervise(
         on_report(report)
 
     life, recipe, split = 0, job.section, None
+    share = Share(recipe)
     while True:
         job = job_of_life(life)
         if split:
             job = job.model_copy(update={"section": split.applied(recipe)})
-        share = Share(recipe, job.section.learner.num_ranks)
+        share.begin(job.section.learner.num_ranks)
         try:
             faults.point("life.begin")
             return _live(job, pool, ours, hear, ranks, share)

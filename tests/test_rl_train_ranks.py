@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 
 import psutil
@@ -66,7 +67,7 @@ def test_the_learner_s_share_changes_at_cuts_by_advice_and_by_hand_and_the_numbe
     tmp_path: Path, tiny_model: Path, alone: list[list[float]]
 ) -> None:
     """One rank → two of ZeRO, because its passes are slow → stopped → one process."""
-    slow = Faults(tmp_path / "faults").at("learner*", "step.forward").do(delay(0.7), times=300)
+    slow = Faults(tmp_path).at("learner*", "step.forward").do(delay(0.7), times=300)
     even = {"num_workers": 1, "max_workers": 2, "cpus_per_worker": 0.5, "spare": False}
     bounds = {"max_ranks": 2, "cpus_per_rank": 0.5, "spread": "zero2"}
     rl = ONE | {"fleet": even, "learner": bounds}
@@ -97,6 +98,17 @@ def nodes(tmp_path: Path) -> Iterator[Nodes]:
         yield nodes
 
 
+def titles(nodes: Nodes) -> str:
+    """What runs on both nodes; Ray's actors have their class as their title."""
+    found = list[str]()
+    for node in (nodes.head, nodes.other):
+        assert node
+        for process in psutil.Process(node.pid).children(recursive=True):
+            with suppress(psutil.Error):
+                found += process.cmdline()[:1]
+    return " ".join(found)
+
+
 def second_rank(nodes: Nodes) -> psutil.Process:
     """Rank 1's learner, on the second node."""
     assert nodes.other
@@ -119,6 +131,10 @@ def test_a_rank_on_another_node_is_lost_then_its_node_and_the_numbers_stay_those
     job = Job(work, tmp_path / "runs" / "toy")
     process = job.submit(nodes)
     wait_until(lambda: job.version >= 2, 240, "step 2", process)
+    running = titles(nodes)
+    assert running.count("ray::RayTrainWorker") == 2
+    for helper in ("Coordinator", "Cleaner", "DatasetManager", "Preemption"):
+        assert helper not in running, "others share it, or it outlives us (rl/ray_train.py)"
     second_rank(nodes).kill()
     wait_until(lambda: len(job.events("restart")) == 1, 60, "the next life", process)
     wait_until(lambda: job.version >= 4, 240, "step 4", process)
