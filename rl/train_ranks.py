@@ -5,8 +5,8 @@
                                                      └▶ others: hosts (rl/hosts.py), each runs its
                                                         rank's learner ─▶ over ─▶ all leave
 
-Ray Train finds the places, starts a worker in each, and says within a second that one is gone, also
-with its machine. The rest stays ours. Its failure handling is switched off (a lost rank costs the
+Ray Train starts a worker in each place and looks twice a second whether it is still there, and its
+machine. The rest stays ours. Its failure handling is switched off (a lost rank costs the
 life of all of them, and rl/supervisor.py decides on the next), it is given no checkpoint (the cut
 is rank 0's, rl/snapshot.py, under the run's own commit protocol; Ray Train's store would have to be
 seen by every machine), and it makes no process group: learners are processes of their own below
@@ -206,7 +206,7 @@ class _Group:
             self._trainer.fit()
         except Exception as error:  # Ray Train's own, and whatever Ray says when we leave first
             with self._lock:
-                self._error = _ours(error)
+                self._error = own_error(error)
                 if self._tell:
                     self._tell(self._error)
 
@@ -289,7 +289,7 @@ def _rank_lost(rank: int, seconds: float) -> PacktrainError:
     )
 
 
-def _ours(error: Exception) -> PacktrainError:
+def own_error(error: Exception) -> PacktrainError:
     """Ray Train's failure as one of ours: an attempt that was lost."""
     why = (str(error).strip().splitlines() or [""])[-1][:300]
     if isinstance(error, ControllerError):
