@@ -29,8 +29,10 @@ ONE: dict[str, object] = RL | {
     "max_staleness": 0,
     "groups_per_step": 2,
     "micro_batch_tokens": 1,
+    "loss": {"kind": "aipo", "reference_kl": 0.1},
     "fleet": {"spare": False, "cpus_per_worker": 0.25, "backoff_seconds": 0.1},
 }
+"""The reference is the stage's first model: a rank that read others' weights would show."""
 NUMBERS = ("loss", "grad_norm", "reward", "entropy", "ess_applied", "staleness_mean")
 SAME = 1e-6
 BUSY = 600
