@@ -24,6 +24,7 @@ OPERATIONAL = frozenset(
             "spare",
             "reward_processes",
         ),
+        "learner",
         *("max_restarts", "max_attempts", "backoff_seconds", "start_deadline_seconds"),
         *("rollout_deadline_seconds", "publish_deadline_seconds", "step_deadline_seconds"),
         *("ping_every_seconds", "ping_deadline_seconds", "suspect_after_seconds"),

@@ -98,6 +98,29 @@ def of_launcher(environment: Mapping[str, str]) -> dict[str, str]:
     return given | {HELD: str(True)} if "RANK" in given else given
 
 
+def variables_of(launch: Launch, host: str, port: int, *, attempt: int = 0) -> dict[str, str]:
+    """The variables by which a process becomes that rank; `launch_of` reads them.
+
+    Every rank sees its own device alone, which is number 0 to it.
+
+    Args:
+        host, port: of the ranks' store, which a process holds that is none of the ranks.
+    """
+    given = {
+        "MASTER_ADDR": host,
+        "MASTER_PORT": str(port),
+        "RANK": str(launch.rank),
+        "LOCAL_RANK": "0",
+        "WORLD_SIZE": str(launch.num_ranks),
+        "TORCHELASTIC_RESTART_COUNT": str(attempt),
+        HELD: str(True),
+    }
+    if launch.is_zero:
+        given |= {"ACCELERATE_USE_DEEPSPEED": "true", "ACCELERATE_DEEPSPEED_ZERO3_INIT": "false"}
+        given |= {"ACCELERATE_DEEPSPEED_ZERO_STAGE": launch.kind.removeprefix("zero")}
+    return given
+
+
 def _is_of_launcher(name: str) -> bool:
     return name in _OF_RANKS or name.startswith(_PREFIXES)
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 import importlib.util
 import os
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
 from typing import Literal, TypeVar, cast
@@ -93,6 +93,14 @@ class Ranks:
         with lost_ranks(self.launch, "hear from rank 0", self.seconds):
             dist.broadcast_object_list(box)
         return cast(Value, box[0])
+
+    def give(self, tensors: Iterable[torch.Tensor]) -> None:
+        """Make every other rank's tensors those of rank 0, in place."""
+        if self.num_ranks == 1:
+            return
+        with lost_ranks(self.launch, "have rank 0's weights", self.seconds):
+            for tensor in tensors:
+                dist.broadcast(tensor, 0)
 
     def check(self, num_ranks: int, module: nn.Module | None = None) -> None:
         """Compare what the launcher asked for with what came of it.

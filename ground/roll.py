@@ -35,8 +35,11 @@ class Roll:
     def __init__(self, environment: Mapping[str, str]) -> None:
         self.launch: Launch = launch_of(environment)
         attempt = environment.get("TORCHELASTIC_RESTART_COUNT", "0")
+        connected = self._connected(environment)
+        self.port = connected.port
+        """Where the others find the store, also where any free port was asked for (0)."""
         # What ranks of an earlier attempt have told is not for those of this one.
-        self.store = PrefixStore(f"attempt/{attempt}", self._connected(environment))
+        self.store = PrefixStore(f"attempt/{attempt}", connected)
 
     def _connected(self, environment: Mapping[str, str]) -> TCPStore:
         """The launcher's store, or rank 0's own where the launcher holds none.

@@ -157,8 +157,8 @@ def assumption_lines(shape: ModelShape, device: Device, tokens_given: bool) -> I
         )
     if device.name != "cpu":
         yield (
-            "not built yet: learner ranks on several machines, recomputed activations, BF16 in the "
-            "learner (on one machine it has ranks: --accelerate, DDP or ZeRO)"
+            "not built yet: recomputed activations, BF16 in the learner (ranks it has: rl.learner "
+            "on the machines of a Ray cluster, or --accelerate on one; DDP or ZeRO)"
         )
 
 

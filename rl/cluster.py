@@ -18,9 +18,11 @@ from ground import faults, stacks
 from ground.disk import require_space
 from ground.errors import SetupError
 from ground.signals import install_signals
+from rl.config import LearnerSection
 from rl.preflight import ClusterStartError, check_cluster, must_answer
 from rl.processes import MARK, cluster_address
-from rl.room import Want, require_places, require_room
+from rl.room import Want, require_places, require_room, wait_for_room
+from rl.seats import Machine
 from rollout.bundle import bundle_of
 from rollout.config import EngineSection, FleetSection
 
@@ -44,13 +46,17 @@ def cluster(
     engine: EngineSection,
     model: Path,
     *,
+    learner: LearnerSection | None = None,
     namespace: str = NAMESPACE,
+    is_first: bool = True,
 ) -> AbstractContextManager[str]:
     """Join or start Ray; the body gets its address.
 
     Args:
         folder: for the files of a cluster of our own.
         model: folder of the weights that will be handed over; decides the object store's size.
+        learner: how its ranks are started; by default Ray has nothing to do with them.
+        is_first: whether there is no reason to wait for a machine that was lost.
 
     Raises:
         PlacementError: the machines have no room for all workers; Ray would wait for ever.
@@ -58,10 +64,11 @@ def cluster(
             (rl/preflight.py).
         ClusterStartError: Ray does not come up, or does not answer.
     """
-    address = cluster_address()
+    address, learner = cluster_address(), learner or LearnerSection()
     if address:
-        return _joined(address, fleet, engine, namespace)
-    return _started(folder, fleet, model, namespace)
+        seconds = 0.0 if is_first else learner.room_seconds
+        return _joined(address, fleet, engine, namespace, seconds)
+    return _started(folder, fleet, model, namespace, learner)
 
 
 def system_config() -> dict[str, object]:
@@ -73,14 +80,16 @@ def system_config() -> dict[str, object]:
 
 
 @contextmanager
-def _started(folder: Path, fleet: FleetSection, model: Path, namespace: str) -> Iterator[str]:
+def _started(
+    folder: Path, fleet: FleetSection, model: Path, namespace: str, learner: LearnerSection
+) -> Iterator[str]:
     """A cluster on this machine: token authentication, no dashboard, files in `folder`.
 
     The machine need not have the processors of a spare worker.
     """
-    num_cpus = fleet.most_workers * fleet.cpus_per_worker
+    num_cpus = fleet.most_workers * fleet.cpus_per_worker + learner.reserved_cpus
     num_spare_cpus = fleet.spare * fleet.cpus_per_worker
-    _require_processors(num_cpus, os.cpu_count() or 1)
+    _require_processors(fleet, learner, os.cpu_count() or 1)
     with _connected(
         "Ray must come up on this machine",
         address="local",
@@ -96,9 +105,15 @@ def _started(folder: Path, fleet: FleetSection, model: Path, namespace: str) -> 
 
 @contextmanager
 def _joined(
-    address: str, fleet: FleetSection, engine: EngineSection, namespace: str
+    address: str, fleet: FleetSection, engine: EngineSection, namespace: str, seconds: float
 ) -> Iterator[str]:
     """Somebody's cluster; ours in it are the actors alone, which leave with us."""
+
+    def require() -> None:
+        nodes = [machine.resources for machine in machines()]
+        bundle = bundle_of(engine, fleet.cpus_per_worker, nodes)
+        require_places(fleet.most_workers, bundle, nodes, fix=_FEWER)
+
     check_cluster(address)
     carried = {name: os.environ[name] for name in _TRAVELS if name in os.environ}
     with _connected(
@@ -107,10 +122,15 @@ def _joined(
         namespace=namespace,
         runtime_env={"env_vars": carried},
     ):
-        nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
-        bundle = bundle_of(engine, fleet.cpus_per_worker, nodes)
-        require_places(fleet.most_workers, bundle, nodes, fix=_FEWER)
+        wait_for_room(require, seconds)
         yield ray.get_runtime_context().gcs_address
+
+
+def machines() -> list[Machine]:
+    """The living machines of the cluster that we are in, our own first."""
+    own = ray.get_runtime_context().get_node_id()
+    found = [Machine(n["NodeID"], n["Resources"]) for n in ray.nodes() if n["Alive"]]
+    return sorted(found, key=lambda machine: machine.id != own)
 
 
 @contextmanager
@@ -132,14 +152,14 @@ def _connected(purpose: str, **settings: object) -> Iterator[None]:
         install_signals()
 
 
-def _require_processors(wanted: float, have: float) -> None:
-    require_room(
-        [Want("rollout workers", wanted, "rl.fleet: workers x cpus_per_worker")],
-        have,
-        "processors",
-        where="rl.fleet",
-        fix="lower rl.fleet.num_workers or rl.fleet.cpus_per_worker",
-    )
+def _require_processors(fleet: FleetSection, learner: LearnerSection, have: float) -> None:
+    workers = fleet.most_workers * fleet.cpus_per_worker
+    wants = [Want("rollout workers", workers, "rl.fleet: workers x cpus_per_worker")]
+    fix = "lower rl.fleet.num_workers or rl.fleet.cpus_per_worker"
+    if ranks := learner.reserved_cpus:
+        wants.append(Want("learner ranks", ranks, "rl.learner: num_ranks x cpus_per_rank"))
+        fix += ", rl.learner.num_ranks or rl.learner.cpus_per_rank"
+    require_room(wants, have, "processors", where="rl.fleet", fix=fix)
 
 
 def _store_bytes(model: Path) -> int:

@@ -112,6 +112,59 @@ class OptimizerSection(Section):
     max_grad_norm: float = Field(default=1.0, gt=0)
 
 
+class LearnerSection(Section):
+    """The learner's ranks, where Ray is to start them: each is a worker of Ray Train, on this or
+    any other machine of the cluster (rl/train_ranks.py). `accelerate launch` starts ranks of its
+    own, on one machine, and has no use for this section."""
+
+    num_ranks: int = Field(default=1, ge=1)
+    """Processes that train together. 1 is a process of the supervisor's own, for which nothing is
+    reserved. Another number may be given whenever a stopped run goes on: the steps stay the
+    same."""
+    max_ranks: int | None = Field(default=None, ge=1)
+    """The learner goes up to this and down to `min_ranks`, at a cut, when another split of the same
+    devices between it and the fleet would be faster by more than a band (rl/share.py); left out,
+    it keeps `num_ranks`. Needs `fleet.max_workers`: what one gets the other gives."""
+    min_ranks: int = Field(default=1, ge=1)
+    """See `max_ranks`."""
+    spread: Literal["ddp", "zero2", "zero3"] = "ddp"
+    """What a rank holds: the whole model (ddp), a part of gradients and moments (zero2), or a part
+    of the weights as well (zero3, DeepSpeed)."""
+    cpus_per_rank: float = Field(default=1, gt=0)
+    """What Ray reserves for a rank. Ranks without GPUs are dealt out over the machines one by one,
+    beginning with the run's own; `threads` is what each computes with."""
+    gpus_per_rank: int = Field(default=0, ge=0, le=1)
+    """1: each rank has a GPU, and a machine is filled before the next one is begun. 0: ranks
+    compute on processors, also where there are GPUs."""
+    room_seconds: float = Field(default=60.0, ge=0)
+    """How long a run that lost a machine waits until all its ranks and workers have room again;
+    then it ends with what they want and what there is."""
+
+    @property
+    def is_in_ray(self) -> bool:
+        """Whether Ray starts the ranks."""
+        return max(self.num_ranks, self.max_ranks or 1) > 1
+
+    @property
+    def reserved_cpus(self) -> float:
+        """Processors that Ray keeps for the ranks."""
+        return self.num_ranks * self.cpus_per_rank if self.is_in_ray else 0.0
+
+    @model_validator(mode="after")
+    def _begins_within_its_bounds(self) -> Self:
+        if self.max_ranks is None and self.min_ranks > 1:
+            raise ValueError("min_ranks belongs to max_ranks, got it alone")
+        if self.max_ranks is not None and self.max_ranks < self.num_ranks:
+            raise ValueError(
+                f"max_ranks must be at least num_ranks ({self.num_ranks}), got {self.max_ranks}"
+            )
+        if self.min_ranks > self.num_ranks:
+            raise ValueError(
+                f"min_ranks must be at most num_ranks ({self.num_ranks}), got {self.min_ranks}"
+            )
+        return self
+
+
 class ValidationSection(Section):
     """A slice of the prompts that is only looked at; picks the weights that are exported."""
 
@@ -147,6 +200,7 @@ class RlSection(Section):
     sampling: SamplingSection = SamplingSection()
     engine: EngineSection = EngineSection()
     fleet: FleetSection = FleetSection()
+    learner: LearnerSection = LearnerSection()
     advantages: AdvantageSection = BaselineAdvantages()
     loss: LossSection = AipoLoss()
     optimizer: OptimizerSection = OptimizerSection()
@@ -234,6 +288,24 @@ class RlSection(Section):
     def _quotas_share_a_step(self) -> Self:
         if self.quotas and abs(sum(self.quotas.values()) - 1) > 1e-6:
             raise ValueError(f"quotas must sum to 1, got {sum(self.quotas.values()):g}")
+        return self
+
+    @model_validator(mode="after")
+    def _ranks_and_workers_exchange_devices(self) -> Self:
+        if self.learner.max_ranks is None:
+            return self
+        if self.fleet.max_workers is None:
+            raise ValueError(
+                "learner.max_ranks needs fleet.max_workers: what the learner gets the fleet gives"
+            )
+        has_gpus = self.engine.kind == "vllm" and self.learner.gpus_per_rank == 1
+        is_even = self.learner.cpus_per_rank == self.fleet.cpus_per_worker
+        if not has_gpus and (self.learner.gpus_per_rank or not is_even):
+            raise ValueError(
+                "with learner.max_ranks ranks and workers must take the same devices: a GPU each "
+                "(gpus_per_rank: 1 and engine.kind: vllm) or equal cpus_per_rank and "
+                "fleet.cpus_per_worker"
+            )
         return self
 
     @model_validator(mode="after")

@@ -41,17 +41,32 @@ _GRACE_SECONDS = 26.0
 """How long a host waits for rank 0 to save after a signal; launchers kill after 30 seconds."""
 
 
+def _host_lost(rank: int, seconds: float) -> PacktrainError:
+    """A process of a launcher is gone, which starts it no more."""
+    return WorkersLostError(
+        f"rank {rank}'s rl.train must go on, it gave no sign of life for {seconds:g} s",
+        where="accelerate launch",
+        why="the process was killed or hangs, or its node is gone",
+        fix="continue with --resume",
+    )
+
+
 class Hosts:
     """The other ranks' hosts, as rank 0's supervisor sees them.
 
     Example:
         with Hosts(roll) as hosts, hosts.life(job, learner.give_up): …
+
+    Args:
+        lost: what it means that a rank's host was silent for so many seconds.
     """
 
-    def __init__(self, roll: Roll) -> None:
-        self._roll, self._next = roll, 0
+    def __init__(
+        self, roll: Roll, lost: Callable[[int, float], PacktrainError] = _host_lost
+    ) -> None:
+        self._roll, self._lost, self._next = roll, lost, 0
         self._others = [
-            _Beats(roll, rank, SILENT_SECONDS) for rank in range(1, roll.launch.num_ranks)
+            _Beats(roll, rank, SILENT_SECONDS, lost) for rank in range(1, roll.launch.num_ranks)
         ]
         self._is_left = threading.Event()
         self._beating = threading.Thread(target=self._beat, name="beats", daemon=True)
@@ -108,7 +123,7 @@ class Hosts:
         Raises:
             WorkersLostError: naming the first that gives no sign of life.
         """
-        beats = [_Beats(self._roll, each.rank, _LATE_SECONDS) for each in self._others]
+        beats = [_Beats(self._roll, each.rank, _LATE_SECONDS, self._lost) for each in self._others]
         deadline = time.monotonic() + _LATE_SECONDS
         while time.monotonic() < deadline and not all(each.has_moved for each in beats):
             for each in beats:
@@ -160,8 +175,14 @@ def _own(told: Sequence[PacktrainError]) -> list[PacktrainError]:
 class _Beats:
     """The signs of life of another rank's host."""
 
-    def __init__(self, roll: Roll, rank: int, seconds: float) -> None:
-        self._roll, self.rank, self._seconds = roll, rank, seconds
+    def __init__(
+        self,
+        roll: Roll,
+        rank: int,
+        seconds: float,
+        lost: Callable[[int, float], PacktrainError] = _host_lost,
+    ) -> None:
+        self._roll, self.rank, self._seconds, self._lost = roll, rank, seconds, lost
         self._first = self._count = roll.beats(rank)
         self._since = time.monotonic()
 
@@ -190,15 +211,9 @@ class _Beats:
         if not self.look():
             raise self.lost()
 
-    def lost(self) -> WorkersLostError:
+    def lost(self) -> PacktrainError:
         """What to say then."""
-        return WorkersLostError(
-            f"rank {self.rank}'s rl.train must go on, it gave no sign of life for "
-            f"{self._patience:g} s",
-            where="accelerate launch",
-            why="the process was killed or hangs, or its node is gone",
-            fix="continue with --resume",
-        )
+        return self._lost(self.rank, self._patience)
 
 
 def host(roll: Roll, environment: Mapping[str, str]) -> None:
@@ -216,6 +231,22 @@ def host(roll: Roll, environment: Mapping[str, str]) -> None:
         while order := _next_word(roll, f"life/{life}", leader, leave):
             _host_life(roll, Job.model_validate_json(order), environment, leader, leave)
             life += 1
+
+
+def host_life(
+    roll: Roll, life: int, at_home: Callable[[Job], Job], environment: Mapping[str, str]
+) -> None:
+    """Any rank but 0, where nobody but rank 0 tells us to go: host its learner for one life.
+
+    Args:
+        at_home: the same job with the places of its files on this machine.
+    Raises:
+        WorkersLostError: rank 0's process is gone.
+    """
+    leader, leave = _Beats(roll, 0, SILENT_SECONDS), _Leave(Pending())
+    if order := _next_word(roll, f"life/{life}", leader, leave):
+        job = at_home(Job.model_validate_json(order))
+        _host_life(roll, job, environment, leader, leave)
 
 
 class _Leave:

@@ -33,6 +33,10 @@ class Job(Section):
     systems: Systems = Systems()
     rewards: tuple[Path, ...] = ()
     """Files with the user's own reward functions."""
+    logs_end_in: Path | None = None
+    """Where what is written into `log_directory` is brought in the end, if not left there."""
+    receives_weights: bool = False
+    """A rank that reads none from `model`, whose folder may not be whole here: rank 0 gives its."""
 
     @property
     def controller_name(self) -> str:

@@ -29,7 +29,13 @@ from ground.checkpoints import Checkpoints, step_of
 from ground.errors import InfraError, PacktrainError
 from ground.launch import launch_of
 from ground.logs import setup_logging
-from ground.model import export_model, load_model, load_tokenizer
+from ground.model import (
+    export_model,
+    live_tensors,
+    load_model,
+    load_tokenizer,
+    random_model,
+)
 from ground.ranks import join_ranks
 from ground.records import Group
 from ground.roles import enter_role
@@ -91,7 +97,10 @@ def learn(job: Job, speaker: Voice, join: Callable[[Job], Loop]) -> dict[str, ob
     torch.set_num_threads(job.section.threads)
     torch.manual_seed(job.seed)
     ranks = join_ranks(f"rl/{job.incarnation}", seconds=rank_patience(job.section))
-    model, tokenizer = load_model(job.model), load_tokenizer(job.model)
+    read = random_model if job.receives_weights else load_model
+    model, tokenizer = read(job.model), load_tokenizer(job.model)
+    if ranks.any(job.receives_weights):
+        ranks.give(live_tensors(model).values())
     pad_id = ChatTemplate(tokenizer).pad_id
     learner = Learner(model, ranks.accelerator(), job.section, pad_id)
     ranks.check(ranks.num_ranks, learner.update.module)

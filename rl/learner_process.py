@@ -41,14 +41,15 @@ class LearnerProcess:
     ) -> None:
         environment = environment or {}
         rank = launch_of(environment).rank
-        self._log = job.log_directory / f"{learner_name(rank)}.err"
+        log = job.log_directory / f"{learner_name(rank)}.err"
+        self._log = (job.logs_end_in or job.log_directory) / log.name
         self._silent_seconds, self._on_silence = job.section.silent_seconds, on_silence
-        with self._log.open("ab") as log:
+        with log.open("ab") as errors:
             self._process = subprocess.Popen(
                 [sys.executable, "-m", "rl.learn"],
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
-                stderr=log,
+                stderr=errors,
                 text=True,
                 start_new_session=True,
                 env={**os.environ, **environment},

@@ -6,15 +6,24 @@ a load. So whoever is about to ask compares first, and refuses with all wants at
 
 from __future__ import annotations
 
+import logging
 import math
-from collections.abc import Mapping, Sequence
+import time
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import TypeVar
 
 from ground.errors import SetupError
+
+Value = TypeVar("Value")
 
 _GIB = 2**30
 _ROUNDING = 1e-9
 """Three tenths hold a tenth three times."""
+_LOOK_SECONDS = 5.0
+"""Between two looks whether a machine has come."""
+
+logger = logging.getLogger("packtrain")
 
 
 class PlacementError(SetupError):
@@ -137,6 +146,19 @@ def places(bundle: Mapping[str, float], nodes: Sequence[Mapping[str, float]]) ->
     ]
 
 
+def wait_for_room(check: Callable[[], Value], seconds: float) -> Value:
+    """What a check gives as soon as it finds room; where it finds none in time, its refusal."""
+    deadline = time.monotonic() + seconds
+    while True:
+        try:
+            return check()
+        except PlacementError as error:
+            if time.monotonic() >= deadline:
+                raise
+            logger.warning("waiting %g s at most for room: %s", seconds, error)
+            time.sleep(min(_LOOK_SECONDS, max(deadline - time.monotonic(), 0.0)))
+
+
 def require_places(
     count: int, bundle: Mapping[str, float], nodes: Sequence[Mapping[str, float]], *, fix: str
 ) -> None:
@@ -147,9 +169,9 @@ def require_places(
     """
     room = places(bundle, nodes)
     each = zip(nodes, room, strict=True)
-    have = "; ".join(f"{_resources(node)}: {number}" for node, number in each)
+    have = "; ".join(f"{in_words(node)}: {number}" for node, number in each)
     require_room(
-        [Want("rollout workers", count, f"each {_resources(bundle)} of one machine")],
+        [Want("rollout workers", count, f"each {in_words(bundle)} of one machine")],
         sum(room),
         f"places ({have})",
         where="rl.fleet",
@@ -157,7 +179,8 @@ def require_places(
     )
 
 
-def _resources(amounts: Mapping[str, float]) -> str:
+def in_words(amounts: Mapping[str, float]) -> str:
+    """`2 CPU and 1 GPU`."""
     return f"{amounts.get('CPU', 0):g} CPU and {amounts.get('GPU', 0):g} GPU"
 
 

@@ -4,8 +4,9 @@
                                                   └── killed, or the controller gone ─▶ life n + 1
 
 Learner, controller, fleet and Ray itself live and end together: whichever of them is killed, the
-next life starts all of them from the same cut. (A single rollout worker is the fleet's business and
-ends nothing.) What the learner could not know better than us is not tried again: a recipe, data or
+next life starts all of them from the same cut, and so does one that has another number of ranks
+(rl/share.py), from a cut made for it. (A single rollout worker is the fleet's business and ends
+nothing.) What the learner could not know better than us is not tried again: a recipe, data or
 divergence error, a fleet that is lost, or a defect of ours ends the stage at once.
 """
 
@@ -16,9 +17,6 @@ import os
 import threading
 import time
 from collections.abc import Callable, Mapping
-from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
 
 from ground import faults, stacks
 from ground.errors import InfraError, PacktrainError, SetupError, WorkersLostError
@@ -26,16 +24,15 @@ from ground.roles import enter_role
 from rl.actors import start_controller
 from rl.cluster import cluster
 from rl.job import Job, Report
-from rl.learner_process import LearnerProcess, learner_process
+from rl.learner_process import LearnerProcess
 from rl.pool import Pool
 from rl.preflight import ClusterStartError
 from rl.processes import Reserved
 from rl.pulse import remote_pulse
+from rl.ranks import Ranks
+from rl.share import Share, Split
 from rl.speaker import error_of
-from rl.watchdog import dump_stacks, stacks_folder, watched
-
-if TYPE_CHECKING:
-    from rl.hosts import Hosts
+from rl.watchdog import stacks_folder, watched
 
 _GRACE_SECONDS = 20.0
 """How long a learner may take to finish its step and save after a signal."""
@@ -53,7 +50,7 @@ def supervise(
     *,
     on_report: Callable[[Report], None],
     note: Callable[[Mapping[str, object]], None],
-    ranks: Ranks | None = None,
+    ranks: Ranks,
 ) -> dict[str, object]:
     """Run the loop to its end, over as many lives as the recipe allows; returns its facts.
 
@@ -61,7 +58,7 @@ def supervise(
         job_of_life: the job of a life, by number from 0.
         on_report: receives the learner's reports.
         note: receives an event for the timeline.
-        ranks: what a launcher said; by default there is one learner.
+        ranks: who starts the learner, or those of all ranks.
 
     Raises:
         WorkersLostError: the last allowed life was lost as well.
@@ -77,12 +74,20 @@ def supervise(
         budget.see(report)
         on_report(report)
 
-    life = 0
+    life, recipe, split = 0, job.section, None
+    share = Share(recipe)
     while True:
         job = job_of_life(life)
+        if split:
+            job = job.model_copy(update={"section": split.applied(recipe)})
+        share.begin(job.section.learner.num_ranks)
         try:
             faults.point("life.begin")
-            return _live(job, pool, ours, hear, ranks or Ranks())
+            return _live(job, pool, ours, hear, ranks, share)
+        except AnotherSplit as wish:
+            ours.sweep()
+            split, life = wish.split, life + 1
+            note(_shared_out(job.section.learner.num_ranks, wish.split))
         except InfraError as error:
             faults.point("sweep")
             ours.sweep()
@@ -96,27 +101,20 @@ def supervise(
             life += 1
 
 
-@dataclass(frozen=True, slots=True)
-class Ranks:
-    """The learner's ranks, where a launcher started us.
+class AnotherSplit(Exception):
+    """A life has ended at a cut, so that the next one has another number of ranks."""
 
-    Example:
-        Ranks({"RANK": "0", "WORLD_SIZE": "2", …}, hosts)
-    """
+    def __init__(self, split: Split) -> None:
+        super().__init__(split)
+        self.split = split
 
-    environment: Mapping[str, str] = field(default_factory=dict)
-    """By which the launcher made us rank 0, for our learner."""
-    hosts: Hosts | None = None
-    """Those of the other ranks, where there are any."""
 
-    def life(self, job: Job, learner: LearnerProcess) -> AbstractContextManager[None]:
-        """The other ranks' learners, as long as this lasts."""
-        return self.hosts.life(job, learner.give_up) if self.hosts else nullcontext()
-
-    def require_all(self) -> None:
-        """See `Hosts.require_all`."""
-        if self.hosts:
-            self.hosts.require_all()
+def _shared_out(before: int, split: Split) -> dict[str, object]:
+    """What is told of it."""
+    now, cause = time.time(), f"from {before} to {split.ranks} learner ranks"
+    logger.info("the devices are shared out anew: %s, workers: %d", cause, split.workers)
+    event = {"time": now, "kind": "share", "role": "supervisor", "start": now, "end": now}
+    return {**event, "cause": cause, "ranks": split.ranks, "workers": split.workers}
 
 
 class Budget:
@@ -165,33 +163,49 @@ class Budget:
 
 
 def _live(
-    job: Job, pool: Pool, ours: Reserved, on_report: Callable[[Report], None], ranks: Ranks
+    job: Job,
+    pool: Pool,
+    ours: Reserved,
+    on_report: Callable[[Report], None],
+    ranks: Ranks,
+    share: Share,
 ) -> dict[str, object]:
-    with (
-        learner_process(job, lambda: dump_stacks(job), ranks.environment) as learner,
-        ranks.life(job, learner),
-        cluster(
-            ours.folder,
-            job.section.fleet,
-            job.section.engine,
-            job.model,
-            namespace=job.namespace,
-        ) as address,
-    ):
+    joined = cluster(
+        ours.folder,
+        job.section.fleet,
+        job.section.engine,
+        job.model,
+        learner=job.section.learner,
+        namespace=job.namespace,
+        is_first=job.incarnation == 0,
+    )
+    with ranks.begun(job, joined) as (learner, address):
         controller = start_controller(job, pool)
         with watched(job, remote_pulse(controller, job.incarnation), learner):
             learner.tell(address)
-            facts = _follow(learner, on_report, ranks)
+            facts = _follow(learner, on_report, ranks, share)
         del controller  # its only handle: the actor lives as long as we hold it
     return facts
 
 
 def _follow(
-    learner: LearnerProcess, on_report: Callable[[Report], None], ranks: Ranks
+    learner: LearnerProcess, on_report: Callable[[Report], None], ranks: Ranks, share: Share
 ) -> dict[str, object]:
-    """Pass reports on until the learner is done; when we are interrupted, let it save first."""
+    """Pass reports on until the learner is done; when we are interrupted, let it save first.
+
+    Raises:
+        AnotherSplit: the learner was asked to save and leave, and has done so.
+    """
+    wishes: list[Split] = []
+
+    def hear(report: Report) -> None:
+        on_report(report)
+        if not wishes and report.kind == "step" and (s := share.see(report.step, report.numbers)):
+            wishes.append(s)
+            learner.ask_to_stop()
+
     try:
-        return _read_reports(learner, on_report)
+        facts = _read_reports(learner, hear)
     except KeyboardInterrupt:
         learner.ask_to_stop()
         killer = threading.Timer(_GRACE_SECONDS, learner.close)
@@ -204,6 +218,9 @@ def _follow(
             killer.cancel()
         ranks.require_all()
         raise
+    if wishes and not facts:
+        raise AnotherSplit(wishes[0])
+    return facts
 
 
 def _read_reports(

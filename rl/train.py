@@ -18,7 +18,7 @@ from ground.errors import SetupError
 from ground.launch import Launch, launch_of, of_launcher
 from ground.tables import read_prompts
 from rl.audit import audit_run
-from rl.config import RlSection
+from rl.config import LearnerSection, RlSection
 from rl.job import Job, Report
 from rl.journal import Journal, read_journal
 from rl.ledger import audit_ledger
@@ -28,12 +28,14 @@ from rl.processes import Reserved, reserved
 if TYPE_CHECKING:
     from ground.roll import Roll
     from rl.hosts import Hosts
+    from rl.ranks import Ranks
 
 
 def train(stage: Stage[RlSection]) -> dict[str, object]:
     """Run the loop to its end and audit ledger and journal; returns the summary."""
     launch, environment = launch_of(os.environ), of_launcher(os.environ)
     require_known(launch)
+    require_one_starter(launch, stage.section.learner)
     for name in environment:  # our learner is a rank; Ray's processes are none
         os.environ.pop(name, None)
     if not launch.is_main:
@@ -46,7 +48,7 @@ def train(stage: Stage[RlSection]) -> dict[str, object]:
         prompts = read_prompts(stage.trail.prompts_before("rl"), stage.head.data, stage.directory)
         pool = split_pool(prompts, stage.section.validation.prompts, stage.head.seed)
         # Ray reads its authentication mode from the environment when it is imported.
-        from rl.supervisor import Ranks, supervise
+        from rl.supervisor import supervise
 
         timeline = Journal(stage.directory / "events.jsonl")
         facts = supervise(
@@ -55,7 +57,7 @@ def train(stage: Stage[RlSection]) -> dict[str, object]:
             ours,
             on_report=lambda report: _tell(stage, timeline, report),
             note=timeline.append,
-            ranks=Ranks(environment, hosts),
+            ranks=_ranks(stage.section.learner, environment, hosts, ours),
         )
         timeline.close()
     audited = audit_ledger(read_journal(stage.directory / "ledger.jsonl"))
@@ -84,6 +86,33 @@ def require_known(launch: Launch) -> None:
             fix="set offload_optimizer_device and offload_param_device to none, as in "
             "recipes/accelerate/zero3.yaml, and use more ranks",
         )
+
+
+def require_one_starter(launch: Launch, learner: LearnerSection) -> None:
+    """Refuse two numbers of ranks.
+
+    Raises:
+        SetupError: both a launcher and the recipe start ranks.
+    """
+    if launch.kind != "single" and learner.is_in_ray:
+        raise SetupError(
+            f"either accelerate launch or Ray starts the learner's ranks: the launcher has made "
+            f"{launch}, rl.learner.num_ranks asks Ray for {learner.num_ranks}",
+            where="rl.learner",
+            fix="leave --accelerate out, or rl.learner",
+        )
+
+
+def _ranks(
+    learner: LearnerSection, environment: Mapping[str, str], hosts: Hosts | None, ours: Reserved
+) -> Ranks:
+    if not learner.is_in_ray:
+        from rl.ranks import LaunchedRanks
+
+        return LaunchedRanks(environment, hosts)
+    from rl.train_ranks import TrainRanks
+
+    return TrainRanks(ours.folder)
 
 
 @contextmanager

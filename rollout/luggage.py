@@ -10,8 +10,8 @@ from __future__ import annotations
 import os
 import shutil
 import tempfile
-from collections.abc import Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -78,8 +78,7 @@ class Luggage:
         """Where the files can be read here: in their own place, or as copies in a new folder."""
         if self._is_here():
             return Unpacked(self.model, tuple(self.rewards))
-        _remove_leftovers()
-        folder = Path(tempfile.mkdtemp(prefix=f"{_PREFIX}{os.getpid()}-"))
+        folder = _new_folder()
         with disk_errors(folder):
             for name, content in self.files.items():
                 _write(folder / "model" / name, content)
@@ -96,6 +95,21 @@ class Luggage:
             return all(path.read_bytes() == content for path, content in wanted.items())
         except OSError:
             return False
+
+
+@contextmanager
+def own_folder() -> Iterator[Path]:
+    """A folder for files of this process alone; of a killed one, whoever comes next removes it."""
+    folder = _new_folder()
+    try:
+        yield folder
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def _new_folder() -> Path:
+    _remove_leftovers()
+    return Path(tempfile.mkdtemp(prefix=f"{_PREFIX}{os.getpid()}-"))
 
 
 def _read(path: Path) -> bytes:

@@ -51,6 +51,7 @@ class Nodes:
         line.append(f"--dashboard-port={self.dashboard}")
         self.head = self._open(line, "head.log")
         self.other: subprocess.Popen[bytes] | None = None
+        self._seen = 0
 
     @property
     def address(self) -> str:
@@ -68,7 +69,9 @@ class Nodes:
         hide = "".join(f"mount -t tmpfs none {path} && " for path in (*self.hidden, self.place))
         ray = " ".join([*_start_line(self._other_agent), f"--address={self.address}"])
         line = ["unshare", "--mount", "sh", "-c", f"{hide}cd {self.place} && exec {ray}"]
-        self.other = self._open(line, "other.log")
+        log = self.place / "other.log"
+        self._seen = log.stat().st_size if log.exists() else 0
+        self.other = self._open(line, log.name)
 
     def wait_for_jobs(self) -> None:
         """Return when jobs can be submitted."""
@@ -91,7 +94,7 @@ class Nodes:
         def is_up() -> bool:
             if self.other and self.other.poll() is not None:
                 self.join()
-            return "Ray runtime started" in log.read_text()
+            return "Ray runtime started" in log.read_text()[self._seen :]
 
         wait_until(is_up, 180, "second node")
 

@@ -14,13 +14,14 @@ from torch import nn
 from torch.distributed import DistStoreError
 
 from ground.errors import InfraError, RecipeError, SetupError
-from ground.launch import Launch, launch_of, of_launcher
+from ground.launch import HELD, Kind, Launch, launch_of, of_launcher, variables_of
 from ground.ranks import Ranks, is_lost_rank, lost_ranks, require_possible, wrapper_of
 from ground.roll import Roll
 from ground.row_stream import RowStream
 from ground.trainer_config import TrainerSection
 from packtrain.launch_file import check_launch_file
-from rl.train import require_known
+from rl.config import LearnerSection
+from rl.train import require_known, require_one_starter
 
 ZERO = {"ACCELERATE_USE_DEEPSPEED": "true", "RANK": "1", "WORLD_SIZE": "2"}
 
@@ -42,6 +43,28 @@ def test_what_was_asked_for_is_read_from_the_environment(
     environment: dict[str, str], wanted: Launch
 ) -> None:
     assert launch_of(environment) == wanted
+
+
+@pytest.mark.parametrize("kind", ["ddp", "zero2", "zero3"])
+def test_a_rank_that_no_launcher_starts_is_told_what_a_launcher_would_tell(kind: Kind) -> None:
+    launch = Launch(kind, 2, 4)
+    told = variables_of(launch, "10.0.0.7", 40123, attempt=5)
+    assert launch_of(told) == launch
+    assert (told["MASTER_ADDR"], told["MASTER_PORT"]) == ("10.0.0.7", "40123")
+    assert of_launcher(told)["RANK"] == "2", "its own children must be that rank too"
+
+
+def test_words_in_a_store_at_any_free_port_are_those_of_one_attempt() -> None:
+    """The process that holds it speaks as rank 0, and is none of the ranks."""
+    told = variables_of(Launch("ddp", 0, 2), "127.0.0.1", 0, attempt=1)
+    held = Roll({name: value for name, value in told.items() if name != HELD})
+    assert held.port > 0
+    first, other, later = (
+        Roll(variables_of(Launch("ddp", rank, 2), "127.0.0.1", held.port, attempt=attempt))
+        for rank, attempt in ((0, 1), (1, 1), (1, 2))
+    )
+    held.tell("devices", "0")
+    assert [roll.heard("devices") for roll in (first, other, later)] == ["0", "0", None]
 
 
 def test_a_deepspeed_file_says_its_own_stage(tmp_path: Path) -> None:
@@ -242,3 +265,11 @@ def test_deepspeed_that_is_not_installed_is_said_before_anything_starts(
         check_launch_file(path)
     with pytest.raises(SetupError, match="zero2 needs DeepSpeed, which is not installed"):
         require_possible(Launch("zero2", 0, 2), has_gpu=False)
+
+
+def test_ranks_that_both_a_launcher_and_ray_would_start_are_refused() -> None:
+    two, one = LearnerSection(num_ranks=2), LearnerSection()
+    require_one_starter(Launch(), two)
+    require_one_starter(Launch("ddp", 0, 2), one)
+    with pytest.raises(SetupError, match=r"has made ddp on 4 ranks, .* asks Ray for 2"):
+        require_one_starter(Launch("ddp", 0, 4), two)

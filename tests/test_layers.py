@@ -36,6 +36,8 @@ ADDRESSES: dict[str, set[str]] = {
         "rl/preflight.py",
         "rl/pulse.py",
         "rl/remote.py",
+        "rl/ray_train.py",
+        "rl/train_ranks.py",
     },
     "vllm": {
         "rollout/vllm_engine.py",

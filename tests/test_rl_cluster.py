@@ -3,26 +3,16 @@
 from __future__ import annotations
 
 import shutil
-import subprocess
-from collections import Counter
 from collections.abc import Iterator
-from contextlib import suppress
 from pathlib import Path
 
-import psutil
 import pytest
+from ray_jobs import HIDDEN, Job, project
 from ray_nodes import Nodes, two_nodes
-from rl_runs import RL, wait_until, write_project
-
-from ground.metrics import read_metrics
-from ground.storage import verify_directory
-from rl.journal import read_journal
-from rl.ledger import audit_ledger
+from rl_runs import RL, wait_until
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 
-ROOT = Path(__file__).parents[1]
-PACKAGES = ("ground", "rollout", "curation", "sft", "dpo", "rl", "packtrain", "recipes")
 STEPS = 60
 """So many that the second node's worker is up long before the end."""
 TWO = RL | {
@@ -31,75 +21,17 @@ TWO = RL | {
 }
 
 
-def project(folder: Path, model: Path) -> Path:
-    """A working directory with all that the job needs, packtrain's own code included."""
-    folder.mkdir()
-    for name in PACKAGES:
-        shutil.copytree(ROOT / name, folder / name, ignore=shutil.ignore_patterns("__pycache__"))
-    write_project(folder, model, rl=TWO)
-    return folder
-
-
-class Job:
-    """A folder that is submitted, and the run that comes of it."""
-
-    def __init__(self, work: Path, run: Path) -> None:
-        self.work, self.run, self.stage = work, run, run / "rl"
-        run.parent.mkdir()
-
-    def submit(self, nodes: Nodes, *flags: str) -> subprocess.Popen[str]:
-        line = ["python", "-m", "packtrain", "run", "recipe.yaml", "--run", str(self.run), *flags]
-        return nodes.submit(self.work, line)
-
-    @property
-    def version(self) -> int:
-        records = read_metrics(self.stage / "metrics.jsonl")
-        return max((int(str(record["step"])) for record in records), default=0)
-
-    def ledger(self) -> list[dict[str, object]]:
-        return list(read_journal(self.stage / "ledger.jsonl"))
-
-    def events(self, kind: str) -> list[dict[str, object]]:
-        file = self.stage / "events.jsonl"
-        return [r for r in read_journal(file) if r["kind"] == kind] if file.exists() else []
-
-    def processes(self) -> list[psutil.Process]:
-        """Of the run, wherever they are."""
-        found = []
-        for process in psutil.process_iter():
-            with suppress(psutil.Error):
-                if str(self.run) in process.cmdline():
-                    found.append(process)
-        return found
-
-    def groups(self) -> Counter[str]:
-        """How many groups each worker made."""
-        return Counter(str(event["role"]) for event in self.events("rollout"))
-
-    def log(self) -> str:
-        return "".join(path.read_text() for path in (self.run / "log").glob("*.log"))
-
-    def check_finished(self) -> None:
-        """All that a finished stage promises."""
-        summary = verify_directory(self.stage).facts["summary"]
-        verify_directory(self.stage / "model")
-        totals = audit_ledger(self.ledger())
-        assert isinstance(summary, dict) and totals == summary["audited"]
-        records = read_metrics(self.stage / "metrics.jsonl")
-        assert [r["step"] for r in records if "loss" in r] == list(range(1, STEPS + 1))
-
-
 @pytest.fixture
 def job(tmp_path: Path, tiny_model: Path) -> Job:
     model = tmp_path / "model"
     shutil.copytree(tiny_model, model)
-    return Job(project(tmp_path / "work", model), tmp_path / "runs" / "toy")
+    return Job(project(tmp_path / "work", model, TWO), tmp_path / "runs" / "toy")
 
 
 @pytest.fixture
 def nodes(tmp_path: Path) -> Iterator[Nodes]:
     """Two nodes, of which the second sees nothing of the test's files and of our code."""
-    with two_nodes(hidden=[tmp_path, *(ROOT / name for name in PACKAGES)]) as nodes:
+    with two_nodes(hidden=[tmp_path, *HIDDEN]) as nodes:
         yield nodes
 
 
@@ -109,7 +41,7 @@ def test_code_model_and_rewards_travel_to_a_node_that_sees_none_of_them(
     process = job.submit(nodes)
     output, _ = process.communicate(timeout=300)
     assert process.returncode == 0, output + nodes.logs()
-    job.check_finished()
+    job.check_finished(STEPS)
     groups = job.groups()
     assert groups["worker 0"] and groups["worker 1"], groups
 
@@ -121,7 +53,7 @@ def test_a_node_that_is_killed_takes_its_worker_and_nothing_else(job: Job, nodes
     nodes.end(nodes.other)
     output, _ = process.communicate(timeout=300)
     assert process.returncode == 0, output + nodes.logs()
-    job.check_finished()
+    job.check_finished(STEPS)
     (lost,) = job.events("lost")[:1]
     assert lost["role"] in ("worker 0", "worker 1"), lost
     assert [e for e in job.events("restart") if e["role"] == "supervisor"] == []
@@ -143,7 +75,7 @@ def test_a_cluster_that_is_lost_is_gone_on_from_in_another(job: Job, nodes: Node
         process = job.submit(others, "--resume")
         output, _ = process.communicate(timeout=300)
     assert process.returncode == 0, output
-    job.check_finished()
+    job.check_finished(STEPS)
     assert any(record.get("reason") == "resumed" for record in job.ledger())
 
 

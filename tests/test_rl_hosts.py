@@ -25,7 +25,7 @@ from ground.errors import (
 from ground.roll import Roll
 from rl import hosts
 from rl.config import RlSection
-from rl.hosts import Hosts, host
+from rl.hosts import Hosts, host, host_life
 from rl.job import Job, Report
 from rl.learn import rank_patience
 from rl.speaker import facts_of
@@ -175,6 +175,45 @@ def test_a_lost_attempt_of_another_rank_is_told_at_once_and_may_be_made_again(be
 
     bench.run(lead)
     assert [type(error) for error in told] == [InfraError]
+
+
+def test_a_host_of_one_life_runs_its_learner_where_its_own_files_are(
+    bench: Bench, tmp_path: Path
+) -> None:
+    """Nothing of the run's folder is there; the next life has another host."""
+
+    def at_home(job: Job) -> Job:
+        return job.model_copy(update={"log_directory": tmp_path / "here"})
+
+    def lead() -> None:
+        with Hosts(bench.first) as others, others.life(bench.job(3), ignore):
+            time.sleep(0.3)
+
+    with ThreadPoolExecutor(1) as pool:
+        led = pool.submit(lead)
+        host_life(bench.second, 3, at_home, {})
+        led.result()
+    assert bench.lives == [3]
+    assert bench.stacks == [str(tmp_path / "here" / "stacks")]
+
+
+def test_what_a_silent_host_means_is_for_who_started_it_to_say(bench: Bench) -> None:
+    def lost(rank: int, seconds: float) -> PacktrainError:
+        return InfraError(f"rank {rank} is silent for {seconds:g} s")
+
+    told = list[PacktrainError]()
+    is_told = threading.Event()
+
+    def on_lost(error: PacktrainError) -> None:
+        told.append(error)
+        is_told.set()
+
+    bench.second.beat()
+    with Hosts(bench.first, lost) as others, others.life(bench.job(0), on_lost):
+        assert is_told.wait(20)
+    assert [(type(error), error.what) for error in told] == [
+        (InfraError, "rank 1 is silent for 1 s")
+    ]
 
 
 def test_a_rank_waits_for_a_publication_and_the_next_plan_in_a_row() -> None:
