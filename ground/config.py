@@ -121,6 +121,23 @@ class Systems(Section):
     """Capability → instructions; the key `any` serves capabilities without a pool of their own."""
 
 
+class SandboxSettings(Section):
+    """Where programs of the `code` reward run, and what they may take."""
+
+    tier: typing.Literal["auto", "bubblewrap", "sandlock"] = "auto"
+    """Which boundary: the strongest that holds here (`packtrain doctor` shows which do), or one."""
+    allow_unsafe: bool = False
+    """Run model-written code even where no boundary holds: as this user, with its files and its
+    network, under limits of time and memory alone. For machines that a stranger might use."""
+    seconds: float = Field(default=4.0, gt=0)
+    """Wall-clock time of a completion's program, all its tests together; at most four fifths of
+    the verifier's deadline."""
+    memory_mib: int = Field(default=512, ge=64)
+    """Address space of one process of a program, in MiB."""
+    processes: int = Field(default=8, ge=1)
+    """Processes and threads that a program may have at once."""
+
+
 class Head(Section):
     """What a recipe says once for all its stages."""
 
@@ -134,6 +151,7 @@ class Head(Section):
     """The model that judges and teaches; absent when a `herd` section makes one."""
     data: Data = Data()
     systems: Systems = Systems()
+    sandbox: SandboxSettings = SandboxSettings()
     rewards: list[Path] = Field(default_factory=list)
     """Python files of the user's own whose functions are marked `@reward("name")`."""
     sinks: list[typing.Literal["trackio", "wandb", "tensorboard"]] = Field(default_factory=list)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from ground.config import SandboxSettings
 from ground.records import Group, Message, Prompt
 from rollout.config import EngineSection, FleetSection, SamplingSection
 
@@ -106,6 +107,8 @@ class WorkerConfig:
     fleet: FleetSection
     reward_files: tuple[Path, ...] = ()
     """The user's own reward functions."""
+    sandbox: SandboxSettings = field(default_factory=SandboxSettings)
+    """Where programs of the `code` reward run."""
     incarnation: int = 0
     """Life of the run that the worker belongs to; it takes no messages of another one."""
     lease_seconds: float = 60.0

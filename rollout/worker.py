@@ -91,7 +91,10 @@ class RolloutWorker:
             engine = config.engine.with_slots(slots_share)
             self._engine, self._template, self._gate = self._open_engine(engine, self._files.model)
         self._pool = RewardPool(
-            fleet.reward_processes, fleet.reward_deadline_seconds, self._files.rewards
+            fleet.reward_processes,
+            fleet.reward_deadline_seconds,
+            self._files.rewards,
+            sandbox=config.sandbox,
         )
         self._scoring = ThreadPoolExecutor(fleet.reward_processes, thread_name_prefix="score")
         self._orders = ThreadPoolExecutor(1, thread_name_prefix="order")
