@@ -7,6 +7,7 @@ from pathlib import Path
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
+from ground.constraints import RULES, ConstraintName, Value, value_problem
 from ground.positions import PlacedText
 
 STAGES = ("herd", "prune", "targets", "sft", "mine", "rl", "dpo")
@@ -114,11 +115,67 @@ class Data(Section):
     """Rows that may be unreadable before a file is refused; they go to a quarantine file."""
 
 
+class Instruction(Section):
+    """One entry of a pool: a fixed text, a constraint with many values, or both."""
+
+    text: str = ""
+    """What is said; before the constraint's own words where there is one."""
+    constraint: ConstraintName | None = None
+    """A constraint of form that is checked on every answer; its value is drawn with it."""
+    values: list[int | str] = Field(default_factory=list)
+    """Values to train on; left out, those of ground/constraints.py."""
+    heldout: list[int | str] = Field(default_factory=list)
+    """Values for evaluation only; left out, those of ground/constraints.py, or none where `values`
+    are given."""
+    weight: float = Field(default=1.0, gt=0)
+    """How often it is drawn, relative to the others of its pool."""
+
+    @model_validator(mode="after")
+    def _checkable(self) -> typing.Self:
+        if self.constraint is None:
+            if self.values or self.heldout:
+                raise ValueError("values and heldout belong to a constraint, and none is named")
+            return self
+        problems = [value_problem(self.constraint, each) for each in self.values + self.heldout]
+        twice = [str(each) for each in self.values if each in self.heldout]
+        problems += [f"{', '.join(twice)} must not be both trained and held out"] * bool(twice)
+        for problem in filter(None, problems):
+            raise ValueError(problem)
+        return self
+
+    @property
+    def trained_values(self) -> tuple[Value, ...]:
+        """What training draws from; empty without a constraint."""
+        if self.constraint is None:
+            return ()
+        return tuple(self.values) or RULES[self.constraint].values
+
+    @property
+    def untrained_values(self) -> tuple[Value, ...]:
+        """What only evaluation draws from; never one of the trained ones."""
+        if self.constraint is None:
+            return ()
+        usual = () if self.values else RULES[self.constraint].heldout
+        return tuple(self.heldout) or usual
+
+
 class Systems(Section):
     """Pools of system instructions; one is drawn per group, seeded."""
 
-    pools: dict[str, list[str]] = Field(default_factory=dict)
+    pools: dict[str, list[str | Instruction]] = Field(default_factory=dict)
     """Capability → instructions; the key `any` serves capabilities without a pool of their own."""
+    compliance_share: float = Field(default=0.2, ge=0, le=0.5)
+    """Part of the reward that keeping a constraint is worth, where one was drawn; the rest is the
+    task's. What counts as solved is the task's verdict alone."""
+
+    @property
+    def is_checked(self) -> bool:
+        """Whether some instruction has a constraint."""
+        return any(
+            isinstance(each, Instruction) and each.constraint is not None
+            for pool in self.pools.values()
+            for each in pool
+        )
 
 
 class SandboxSettings(Section):

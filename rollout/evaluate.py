@@ -11,6 +11,7 @@ from ground.console import reporter
 from ground.entry import Stage, stage_entry
 from ground.storage import write_file
 from ground.tables import write_rows
+from rollout.compliance_evaluation import measure_compliance
 from rollout.config import EvaluateSection
 from rollout.engines import open_engine
 from rollout.evaluation import (
@@ -58,6 +59,11 @@ def evaluate(stage: Stage[EvaluateSection]) -> dict[str, object]:
             result = {"model": str(model), **sandbox, **summarise(measured, section.k, seed)}
             if section.greedy:
                 result["greedy"] = greedy_accuracy(measured)
+            systems = stage.head.systems
+            if systems.is_checked and section.systems:
+                result["systems"] = measure_compliance(
+                    engine, chat, prompts, pool, section, systems, seed
+                )
     finally:
         engine.close()
     result["seconds"] = round(time.monotonic() - start, 1)

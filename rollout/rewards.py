@@ -41,6 +41,7 @@ MAX_REWARD = 1e6
 MAX_PARTS = 32
 _BUILT_IN = {
     "code": "rollout.code_reward",
+    "compliance": "rollout.compliance_reward",
     "exact": "rollout.text_rewards",
     "format": "rollout.text_rewards",
     "math": "rollout.math_reward",

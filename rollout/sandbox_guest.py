@@ -13,21 +13,29 @@ which it may choose anyway. Whoever asks must therefore never send what it wants
     check  a test that calls a function which lives in another guest
 """
 
+from __future__ import annotations
+
 import json
 import os
 import resource
 import sys
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:  # importing typing would cost every guest its milliseconds
+    from collections.abc import Mapping
+    from types import ModuleType
+    from typing import Any, BinaryIO
 
 MAX_FRAME = 1 << 20
 """Bytes of a frame, both ways."""
 MAX_DEPTH = 64
 """Containers within containers of a plain value."""
 NOBODY = 65534
-_SCALARS = (type(None), bool, str)
 _BIG = 1 << 63
+_CONTAINERS: tuple[Any, ...] = (list, tuple, set, frozenset)
 
 
-def encode(value, depth=0):
+def encode(value: object, depth: int = 0) -> Any:
     """A plain value as JSON has it; containers and what JSON does not know are tagged.
 
     Subclasses become what they derive from, so that no behaviour travels with a value.
@@ -41,9 +49,10 @@ def encode(value, depth=0):
     """
     if depth > MAX_DEPTH:
         raise TypeError(f"values may be nested {MAX_DEPTH} deep at most")
-    for kind in _SCALARS:
-        if isinstance(value, kind):
-            return kind.__str__(value) if kind is str else value
+    if value is None or isinstance(value, bool):
+        return value
+    if isinstance(value, str):
+        return str.__str__(value)
     if isinstance(value, int):
         number = int.__index__(value)
         return number if -_BIG <= number < _BIG else {"int": hex(number)}
@@ -53,16 +62,16 @@ def encode(value, depth=0):
         return {"complex": [float.hex(value.real), float.hex(value.imag)]}
     if isinstance(value, (bytes, bytearray)):
         return {"bytes": bytes(value).hex()}
-    for name, kind in (("list", list), ("tuple", tuple), ("set", set), ("frozenset", frozenset)):
+    for kind in _CONTAINERS:
         if isinstance(value, kind):
-            return {name: [encode(each, depth + 1) for each in kind.__iter__(value)]}
+            return {kind.__name__: [encode(each, depth + 1) for each in kind.__iter__(value)]}
     if isinstance(value, dict):
         pairs = dict.items(value)
         return {"dict": [[encode(k, depth + 1), encode(v, depth + 1)] for k, v in pairs]}
     raise TypeError(f"not a plain value: {type(value).__name__}")
 
 
-def decode(coded):
+def decode(coded: Any) -> Any:
     """The value that `encode` wrote; exactly of built-in types whatever the text says.
 
     Raises:
@@ -83,11 +92,13 @@ def decode(coded):
         raise ValueError("not an encoded value")
     if kind == "dict":
         return {decode(key): decode(value) for key, value in inner}
-    make = {"list": list, "tuple": tuple, "set": set, "frozenset": frozenset}[kind]
+    make = next((each for each in _CONTAINERS if each.__name__ == kind), None)
+    if make is None:
+        raise ValueError("not an encoded value")
     return make(decode(each) for each in inner)
 
 
-def main():
+def main() -> None:
     """Serve the header that stands on standard input."""
     asked, said = os.fdopen(os.dup(0), "rb"), os.fdopen(os.dup(1), "wb")
     header = json.loads(asked.readline())
@@ -108,7 +119,7 @@ def main():
     (_serve if mode == "serve" else _check)(asked, said, header)
 
 
-def _drop(uid):
+def _drop(uid: int | None) -> None:
     """Become an unprivileged user for good, where we are not one yet.
 
     Args:
@@ -129,7 +140,7 @@ def _drop(uid):
         raise SystemExit("privileges could not be dropped")
 
 
-def _limit(limits):
+def _limit(limits: Mapping[str, int]) -> None:
     for name, most in limits.items():
         number = getattr(resource, "RLIMIT_" + name)
         hard = resource.getrlimit(number)[1]
@@ -137,7 +148,7 @@ def _limit(limits):
         resource.setrlimit(number, (most, most))
 
 
-def _refuse(calls):
+def _refuse(calls: bytes) -> None:
     """Put a BPF program in front of every system call from now on."""
     import ctypes
 
@@ -148,7 +159,7 @@ def _refuse(calls):
         raise SystemExit("the filter of system calls was refused")
 
 
-def _say(said, nonce, frame):
+def _say(said: BinaryIO, nonce: str, frame: Mapping[str, object]) -> None:
     line = json.dumps({"nonce": nonce, **frame})
     if len(line) > MAX_FRAME:
         line = json.dumps({"nonce": nonce, "raised": ["ValueError", "the value is too large"]})
@@ -156,7 +167,7 @@ def _say(said, nonce, frame):
     said.flush()
 
 
-def _run(asked, header):
+def _run(asked: BinaryIO, header: Mapping[str, Any]) -> None:
     given = os.memfd_create("input")
     os.write(given, header["stdin"].encode())
     os.lseek(given, 0, os.SEEK_SET)
@@ -168,7 +179,7 @@ def _run(asked, header):
     exec(compile(header["source"], "<program>", "exec"), module)
 
 
-def _serve(asked, said, header):
+def _serve(asked: BinaryIO, said: BinaryIO, header: Mapping[str, Any]) -> None:
     nonce, module = header["nonce"], _module("program")
     try:
         for source in header["sources"]:
@@ -187,10 +198,10 @@ def _serve(asked, said, header):
             _say(said, nonce, {"raised": _told(error)})
 
 
-def _check(asked, said, header):
+def _check(asked: BinaryIO, said: BinaryIO, header: Mapping[str, Any]) -> None:
     nonce, module = header["nonce"], _module("check")
 
-    def candidate(*arguments, **named):
+    def candidate(*arguments: object, **named: object) -> object:
         _say(said, nonce, {"call": {"args": encode(arguments), "kwargs": encode(named)}})
         reply = json.loads(asked.readline())
         if "value" in reply:
@@ -202,35 +213,37 @@ def _check(asked, said, header):
         exec(compile(header["preamble"], "<prompt>", "exec"), module)
         module["candidate"] = module[header["entry_point"]] = candidate
         exec(compile(header["test"], "<test>", "exec"), module)
-        if callable(module.get("check")):
-            module["check"](candidate)
+        check = module.get("check")
+        if check is not None:
+            check(candidate)
     except BaseException as error:
         _say(said, nonce, {"failed": _told(error)})
     else:
         _say(said, nonce, {"passed": True})
 
 
-def _module(name):
+def _module(name: str) -> dict[str, Any]:
     """A namespace to run source in; registered, because dataclasses look their module up."""
-    module = type(sys)(name)
+    module: ModuleType = type(sys)(name)
     sys.modules[name] = module
     return module.__dict__
 
 
-def _told(error):
+def _told(error: BaseException) -> list[str]:
     try:
         return [type(error).__name__, str(error)[:200]]
     except BaseException:
         return ["Exception", "(its message cannot be read)"]
 
 
-def _known(kind):
+def _known(kind: str) -> type[Exception]:
     """The built-in exception of that name; what a program calls an AssertionError is none."""
     import builtins
 
     found = vars(builtins).get(kind)
-    is_error = isinstance(found, type) and issubclass(found, Exception)
-    return found if is_error and found is not AssertionError else RuntimeError
+    if isinstance(found, type) and issubclass(found, Exception) and found is not AssertionError:
+        return found
+    return RuntimeError
 
 
 if __name__ == "__main__":

@@ -26,6 +26,7 @@ from ground.exits import pid_space
 from ground.lease import Fence, Lease
 from ground.records import Group
 from ground.roles import enter_role
+from rollout.compliance import with_compliance
 from rollout.config import EngineSection
 from rollout.engine import Completion, Engine, Request
 from rollout.failures import sorted_failures
@@ -165,6 +166,7 @@ class RolloutWorker:
         finally:
             self._awaiting_verdicts.discard(attempt_id)
         faults.point("gen.scored")
+        scored = with_compliance(scored, texts, task.applied_demand)
         rollouts = rollouts_of(completions, texts, scored)
         group = Group(task.id, task.prompt, prompt_ids, rollouts, task.applied_system)
         num_tokens = sum(rollout.num_tokens for rollout in rollouts)

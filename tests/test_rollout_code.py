@@ -260,14 +260,14 @@ def test_all_of_humaneval_passes_and_a_mutant_of_each_fails(sandbox: Sandbox):
     rows = [json.loads(line) for line in gzip.decompress(HUMANEVAL.read_bytes()).splitlines()]
     assert len(rows) == 164
 
-    def verdicts(row: dict[str, str]) -> tuple[bool, bool]:
+    def verdicts(row: dict[str, str]) -> list[bool]:
         tests = read_tests(json.dumps({key: row[key] for key in ("prompt", "entry_point", "test")}))
         right = row["canonical_solution"]
         mutant = f"```python\n{mutated(row)}\n```"
-        return tuple(run_tests(sandbox, text, tests, 10.0).passed for text in (right, mutant))
+        return [run_tests(sandbox, text, tests, 10.0).passed for text in (right, mutant)]
 
     with ThreadPoolExecutor(2) as threads:
         results = dict(
             zip((row["task_id"] for row in rows), threads.map(verdicts, rows), strict=True)
         )
-    assert not {name: passed for name, passed in results.items() if passed != (True, False)}
+    assert not {name: passed for name, passed in results.items() if passed != [True, False]}
