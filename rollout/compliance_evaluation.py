@@ -1,6 +1,6 @@
 """How well a model keeps system instructions: with values it was trained on, and with others.
 
-prompts × pools → instruction in front, drawn by seed → sampled, scored → kept? by constraint
+prompts and pools → instruction in front, drawn by seed → sampled, scored → kept? by constraint
 """
 
 from __future__ import annotations

@@ -103,14 +103,21 @@ def test_asserts_and_answers_stay_outside(sandbox: Sandbox):
     """The program searches its whole memory; the numbers of the test are not in it."""
     asked = {"entry_point": "add", "test": "assert add(3, 4) == 987654 - 987647"}
     search = (
-        "import gc\ndef seen(o, needle, depth=0):\n"
-        "    if isinstance(o, (str, bytes)): return needle in str(o)\n"
-        "    if depth > 4: return False\n"
-        "    return any(seen(x, needle, depth + 1) for x in gc.get_referents(o))\n"
+        "import gc, sys\n"
         "def add(a, b):\n"
-        "    needle = str(493827 * 2)\n"
-        "    found = any(seen(o, needle) for o in gc.get_objects() if type(o) in (dict, list))\n"
-        "    return 0 if found else a + b"
+        "    needle, seen, frame = str(493827 * 2), set(), sys._getframe()\n"
+        "    left = [sys.modules['__main__'].__dict__]\n"
+        "    while frame:\n"
+        "        left.append(frame.f_locals)\n"
+        "        frame = frame.f_back\n"
+        "    left = [o for each in left for o in each.values() if o is not needle]\n"
+        "    for _ in range(4):\n"
+        "        if any(needle in o for o in left if type(o) is str and o is not needle):\n"
+        "            return 0\n"
+        "        left = [o for o in left if id(o) not in seen and type(o) in (dict, list, tuple)]\n"
+        "        seen.update(map(id, left))\n"
+        "        left = gc.get_referents(*left)\n"
+        "    return a + b"
     )
     assert run_tests(sandbox, search, read_tests(json.dumps(asked)), 20.0).passed
 

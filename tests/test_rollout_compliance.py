@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import json
+import re
 from collections import Counter
 from pathlib import Path
 
 import pytest
+import yaml
 from pydantic import ValidationError
 
 from ground.chat import ChatTemplate
-from ground.config import Instruction, Systems
+from ground.config import Instruction, SandboxSettings, Systems
 from ground.constraints import RULES, Constraint, ConstraintName, Value
 from ground.errors import DataError
 from ground.model import load_tokenizer
 from ground.records import Message, Prompt
+from rollout.code_tests import read_tests
 from rollout.compliance import Demand, compliance_rates, with_compliance
 from rollout.compliance_evaluation import measure_compliance
 from rollout.config import EvaluateSection, SamplingSection
@@ -217,3 +220,16 @@ def test_the_compliance_reward_says_what_its_answer_must_be(answer: str):
     )
     with pytest.raises(DataError, match="answer must be JSON like"):
         call_reward(find_reward("compliance"), prompt, ["x"])
+
+
+def test_what_the_page_on_rewards_shows_can_be_used():
+    page = (Path(__file__).parents[1] / "docs" / "rewards.md").read_text()
+    blocks = re.findall(r"```(yaml|json|python)\n(.*?)```", page, re.DOTALL)
+    recipes = [yaml.safe_load(text) for kind, text in blocks if kind == "yaml"]
+    assert Systems.model_validate(recipes[1]["systems"]).is_checked
+    assert SandboxSettings.model_validate(recipes[0]["sandbox"]) == SandboxSettings()
+    layouts = [read_tests(text.replace("…", "")) for kind, text in blocks if kind == "json"]
+    assert [type(each).__name__ for each in layouts] == ["Scripts", "Calls", "Check"]
+    assert all(f"`{name}`" in page for name in RULES)
+    [own] = [text for kind, text in blocks if kind == "python"]
+    assert "@reward" in own and compile(own, "docs/rewards.md", "exec")

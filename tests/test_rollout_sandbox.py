@@ -7,6 +7,7 @@ import os
 import secrets
 import signal
 import socket
+import struct
 import threading
 import time
 from collections.abc import Iterator
@@ -19,11 +20,15 @@ import pytest
 from code_attacks import EXHAUSTS, METADATA, REACHES, program_of
 
 from ground.config import SandboxSettings
+from ground.errors import InfraError
+from ground.records import Message, Prompt
+from packtrain.doctor import check_sandboxes
 from rollout.code_runs import run_tests
 from rollout.code_tests import Scripts
 from rollout.sandbox import Limits, Sandbox
+from rollout.sandbox_filter import system_call_filter
 from rollout.sandbox_guest import decode, encode
-from rollout.sandbox_probe import sandbox_for
+from rollout.sandbox_probe import Probed, probe, sandbox_facts, sandbox_for
 from rollout.sandbox_tiers import TIERS, Tier, tier_version
 
 SEVEN = Scripts((("", "7\n"),))
@@ -181,3 +186,86 @@ def end_children_but(before: set[int]) -> None:
     """What a reward process does after each call, among children that are others'."""
     for pid in children() - before:
         os.kill(pid, signal.SIGKILL)
+
+
+@tiers
+def test_a_sandbox_is_trusted_only_after_it_was_attacked(tier: Tier):
+    probed = probe(tier)
+    assert probed.holds and probed.held == probed.attacks == 17
+
+
+def test_limits_alone_are_no_sandbox():
+    probed = probe("none")
+    assert not probed.holds and "read_file" in probed.failure and "connect" in probed.failure
+    held = ("read_environment", "raise_limit", "take_memory", "compute_on")
+    assert not any(name in probed.failure for name in held if os.getuid() or name != "raise_limit")
+
+
+def test_a_stage_records_the_sandbox_only_where_there_are_programs():
+    def asked(reward: str) -> Prompt:
+        return Prompt.make((Message("user", "?"),), capability="c", reward=reward, answer="x")
+
+    settings = SandboxSettings()
+    assert sandbox_facts([asked("exact")], settings) == {}
+    assert sandbox_facts([asked("exact"), asked("code")], settings)["sandbox"] in TIERS
+
+
+def test_a_sandbox_that_does_not_start_is_nobodys_zero(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("PATH", "")
+    with pytest.raises(InfraError, match="a sandbox must start, got: FileNotFoundError"):
+        run_tests(Sandbox("bubblewrap"), "print(7)", SEVEN, 1.0)
+
+
+def test_the_doctor_shows_which_sandbox_holds():
+    def some(tier: Tier) -> Probed:
+        if tier == "sandlock":
+            return Probed(tier, None, failure="not installed")
+        return Probed(tier, "0.8.0", held=17, attacks=17, seconds=0.025)
+
+    def broken(tier: Tier) -> Probed:
+        return Probed(tier, "1", held=16, attacks=17, failure="broken by read_file")
+
+    holds, missing = check_sandboxes(some)
+    assert (holds.verdict, missing.verdict) == ("ok", "ok")
+    assert holds.found == "0.8.0; held 17 of 17 attacks, 25 ms to start"
+    assert missing.found == "not installed; not needed"
+    assert [f.verdict for f in check_sandboxes(broken)] == ["warn", "warn"]
+
+
+@pytest.mark.parametrize("machine", ["x86_64", "aarch64"])
+def test_the_filter_refuses_by_number(machine: str):
+    """The program is run here, on numbers: what the kernel would answer to a call."""
+    program = system_call_filter(machine)
+    assert program is not None and system_call_filter("riscv64") is None
+    own, clone, open_, socket_, prlimit, unshare = {
+        "x86_64": (0xC000003E, 56, 2, 41, 302, 272),
+        "aarch64": (0xC00000B7, 220, 56, 198, 261, 97),
+    }[machine]
+    allow, refuse, kill = 0x7FFF0000, 0x00050001, 0x80000000
+
+    def answer(number: int, argument: int = 0, architecture: int = own) -> int:
+        return interpreted(program, {0: number, 4: architecture, 16: argument})
+
+    assert answer(open_) == allow and answer(unshare) == refuse
+    assert answer(open_, architecture=0x40000003) == kill
+    assert answer(open_ | 0x40000000) == answer(435) == 0x00050026
+    assert answer(clone, 17) == allow and answer(clone, 0x10000000 | 17) == refuse
+    assert [answer(socket_, family) for family in (1, 2, 10)] == [allow] * 3
+    assert [answer(socket_, family) for family in (0, 3, 16, 17, 40)] == [refuse] * 5
+    assert answer(prlimit, 0) == allow and answer(prlimit, 1234) == refuse
+
+
+def interpreted(program: bytes, data: dict[int, int]) -> int:
+    """What a BPF program of loads, jumps and returns comes to."""
+    lines = [struct.unpack_from("=HBBI", program, at) for at in range(0, len(program), 8)]
+    place, loaded = 0, 0
+    while True:
+        code, yes, no, value = lines[place]
+        if code == 0x06:
+            return value
+        if code == 0x20:
+            loaded = data[value]
+            place += 1
+            continue
+        held = {0x15: loaded == value, 0x35: loaded >= value, 0x45: bool(loaded & value)}[code]
+        place += 1 + (yes if held else no)
