@@ -11,13 +11,15 @@ import re
 import unicodedata
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, get_args
 
 Value = int | str
 ConstraintName = Literal[
     "max_words", "min_words", "max_sentences", "paragraphs", "bullets", "numbered", "json_key",
     "starts_with", "ends_with", "signed_by", "without_word", "with_word", "language",
 ]  # fmt: skip
+
+NAMES: tuple[ConstraintName, ...] = get_args(ConstraintName)
 
 
 @dataclass(frozen=True, slots=True)

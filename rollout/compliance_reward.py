@@ -10,7 +10,7 @@ import functools
 import json
 from collections.abc import Sequence
 
-from ground.constraints import RULES, Constraint, value_problem
+from ground.constraints import NAMES, Constraint, ConstraintName, value_problem
 from ground.errors import DataError
 from rollout.rewards import Score, Turn, reward
 
@@ -51,14 +51,16 @@ def _constraints(answer: str) -> tuple[Constraint, ...]:
             'answer must be JSON like {"constraint": "max_words", "value": 50} or a list of such, '
             f"got {answer[:80]!r} ({type(error).__name__}: {error})",
             where="reward compliance",
-            fix=f"known constraints: {', '.join(RULES)}",
+            fix=f"known constraints: {', '.join(NAMES)}",
         ) from None
     return found
 
 
 def _constraint(asked: dict[str, object]) -> Constraint:
     name, value = asked["constraint"], asked["value"]
-    known = {str(each): each for each in RULES}[str(name)]
+    known: ConstraintName | None = next((each for each in NAMES if each == name), None)
+    if known is None:
+        raise ValueError(f"unknown constraint {name!r}")
     problem = value_problem(known, value)
     if problem or not isinstance(value, int | str):
         raise ValueError(problem)
