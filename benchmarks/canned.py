@@ -32,6 +32,7 @@ from rollout.config import FleetSection, SamplingSection
 from rollout.fleet import Fleet
 from rollout.ray_worker import RayWorker
 from rollout.simulation import group_of
+from rollout.systems import SystemInstruction
 from rollout.task import GroupResult, GroupTask, Loaded, Pong, WorkerConfig
 from rollout.weights import Published
 from rollout.worker import RolloutWorker
@@ -176,7 +177,7 @@ async def _play(
             section,
             seed=0,
             validation=[],
-            system_of=lambda prompt, pass_: "",
+            system_of=lambda prompt, pass_: SystemInstruction(),
             in_flight=in_flight,
             note=events.append,
         )

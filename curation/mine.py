@@ -28,6 +28,7 @@ from rollout.engine import Engine
 from rollout.engines import open_engine
 from rollout.evaluation import measure
 from rollout.reward_pool import RewardPool
+from rollout.sandbox_probe import sandbox_facts
 
 logger = logging.getLogger("packtrain")
 
@@ -40,6 +41,7 @@ def train(stage: Stage[MineSection]) -> dict[str, object]:
         stage.trail.prompts_before("mine"), stage.head.data, quarantine=stage.directory
     )
     prompts.sort(key=lambda prompt: prompt.id)
+    sandbox = sandbox_facts(prompts, stage.head.sandbox)
     judged_by = f"mine:{model_name(model)}"
     mined = _mine(stage, model, prompts, judged_by)
     asked = [each for each in mined if each.trials]
@@ -56,6 +58,7 @@ def train(stage: Stage[MineSection]) -> dict[str, object]:
         logger.warning("%d prompts were set aside: %s", len(skipped), skipped[0].skipped)
     summary = {
         "judged_by": judged_by,
+        **sandbox,
         **summarise(mined, ks=section.k, solved_at=section.solved_at, seed=stage.head.seed),
     }
     write_file(stage.directory / "summary.json", json.dumps(summary, indent=2) + "\n")
@@ -73,7 +76,10 @@ def _mine(
     mined: list[Mined] = []
     try:
         with RewardPool(
-            section.reward_processes, section.reward_deadline_seconds, stage.head.rewards
+            section.reward_processes,
+            section.reward_deadline_seconds,
+            stage.head.rewards,
+            sandbox=stage.head.sandbox,
         ) as pool:
             for start in range(0, len(prompts), section.shard_size):
                 shard = prompts[start : start + section.shard_size]

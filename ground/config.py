@@ -7,6 +7,7 @@ from pathlib import Path
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
+from ground.constraints import RULES, ConstraintName, Value, value_problem
 from ground.positions import PlacedText
 
 STAGES = ("herd", "prune", "targets", "sft", "mine", "rl", "dpo")
@@ -116,11 +117,84 @@ class Data(Section):
     """Rows that may be unreadable before a file is refused; they go to a quarantine file."""
 
 
+class Instruction(Section):
+    """One entry of a pool: a fixed text, a constraint with many values, or both."""
+
+    text: str = ""
+    """What is said; before the constraint's own words where there is one."""
+    constraint: ConstraintName | None = None
+    """A constraint of form that is checked on every answer; its value is drawn with it."""
+    values: list[int | str] = Field(default_factory=list)
+    """Values to train on; left out, those of ground/constraints.py."""
+    heldout: list[int | str] = Field(default_factory=list)
+    """Values for evaluation only; left out, those of ground/constraints.py, or none where `values`
+    are given."""
+    weight: float = Field(default=1.0, gt=0)
+    """How often it is drawn, relative to the others of its pool."""
+
+    @model_validator(mode="after")
+    def _checkable(self) -> typing.Self:
+        if self.constraint is None:
+            if self.values or self.heldout:
+                raise ValueError("values and heldout belong to a constraint, and none is named")
+            return self
+        problems = [value_problem(self.constraint, each) for each in self.values + self.heldout]
+        twice = [str(each) for each in self.values if each in self.heldout]
+        problems += [f"{', '.join(twice)} must not be both trained and held out"] * bool(twice)
+        for problem in filter(None, problems):
+            raise ValueError(problem)
+        return self
+
+    @property
+    def trained_values(self) -> tuple[Value, ...]:
+        """What training draws from; empty without a constraint."""
+        if self.constraint is None:
+            return ()
+        return tuple(self.values) or RULES[self.constraint].values
+
+    @property
+    def untrained_values(self) -> tuple[Value, ...]:
+        """What only evaluation draws from; never one of the trained ones."""
+        if self.constraint is None:
+            return ()
+        usual = () if self.values else RULES[self.constraint].heldout
+        return tuple(self.heldout) or usual
+
+
 class Systems(Section):
     """Pools of system instructions; one is drawn per group, seeded."""
 
-    pools: dict[str, list[str]] = Field(default_factory=dict)
+    pools: dict[str, list[str | Instruction]] = Field(default_factory=dict)
     """Capability → instructions; the key `any` serves capabilities without a pool of their own."""
+    compliance_share: float = Field(default=0.2, ge=0, le=0.5)
+    """Part of the reward that keeping a constraint is worth, where one was drawn; the rest is the
+    task's. What counts as solved is the task's verdict alone."""
+
+    @property
+    def is_checked(self) -> bool:
+        """Whether some instruction has a constraint."""
+        return any(
+            isinstance(each, Instruction) and each.constraint is not None
+            for pool in self.pools.values()
+            for each in pool
+        )
+
+
+class SandboxSettings(Section):
+    """Where programs of the `code` reward run, and what they may take."""
+
+    tier: typing.Literal["auto", "bubblewrap", "sandlock"] = "auto"
+    """Which boundary: the strongest that holds here (`packtrain doctor` shows which do), or one."""
+    allow_unsafe: bool = False
+    """Run model-written code even where no boundary holds: as this user, with its files and its
+    network, under limits of time and memory alone. For machines that a stranger might use."""
+    seconds: float = Field(default=4.0, gt=0)
+    """Wall-clock time of a completion's program, all its tests together; at most four fifths of
+    the verifier's deadline."""
+    memory_mib: int = Field(default=512, ge=64)
+    """Address space of one process of a program, in MiB."""
+    processes: int = Field(default=8, ge=1)
+    """Processes and threads that a program may have at once."""
 
 
 class Head(Section):
@@ -136,6 +210,7 @@ class Head(Section):
     """The model that judges and teaches; absent when a `herd` section makes one."""
     data: Data = Data()
     systems: Systems = Systems()
+    sandbox: SandboxSettings = SandboxSettings()
     rewards: list[Path] = Field(default_factory=list)
     """Python files of the user's own whose functions are marked `@reward("name")`."""
     sinks: list[typing.Literal["trackio", "wandb", "tensorboard"]] = Field(default_factory=list)

@@ -28,7 +28,7 @@ from ground.recipe import RecipeDocument
 if TYPE_CHECKING:
     from ground.run import RunDir
 
-_SHARED = ("seed", "model", "teacher", "data", "systems", "rewards")
+_SHARED = ("seed", "model", "teacher", "data", "systems", "rewards", "sandbox")
 _WHOLE, _BLOCKS = 64 << 20, 256
 """Bytes up to which a model's file is hashed whole, and blocks that stand for a larger one."""
 _YOUNG_NS = 2_000_000_000

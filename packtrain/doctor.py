@@ -22,6 +22,8 @@ from ground.disk import free_bytes, show_bytes
 from ground.errors import SetupError
 from ground.memory import available_bytes
 from rollout.installed import VLLM_FIX, VLLM_RELEASE, is_known, vllm_version
+from rollout.sandbox_probe import Probed, probe
+from rollout.sandbox_tiers import TIER_FIX, TIERS, Tier
 
 GIB = 1 << 30
 ROOMS = ("ground", "rollout", "curation", "sft", "dpo", "rl", "packtrain")
@@ -105,6 +107,21 @@ def check_vllm(version: Callable[[], str | None] = vllm_version) -> Iterator[Fin
         yield Finding("warn", "vllm", what, VLLM_FIX)
 
 
+def check_sandboxes(probe: Callable[[Tier], Probed] = probe) -> Iterator[Finding]:
+    """Whether the `code` reward has a boundary to run programs in; no other reward needs one."""
+    probed = [probe(tier) for tier in TIERS]
+    for each in probed:
+        if each.holds:
+            start = f"{each.seconds * 1000:.0f} ms to start"
+            found = f"{each.version}; held {each.held} of {each.attacks} attacks, {start}"
+            yield Finding("ok", f"sandbox {each.tier}", found)
+        elif any(other.holds for other in probed):
+            yield Finding("ok", f"sandbox {each.tier}", f"{each.failure}; not needed")
+        else:
+            what = f"{each.failure}; the code reward needs one"
+            yield Finding("warn", f"sandbox {each.tier}", what, TIER_FIX)
+
+
 def check_imports() -> Iterator[Finding]:
     """The heavy libraries import, each in a process of its own."""
     for name in IMPORTS:
@@ -162,6 +179,7 @@ CHECKS: tuple[Callable[[], Iterator[Finding]], ...] = (
     check_python,
     check_versions,
     check_vllm,
+    check_sandboxes,
     check_imports,
     check_shadows,
     check_space,

@@ -55,6 +55,7 @@ class ControllerActor:
             section.engine,
             section.fleet,
             job.rewards,
+            job.sandbox,
             incarnation=job.incarnation,
             lease_seconds=section.lease_seconds,
         )

@@ -31,6 +31,7 @@ from rl.droughts import Droughts
 from rl.source import Draw
 from rollout.engine import PromptTooLong
 from rollout.seeds import sample_seed
+from rollout.systems import SystemInstruction
 from rollout.task import GroupTask
 
 logger = logging.getLogger("packtrain")
@@ -70,7 +71,7 @@ class Controller:
         *,
         seed: int,
         validation: Sequence[Prompt],
-        system_of: Callable[[Prompt, int], str],
+        system_of: Callable[[Prompt, int], SystemInstruction],
         in_flight: int,
         note: Callable[[Mapping[str, object]], None],
         now: Callable[[], float] = time.monotonic,
@@ -254,12 +255,14 @@ class Controller:
     def _task(self, prompt: Prompt, group_id: str, pass_: int | str, size: int) -> GroupTask:
         seeds = tuple(sample_seed(self._seed, prompt.id, pass_, sample) for sample in range(size))
         number = pass_ if isinstance(pass_, int) else 0
+        system = self._system_of(prompt, number)
         return GroupTask(
             id=group_id,
             prompt=prompt,
-            system=self._system_of(prompt, number),
+            system=system.text,
             sampling=self._section.sampling,
             seeds=seeds,
+            demand=system.demand,
         )
 
     async def _hand_over(self, version: int, weights: object) -> None:

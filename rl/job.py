@@ -7,7 +7,7 @@ from typing import Literal, Protocol
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from ground.config import Section, Systems
+from ground.config import SandboxSettings, Section, Systems
 from rl.config import RlSection
 
 
@@ -33,6 +33,8 @@ class Job(Section):
     systems: Systems = Systems()
     rewards: tuple[Path, ...] = ()
     """Files with the user's own reward functions."""
+    sandbox: SandboxSettings = SandboxSettings()
+    """Where programs of the `code` reward run."""
     logs_end_in: Path | None = None
     """Where what is written into `log_directory` is brought in the end, if not left there."""
     receives_weights: bool = False

@@ -12,14 +12,14 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Protocol
 
 from torch import Tensor
 
 from ground import faults
 from ground.errors import DataError, DivergedError
-from ground.records import Group
+from ground.records import Group, Rollout
 from ground.signals import Pending
 from rl.books import MISVERSIONED, Plan
 from rl.buffer import LATE, Outcome
@@ -31,6 +31,7 @@ from rl.job import Report, phase
 from rl.publisher import Loop as Publications
 from rl.publisher import Publisher
 from rl.snapshot import Snapshot
+from rollout.compliance import compliance_rates
 from rollout.weights import Probes
 
 logger = logging.getLogger("packtrain")
@@ -267,4 +268,12 @@ def _of_plan(plan: Plan) -> dict[str, float]:
         "refused_share": refused / draws,
         "misversioned_share": misversioned / draws,
         "broken_share": (draws - named) / draws,
+        **compliance_rates(answer.reward_parts for answer in _answers(plan)),
     }
+
+
+def _answers(plan: Plan) -> Iterator[Rollout]:
+    """All answers that the step's slots cost, those of filtered groups included."""
+    for outcome in plan.outcomes:
+        if outcome.group:
+            yield from outcome.group.rollouts

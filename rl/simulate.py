@@ -28,6 +28,7 @@ from rollout.config import FleetSection
 from rollout.fleet import Fleet
 from rollout.seeds import sample_seed
 from rollout.simulation import Clock, SimulatedWorker, run_virtual
+from rollout.systems import SystemInstruction
 from rollout.task import GroupTask
 
 _PATIENCE = 1e9
@@ -257,7 +258,7 @@ async def _play(
         section,
         seed=world.seed,
         validation=[],
-        system_of=lambda prompt, pass_: "",
+        system_of=lambda prompt, pass_: SystemInstruction(),
         in_flight=section.groups_in_flight,
         note=events.append,
         now=lambda: clock.now,

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import sys
+import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
@@ -24,6 +25,7 @@ from rl.journal import Journal, read_journal
 from rl.ledger import audit_ledger
 from rl.pool import split_pool
 from rl.processes import Reserved, reserved
+from rollout.sandbox_probe import sandbox_facts
 
 if TYPE_CHECKING:
     from ground.roll import Roll
@@ -46,11 +48,14 @@ def train(stage: Stage[RlSection]) -> dict[str, object]:
     record = stage.run.path / "log" / "rl.processes.json"
     with _hosts(launch, environment) as hosts, reserved(record) as ours:
         prompts = read_prompts(stage.trail.prompts_before("rl"), stage.head.data, stage.directory)
+        sandbox = sandbox_facts(prompts, stage.head.sandbox)
         pool = split_pool(prompts, stage.section.validation.prompts, stage.head.seed)
         # Ray reads its authentication mode from the environment when it is imported.
         from rl.supervisor import supervise
 
         timeline = Journal(stage.directory / "events.jsonl")
+        if sandbox:
+            timeline.append({"time": time.time(), "kind": "sandbox", **sandbox})
         facts = supervise(
             lambda life: _job(stage, life, ours),
             pool,
@@ -62,7 +67,7 @@ def train(stage: Stage[RlSection]) -> dict[str, object]:
         timeline.close()
     audited = audit_ledger(read_journal(stage.directory / "ledger.jsonl"))
     consumed = audit_run(stage.directory, stage.section)
-    return {**facts, "audited": audited, "consumed": consumed}
+    return {**facts, **sandbox, "audited": audited, "consumed": consumed}
 
 
 def require_known(launch: Launch) -> None:
@@ -145,6 +150,7 @@ def _job(stage: Stage[RlSection], life: int, ours: Reserved) -> Job:
         log_directory=(stage.run.path / "log").resolve(),
         systems=stage.head.systems,
         rewards=tuple(path.resolve() for path in stage.head.rewards),
+        sandbox=stage.head.sandbox,
     )
 
 

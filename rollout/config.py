@@ -202,5 +202,9 @@ class EvaluateSection(MeasureSection):
     """Also decode each prompt once at temperature 0."""
     max_prompts: int | None = Field(default=None, ge=1)
     """Measure on that many prompts, chosen by the run's seed; all of them when left out."""
+    systems: int = Field(default=1, ge=0)
+    """Completions per prompt under instructions that are drawn from the recipe's `systems`, once
+    with constraint values of training and once with others; 0 leaves that out, and so does a recipe
+    whose instructions have no constraints."""
     examples: int = Field(default=4, ge=0)
     """Completions per prompt that are kept as text."""

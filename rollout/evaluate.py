@@ -11,6 +11,7 @@ from ground.console import reporter
 from ground.entry import Stage, stage_entry
 from ground.storage import write_file
 from ground.tables import write_rows
+from rollout.compliance_evaluation import measure_compliance
 from rollout.config import EvaluateSection
 from rollout.engines import open_engine
 from rollout.evaluation import (
@@ -23,6 +24,7 @@ from rollout.evaluation import (
 )
 from rollout.heldout import read_heldout
 from rollout.reward_pool import RewardPool
+from rollout.sandbox_probe import sandbox_facts
 
 logger = logging.getLogger("packtrain")
 
@@ -33,11 +35,15 @@ def evaluate(stage: Stage[EvaluateSection]) -> dict[str, object]:
     model = stage.trail.model_of(stage.of)
     prompts = read_heldout(stage.trail, stage.head.data, quarantine=stage.directory)
     prompts = choose_prompts(prompts, section.max_prompts, seed)
+    sandbox = sandbox_facts(prompts, stage.head.sandbox)
     start = time.monotonic()
     engine, chat = open_engine(model, section.engine)
     try:
         with RewardPool(
-            section.reward_processes, section.reward_deadline_seconds, stage.head.rewards
+            section.reward_processes,
+            section.reward_deadline_seconds,
+            stage.head.rewards,
+            sandbox=stage.head.sandbox,
         ) as pool:
             measured = measure(
                 engine,
@@ -50,9 +56,14 @@ def evaluate(stage: Stage[EvaluateSection]) -> dict[str, object]:
                 greedy=section.greedy,
                 progress=reporter(stage.directory),
             )
-            result = {"model": str(model), **summarise(measured, section.k, seed)}
+            result = {"model": str(model), **sandbox, **summarise(measured, section.k, seed)}
             if section.greedy:
                 result["greedy"] = greedy_accuracy(measured)
+            systems = stage.head.systems
+            if systems.is_checked and section.systems:
+                result["systems"] = measure_compliance(
+                    engine, chat, prompts, pool, section, systems, seed
+                )
     finally:
         engine.close()
     result["seconds"] = round(time.monotonic() - start, 1)
@@ -63,7 +74,15 @@ def evaluate(stage: Stage[EvaluateSection]) -> dict[str, object]:
         logger.warning(
             "%s prompts could not be asked: %s", result["num_skipped"], result["skipped"]
         )
-    headline = ("num_prompts", "num_skipped", "samples", "entropy", "mean_tokens", "greedy")
+    headline = (
+        "num_prompts",
+        "num_skipped",
+        "samples",
+        "entropy",
+        "mean_tokens",
+        "greedy",
+        "sandbox",
+    )
     passes = [f"pass@{k}" for k in section.k]
     return {key: result[key] for key in (*headline, *passes) if key in result}
 

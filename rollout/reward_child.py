@@ -24,7 +24,15 @@ from ground import faults
 from ground.records import Message, Prompt
 from ground.roles import enter_role
 from rollout.descendants import adopt_orphans, end_children
-from rollout.rewards import Refusal, Score, call_reward, find_reward, load_rewards, reward_names
+from rollout.rewards import (
+    Refusal,
+    Score,
+    call_reward,
+    find_registered,
+    find_reward,
+    load_rewards,
+    reward_names,
+)
 
 _MAX_MESSAGE = 500
 
@@ -69,8 +77,10 @@ def _answer(request: dict[str, object], files: list[Path]) -> dict[str, object]:
                 load_rewards(path)
             return {"names": reward_names()}
         case {"do": "load", "reward": str(name)}:
-            find_reward(name)
-            return {}
+            found = find_registered(name)
+            if found.prepare is not None:
+                found.prepare()
+            return {"one_by_one": found.one_by_one}
         case {"do": "score", "prompt": dict(asked), "texts": list(texts), "audit": audit}:
             _limit_cpu(float(str(request["cpu_seconds"])))
             prompt = Prompt(**{**asked, "messages": tuple(Message(*m) for m in asked["messages"])})

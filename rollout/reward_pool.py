@@ -19,10 +19,11 @@ from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
+from ground.config import SandboxSettings
 from ground.errors import InfraError
 from ground.records import Prompt
 from rollout.reward_process import START_SECONDS, Died, Reply, RewardProcess, Silent
-from rollout.rewards import RewardError, unknown_reward
+from rollout.rewards import SANDBOX_VARIABLE, RewardError, unknown_reward
 
 logger = logging.getLogger(__name__)
 
@@ -37,6 +38,7 @@ _COUNTED = (
 _WAIT_SECONDS = 900.0
 _CLOSE_SECONDS = 10.0
 _MAX_MEMORY = 4 << 30
+_PROGRAM_SHARE = 0.8
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,6 +70,8 @@ class RewardPool:
         deadline_seconds: for one call of a reward function, with all completions of a prompt or
             with one; then its process and everything that it started is killed.
         files: the user's reward files (`rewards:` of the recipe).
+        sandbox: where programs of the `code` reward run; they get at most four fifths of the
+            deadline, so that it is they who end and not the process.
         audit_every: every n-th call is done twice to find functions that are not deterministic;
             0 is never.
 
@@ -82,6 +86,7 @@ class RewardPool:
         deadline_seconds: float,
         files: Sequence[Path] = (),
         *,
+        sandbox: SandboxSettings | None = None,
         max_memory_bytes: int = _MAX_MEMORY,
         audit_every: int = 0,
     ) -> None:
@@ -92,7 +97,10 @@ class RewardPool:
             )
         self._deadline = deadline_seconds
         self._audit_every = audit_every
-        self._processes = [RewardProcess(files, max_memory_bytes) for _ in range(num_processes)]
+        told = _told(sandbox or SandboxSettings(), deadline_seconds)
+        self._processes = [
+            RewardProcess(files, max_memory_bytes, told) for _ in range(num_processes)
+        ]
         self._idle: queue.LifoQueue[RewardProcess] = queue.LifoQueue()
         for process in self._processes:
             self._idle.put(process)
@@ -118,14 +126,12 @@ class RewardPool:
         if not texts:
             return []
         with self._borrowed() as process:
-            together = self._attempt(process, prompt, texts)
-            if isinstance(together, _Failure):
-                scored = [self._alone(process, prompt, n, text) for n, text in enumerate(texts)]
-            else:
-                scored = [
-                    self._alone(process, prompt, n, texts[n]) if verdict.error else verdict
-                    for n, verdict in enumerate(together)
-                ]
+            scored = [
+                self._alone(process, prompt, n, texts[n])
+                if isinstance(verdict, _Failure) or verdict.error
+                else verdict
+                for n, verdict in enumerate(self._first(process, prompt, texts))
+            ]
         self._account(prompt, scored)
         return scored
 
@@ -174,6 +180,17 @@ class RewardPool:
             if process.num_asked > RECYCLE_AFTER:
                 process.kill()
             self._idle.put(process)
+
+    def _first(
+        self, process: RewardProcess, prompt: Prompt, texts: Sequence[str]
+    ) -> Iterator[ScoredText | _Failure]:
+        """All in one call, or in calls of their own where the reward asks for that."""
+        self._prepare(process, prompt)
+        size = 1 if process.loaded[prompt.reward] else len(texts)
+        for start in range(0, len(texts), size):
+            part = texts[start : start + size]
+            outcome = self._attempt(process, prompt, part)
+            yield from [outcome] * len(part) if isinstance(outcome, _Failure) else outcome
 
     def _alone(self, process: RewardProcess, prompt: Prompt, index: int, text: str) -> ScoredText:
         outcome = self._attempt(process, prompt, [text])
@@ -233,7 +250,7 @@ class RewardPool:
                 f"reward {prompt.reward!r} cannot be loaded: {raised['type']}: {raised['message']}",
                 where=raised["where"],
             )
-        process.loaded.add(prompt.reward)
+        process.loaded[prompt.reward] = bool(reply["one_by_one"])
 
     def _is_audited(self) -> bool:
         with self._lock:
@@ -264,6 +281,11 @@ class RewardPool:
                 where=scored[-1].error,
                 fix="mend the function or the prompts' `answer`",
             )
+
+
+def _told(sandbox: SandboxSettings, deadline_seconds: float) -> dict[str, str]:
+    seconds = min(sandbox.seconds, _PROGRAM_SHARE * deadline_seconds)
+    return {SANDBOX_VARIABLE: sandbox.model_copy(update={"seconds": seconds}).model_dump_json()}
 
 
 def _scored(verdict: Reply, prompt: Prompt, index: int) -> ScoredText:

@@ -46,16 +46,24 @@ class RewardProcess:
     Args:
         files: Python files with the user's rewards, loaded at each start.
         max_memory_bytes: address space that the child may use.
+        environment: variables that it gets besides ours.
     """
 
-    def __init__(self, files: Sequence[Path], max_memory_bytes: int) -> None:
+    def __init__(
+        self,
+        files: Sequence[Path],
+        max_memory_bytes: int,
+        environment: Mapping[str, str] | None = None,
+    ) -> None:
+        self._environment = dict(environment or {})
         self._arguments = [str(max_memory_bytes), *map(str, files)]
         self._child: subprocess.Popen[bytes] | None = None
         self._closed = False
         self.names: list[str] = []
         """Rewards that the child knows; filled by its first start."""
-        self.loaded: set[str] = set()
-        """Rewards whose libraries it has imported; its user keeps the list, a restart clears it."""
+        self.loaded: dict[str, bool] = {}
+        """Rewards whose libraries it has imported, and whether they want completions one by one;
+        its user keeps the list, a restart clears it."""
         self.num_starts = 0
         self.num_asked = 0
         """Questions since the last start."""
@@ -136,6 +144,7 @@ class RewardProcess:
         path = os.pathsep.join(filter(None, [str(_ROOT), os.environ.get("PYTHONPATH", "")]))
         environment = {
             **os.environ,
+            **self._environment,
             _MARK: self._mark,
             "PYTHONPATH": path,
             "PYTHONHASHSEED": "0",
@@ -157,7 +166,7 @@ class RewardProcess:
             theirs.close()
             os.close(their_output)
         self._channel.setblocking(False)
-        self.loaded = set()
+        self.loaded = {}
         self.num_starts += 1
         self.num_asked = 0
 

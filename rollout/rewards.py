@@ -33,10 +33,15 @@ from ground.records import Prompt
 Turn = dict[str, str]
 RewardFunction = Callable[..., Sequence["float | Score"]]
 
+SANDBOX_VARIABLE = "PACKTRAIN_SANDBOX"
+"""Where a reward process finds the recipe's `sandbox` section, as JSON."""
+
 MAX_REWARD = 1e6
 """Beyond this a reward is a defect: one such number would drown every other in the mean."""
 MAX_PARTS = 32
 _BUILT_IN = {
+    "code": "rollout.code_reward",
+    "compliance": "rollout.compliance_reward",
     "exact": "rollout.text_rewards",
     "format": "rollout.text_rewards",
     "math": "rollout.math_reward",
@@ -78,16 +83,37 @@ class Refusal:
     reason: str
 
 
-_registered: dict[str, RewardFunction] = {}
+@dataclass(frozen=True, slots=True)
+class Registered:
+    """A reward function and how it wants to be called.
+
+    Example:
+        Registered(code, one_by_one=True, prepare=probe_sandboxes)
+    """
+
+    function: RewardFunction
+    one_by_one: bool = False
+    """A call gets one completion, so that each has the whole deadline for itself."""
+    prepare: Callable[[], object] | None = None
+    """Called once per process before the first verdict, outside of any deadline of a verdict."""
 
 
-def reward(name: str) -> Callable[[RewardFunction], RewardFunction]:
-    """Register the decorated function under `name`; a name can be taken once."""
+_registered: dict[str, Registered] = {}
+
+
+def reward(
+    name: str, *, one_by_one: bool = False, prepare: Callable[[], object] | None = None
+) -> Callable[[RewardFunction], RewardFunction]:
+    """Register the decorated function under `name`; a name can be taken once.
+
+    Args:
+        one_by_one, prepare: see `Registered`.
+    """
 
     def register(function: RewardFunction) -> RewardFunction:
         if name in _registered or (name in _BUILT_IN and function.__module__ != _BUILT_IN[name]):
             raise RewardError(f"reward {name!r} is registered already", fix="choose another name")
-        _registered[name] = function
+        _registered[name] = Registered(function, one_by_one, prepare)
         return function
 
     return register
@@ -99,10 +125,15 @@ def reward_names() -> list[str]:
 
 
 def find_reward(name: str) -> RewardFunction:
-    """The function of that name; its module is imported when it is first asked for.
+    """The function of that name; see `find_registered`."""
+    return find_registered(name).function
+
+
+def find_registered(name: str) -> Registered:
+    """What is registered under that name; its module is imported when it is first asked for.
 
     Raises:
-        DataError: nothing is registered under that name.
+        DataError: nothing is.
     """
     if name not in _registered and name in _BUILT_IN:
         importlib.import_module(_BUILT_IN[name])

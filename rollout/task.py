@@ -5,7 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from ground.config import SandboxSettings
 from ground.records import Group, Message, Prompt
+from rollout.compliance import Demand
 from rollout.config import EngineSection, FleetSection, SamplingSection
 
 
@@ -25,6 +27,8 @@ class GroupTask:
     sampling: SamplingSection
     seeds: tuple[int, ...]
     """Sampling seed of each rollout (`seeds.sample_seed`); their number is the group's size."""
+    demand: Demand | None = None
+    """What the system instruction demands, if that can be checked."""
 
     def attempt_id(self, attempt: int) -> str:
         """Name of one asking of a worker, as `Pong` has it."""
@@ -34,6 +38,11 @@ class GroupTask:
     def applied_system(self) -> str:
         """The instruction that is put in front, empty when there is none."""
         return "" if self.prompt.messages[0].role == "system" else self.system
+
+    @property
+    def applied_demand(self) -> Demand | None:
+        """What the answers are held to: nothing where the instruction is not put in front."""
+        return self.demand if self.applied_system else None
 
     @property
     def messages(self) -> tuple[Message, ...]:
@@ -106,6 +115,8 @@ class WorkerConfig:
     fleet: FleetSection
     reward_files: tuple[Path, ...] = ()
     """The user's own reward functions."""
+    sandbox: SandboxSettings = field(default_factory=SandboxSettings)
+    """Where programs of the `code` reward run."""
     incarnation: int = 0
     """Life of the run that the worker belongs to; it takes no messages of another one."""
     lease_seconds: float = 60.0

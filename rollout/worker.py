@@ -26,6 +26,7 @@ from ground.exits import pid_space
 from ground.lease import Fence, Lease
 from ground.records import Group
 from ground.roles import enter_role
+from rollout.compliance import with_compliance
 from rollout.config import EngineSection
 from rollout.engine import Completion, Engine, Request
 from rollout.failures import sorted_failures
@@ -91,7 +92,10 @@ class RolloutWorker:
             engine = config.engine.with_slots(slots_share)
             self._engine, self._template, self._gate = self._open_engine(engine, self._files.model)
         self._pool = RewardPool(
-            fleet.reward_processes, fleet.reward_deadline_seconds, self._files.rewards
+            fleet.reward_processes,
+            fleet.reward_deadline_seconds,
+            self._files.rewards,
+            sandbox=config.sandbox,
         )
         self._scoring = ThreadPoolExecutor(fleet.reward_processes, thread_name_prefix="score")
         self._orders = ThreadPoolExecutor(1, thread_name_prefix="order")
@@ -162,6 +166,7 @@ class RolloutWorker:
         finally:
             self._awaiting_verdicts.discard(attempt_id)
         faults.point("gen.scored")
+        scored = with_compliance(scored, texts, task.applied_demand)
         rollouts = rollouts_of(completions, texts, scored)
         group = Group(task.id, task.prompt, prompt_ids, rollouts, task.applied_system)
         num_tokens = sum(rollout.num_tokens for rollout in rollouts)

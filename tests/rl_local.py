@@ -38,6 +38,7 @@ from rl.pool import Pool
 from rl.rounds import Rounds
 from rollout.engine import Completion, Request
 from rollout.hf_engine import HfEngine
+from rollout.systems import SystemInstruction
 from rollout.task import GroupTask
 from rollout.weights import Probes
 
@@ -193,7 +194,7 @@ class LocalLoop:
             job.section,
             seed=job.seed,
             validation=pool.validation,
-            system_of=lambda prompt, pass_: "",
+            system_of=lambda prompt, pass_: SystemInstruction(),
             in_flight=job.section.groups_in_flight,
             note=lambda event: None,
         )

@@ -20,6 +20,7 @@ from rl.ledger import audit_ledger
 from rl.source import Source
 from rollout.engine import PromptTooLong, Request
 from rollout.fake_engine import FakeEngine
+from rollout.systems import SystemInstruction
 from rollout.task import GroupTask
 
 RIGHT, WRONG, STOP = 7, 8, 2
@@ -124,7 +125,7 @@ def make_controller(
         section,
         seed=0,
         validation=validation or [],
-        system_of=lambda prompt, pass_: f"system {pass_}",
+        system_of=lambda prompt, pass_: SystemInstruction(f"system {pass_}"),
         in_flight=in_flight,
         note=note,
     )

@@ -19,6 +19,7 @@ from ground.errors import DivergedError, InfraError
 from ground.signals import Pending
 from ground.storage import verify_directory
 from rl.books import Plan
+from rl.buffer import Outcome
 from rl.config import RlSection, ValidationSection
 from rl.consumed import Consumed
 from rl.job import Job, Report
@@ -27,6 +28,7 @@ from rl.learner import Learner
 from rl.loop import LearnerLoop
 from rl.publisher import Best, Publisher
 from rl.snapshot import Snapshot, read_books, read_snapshot, write_cut
+from rl.source import Draw
 from rl.versions import Versions
 
 
@@ -252,6 +254,20 @@ def test_what_became_of_a_steps_draws_by_hand() -> None:
             "broken_share": 5 / 16,
         }
     )
+
+
+def test_compliance_is_told_by_constraint_over_all_answers_of_a_step() -> None:
+    """Two of three answers kept theirs; the group that was filtered counts too."""
+    kept, broken = {"compliance:bullets": 1.0}, {"compliance:bullets": 0.0, "task": 1.0}
+    outcomes = []
+    for number, (parts, reason) in enumerate([(kept, ""), (broken, "flat"), (kept, "late")]):
+        group = make_group(number)
+        answers = (replace(group.rollouts[0], reward_parts=parts),)
+        draw = Draw(number, number, 0, 0, group.prompt, False)
+        outcomes.append(Outcome(draw, reason, None, replace(group, rollouts=answers)))
+    numbers = rl.loop._of_plan(replace(make_plan(make_group(0)), outcomes=tuple(outcomes)))
+    told = {name: value for name, value in numbers.items() if name.startswith("compliance")}
+    assert told == {"compliance": 2 / 3, "compliance/bullets": 2 / 3}
 
 
 def test_a_stop_saves_the_version_it_has_and_trains_no_further(

@@ -23,6 +23,7 @@ from rl.config import RlSection
 from rl.controller import Controller
 from rl.ledger import audit_ledger
 from rollout.simulation import Clock, SimulatedFleet, run_virtual
+from rollout.systems import SystemInstruction
 from rollout.task import GroupTask
 
 POOL = [
@@ -93,7 +94,7 @@ class World:
             self.section,
             seed=self.seed,
             validation=[],
-            system_of=lambda prompt, pass_: "",
+            system_of=lambda prompt, pass_: SystemInstruction(),
             in_flight=self.num_workers * self.slots + 1,
             note=lambda event: None,
             now=lambda: self.clock.now,

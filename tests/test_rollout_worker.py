@@ -13,7 +13,9 @@ import pytest
 import ray
 from fleet_doubles import RealBirths, answers, is_running, make_task, run_fleet
 
+from ground.constraints import Constraint
 from ground.errors import DataError, WorkersLostError
+from rollout.compliance import Demand
 from rollout.config import EngineSection, FleetSection
 from rollout.fleet import Fleet
 from rollout.ray_worker import RayWorker
@@ -59,6 +61,9 @@ def test_a_worker_samples_scores_and_swaps_weights(tiny_model: Path) -> None:
         assert group.oldest_version == 0 and not any(r.error for r in group.rollouts)
         again = await fleet.rollout(task)
         assert again == group
+        held = await fleet.rollout(replace(task, demand=Demand(Constraint("min_words", 999), 0.2)))
+        parts = [rollout.reward_parts for rollout in held.rollouts]
+        assert [each["compliance:min_words"] for each in parts] == [0.0] * 3
 
         published = births.post.publish_model(1, tiny_model, scale=0.9)
         running = asyncio.create_task(fleet.rollout(make_task("long", tokens=400)))
