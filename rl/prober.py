@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import cast
 
@@ -38,6 +38,8 @@ _FACTOR = 3.0
 """Tolerance over measured noise."""
 _NOISE_EVERY = 8
 """Versions between measurements of the noise: it moves slowly and costs as much as the probes."""
+_FIRST_TRAINED = 1
+"""Measured as well: before the first step an adapter is zero, and adding it makes no rounding."""
 _LEAST_TYPICAL, _LEAST_WORST = 1e-6, 4e-6
 """Nats: a rounding or two of an fp32 log-prob around -8."""
 _WORST_TOKEN = 10.0
@@ -77,6 +79,7 @@ class Prober:
         through: the wrapped model, where only it can run: the ranks hold parts of the weights.
         shared: makes what rank 0 has of it, where all ranks measure together. Roundings may lead
             their routers to other experts, and yet all have to make the same passes.
+        otherwise: another way in which engines compute the same; its noise is theirs too.
     """
 
     def __init__(
@@ -88,8 +91,9 @@ class Prober:
         floor: float = 0.0,
         through: nn.Module | None = None,
         shared: Callable[[set[Expert]], set[Expert]] = lambda experts: experts,
+        otherwise: Callable[[], AbstractContextManager[None]] = nullcontext,
     ) -> None:
-        self._shared = shared
+        self._shared, self._otherwise = shared, otherwise
         self._model, self._max_length = model, max_length
         self._logprobs = through or LogprobModel(model)
         self._random = np.random.default_rng([seed, 0x9A])
@@ -117,8 +121,8 @@ class Prober:
         with _evaluating(self._model), torch.no_grad():
             seen = [*self._see(rows)]
             seen += self._see_experts(seen)
-            if self._measured % _NOISE_EVERY == 0:
-                with _attention(self._model, _OTHER_ATTENTION):
+            if self._measured % _NOISE_EVERY == 0 or self._measured == _FIRST_TRAINED:
+                with _attention(self._model, _OTHER_ATTENTION), self._otherwise():
                     again = [*self._see([each.row for each in seen])]
                 self._tolerances = _tolerances(seen, again, self._least)
         self._measured += 1

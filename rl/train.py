@@ -34,6 +34,8 @@ def train(stage: Stage[RlSection]) -> dict[str, object]:
     """Run the loop to its end and audit ledger and journal; returns the summary."""
     launch, environment = launch_of(os.environ), of_launcher(os.environ)
     require_known(launch)
+    if stage.section.lora:
+        stage.section.lora.require_launch(launch, "rl")
     for name in environment:  # our learner is a rank; Ray's processes are none
         os.environ.pop(name, None)
     if not launch.is_main:
