@@ -7,6 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import ray
 import torch
 from fleet_doubles import RealBirths, make_task, run_fleet
 from rl_doubles import make_group
@@ -21,14 +22,16 @@ from ground.merge import merged_targets
 from ground.model import copied, load_model, random_model
 from ground.strikes import kill9
 from rl.prober import Prober
+from rollout.assembly import Assembly
+from rollout.checksums import checksums, views
 from rollout.config import EngineSection, FleetSection
 from rollout.engine import Lent, Request
 from rollout.fleet import Fleet
 from rollout.gate import Gate
-from rollout.handover import Inbox
+from rollout.handover import Inbox, Outbox
 from rollout.hf_engine import HfEngine
 from rollout.task import WorkerConfig
-from rollout.weights import Probes, Published, this_node
+from rollout.weights import Probes, Published, WeightKeeper, this_node
 
 pytestmark = pytest.mark.usefixtures("ray_local")
 
@@ -216,6 +219,23 @@ def test_a_worker_that_came_late_has_the_bits_of_one_that_took_every_version(
         assert all(torch.equal(ours[name], theirs[name]) for name in ours)
     finally:
         late.close()
+
+
+def test_base_and_adapter_of_a_learner_elsewhere_go_to_workers_everywhere(ray_local: None) -> None:
+    keeper = WeightKeeper()
+    outbox = Outbox(keeper, "elsewhere")
+    for filled in (5.0, 1.0):  # a base that is handed over again takes the place of the other
+        outbox.found({"x.weight": torch.full((2, 2), filled)}, 0.5)
+    halves = {"x.lora_A.weight": torch.tensor([[1.0, 2]]), "x.lora_B.weight": torch.ones(2, 1)}
+    outbox.send(outbox.pack(0, halves))
+    _, published = keeper.current()
+    assert published.base and published.base.node == published.node == this_node()
+    whole, wanted = Assembly(Inbox(this_node())).whole(published)
+    assert whole["x.weight"].tolist() == [[1.5, 2.0], [1.5, 2.0]]
+    assert wanted.checksums == checksums(whole)
+    for sent in (published.base, published):
+        carried = bytearray(ray.get(keeper.carry(sent.version)[0]))
+        assert checksums(views(sent.layout, carried)) == sent.checksums
 
 
 class AdapterBirths(RealBirths):
