@@ -80,8 +80,7 @@ class Adapter:
         """A and B themselves, which change as they are trained."""
         tensors: dict[str, Tensor] = {}
         for name, layer in self._layers.items():
-            tensors[name + A] = layer.lora_A[_NAME].weight.detach()
-            tensors[name + B] = layer.lora_B[_NAME].weight.detach()
+            tensors[name + A], tensors[name + B] = _half(layer.lora_A), _half(layer.lora_B)
         return tensors
 
     def base(self) -> dict[str, Tensor]:
@@ -173,7 +172,7 @@ class Adapter:
             "share_of_base": self.parameters / whole,
         }
 
-    def _weight(self, module: str) -> nn.Parameter:
+    def _weight(self, module: str) -> Tensor:
         return cast(nn.Linear, self._layers[module].get_base_layer()).weight
 
 
@@ -207,6 +206,10 @@ def base_identity(section: LoraSection, base: Path) -> dict[str, str]:
     for file in check_weight_files(base):
         hasher.update(digest(file).sha256.encode())
     return {"lora": section.model_dump_json(), "base": hasher.hexdigest()}
+
+
+def _half(halves: nn.ModuleDict) -> Tensor:
+    return cast(nn.Linear, halves[_NAME]).weight.detach()
 
 
 def _is_called(name: str, wanted: str) -> bool:

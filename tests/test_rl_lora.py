@@ -106,15 +106,15 @@ def test_a_step_of_an_adapter_has_the_loss_of_the_merged_model_against_the_same_
     """Both have moved away from the base, which the KL term is measured to: for the adapter that is
     itself switched off. After the step the base is as it was."""
     plan = make_plan(*(make_group(number) for number in range(3)))
-    settings: dict[str, object] = {"loss": {"reference_kl": 0.3}}
-    ours = make_learner(tiny_model, lora=LORA, **settings)
+    loss = {"reference_kl": 0.3}
+    ours = make_learner(tiny_model, lora=LORA, loss=loss)
     assert ours.adapter
     generator = torch.Generator().manual_seed(5)
     for tensor in ours.adapter.live().values():
         tensor.copy_(torch.randn(tensor.shape, generator=generator, dtype=tensor.dtype) * 0.1)
     base = {name: each.clone() for name, each in ours.adapter.base().items()}
     merged = base | dict(merged_targets(base, ours.adapter.live(), ours.adapter.scale))
-    whole = make_learner(tiny_model, **settings)
+    whole = make_learner(tiny_model, loss=loss)
     whole.update.load(merged, {})
     numbers, wanted = ours.step(plan), whole.step(plan)
     for name in ("loss", "entropy", "ess_applied"):
