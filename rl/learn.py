@@ -14,7 +14,7 @@ import os
 import sys
 import threading
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import nullcontext, suppress
+from contextlib import suppress
 from typing import TextIO
 
 import ray
@@ -105,7 +105,7 @@ def learn(job: Job, speaker: Voice, join: Callable[[Job], Loop]) -> dict[str, ob
         floor=job.section.engine.parity_nats,
         through=learner.update.module if learner.update.splits_weights else None,
         shared=ranks.shared if learner.update.splits_weights else lambda experts: experts,
-        otherwise=adapter.folded if adapter else nullcontext,
+        otherwise=adapter.folded if adapter else None,
     )
     ensemble = Ensemble(learner, prober, ranks)
     if not ranks.is_main:

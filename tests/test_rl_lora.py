@@ -129,7 +129,7 @@ def test_a_step_of_an_adapter_has_the_loss_of_the_merged_model_against_the_same_
 
 @pytest.fixture
 def run(tiny_model: Path, tmp_path: Path) -> Iterator[Run]:
-    plan = Faults(tmp_path / "faults").at("learner", "step.applied", 5).do(kill9)
+    plan = Faults(tmp_path).at("learner", "step.applied", 5).do(kill9)
     with nothing_left(Run(tmp_path, tiny_model, faults=plan, rl={"lora": LORA})) as run:
         yield run
 

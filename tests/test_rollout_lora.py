@@ -154,6 +154,19 @@ def test_the_gate_sees_by_its_probes_that_another_adapter_came(
     assert len(future.result(30).segment.token_ids) == 3
 
 
+def test_the_roundings_of_adding_are_allowed_for_and_a_wrong_sum_is_not(
+    learning: Learning, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Both sides add with one formula: were it wrong, the learner's noise must not excuse it."""
+    plain = Prober(learning.model, max_length=128, seed=0).measure()
+    least = Prober(learning.model, max_length=128, seed=0, otherwise=learning.adapter.folded)
+    right = least.measure()
+    assert plain.typical <= right.typical < 30 * plain.typical
+    monkeypatch.setattr("ground.adapter.merged_weight", lambda w, a, b, scale: w + b @ a)
+    wrong = least.measure()
+    assert (wrong.typical, wrong.worst) == (30 * plain.typical, 30 * plain.worst)
+
+
 @pytest.mark.parametrize("factor", [0.5, 1.01, 2.0])
 def test_the_gate_sees_a_wrong_scale(learning: Learning, engine: HfEngine, factor: float) -> None:
     version = next_version(learning)
