@@ -7,6 +7,7 @@ from typing import Literal, get_args
 from pydantic import Field
 
 from ground.config import Section
+from ground.lora import LoraSection
 from ground.trainer_config import TrainerSection
 from rollout.quality import OUTLIER_RATIO, OUTLIER_TOKENS
 
@@ -74,3 +75,5 @@ class DpoSection(Section):
     gate: GateSection = GateSection()
     max_length: int = Field(default=2048, ge=8)
     """Longest prompt with answer in tokens; longer pairs are left out."""
+    lora: LoraSection | None = None
+    """Train a low-rank adapter and leave it beside the merged model; left out, all weights."""

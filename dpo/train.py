@@ -8,6 +8,7 @@ from __future__ import annotations
 import logging
 import sys
 from collections.abc import Sequence
+from contextlib import nullcontext
 
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
@@ -17,14 +18,15 @@ from dpo.gate import gate_figures, objection
 from dpo.pairs import Mined, mine_pairs
 from dpo.tables import PAIR_SCHEMA, pair_row, read_groups
 from dpo.trainer import run_dpo
+from ground.adapter import Adapter, base_identity
 from ground.chat import ChatTemplate
 from ground.checkpoints import Checkpoints
 from ground.entry import Stage, stage_entry
-from ground.model import export_model, load_model, load_tokenizer
+from ground.model import load_model, load_tokenizer
 from ground.ranks import Ranks, join_ranks
-from ground.storage import commit_directory
+from ground.stage_export import export_stage, stage_card
 from ground.tables import write_rows
-from ground.training import Fit, stage_card
+from ground.training import Fit
 
 logger = logging.getLogger(__name__)
 
@@ -32,6 +34,8 @@ logger = logging.getLogger(__name__)
 def train(stage: Stage[DpoSection]) -> dict[str, object]:
     """Prefer RL's best answers to its worst; leaves `pairs.parquet` and `model/`."""
     ranks, base = join_ranks("dpo"), stage.trail.model_before("dpo")
+    if stage.section.lora:
+        stage.section.lora.require_launch(ranks.launch, "dpo")
     tokenizer = load_tokenizer(base)
     chat = ChatTemplate(tokenizer)
     files, version = stage.trail.groups()
@@ -43,13 +47,14 @@ def train(stage: Stage[DpoSection]) -> dict[str, object]:
         [pair.pair for pair in mined.pairs], chat, stage.section.max_length
     )
 
-    model = load_model(base)
+    model, lora = load_model(base), stage.section.lora
+    adapter = Adapter(model, lora, seed=stage.head.seed, stage="dpo") if lora else None
     facts: dict[str, object] = {}
     kept_because = _too_few(len(pairs), mined, stage.section)
     if not kept_because:
-        model, kept_because, facts = _prefer(stage, model, tokenizer, chat, pairs, ranks)
-        model = load_model(base) if kept_because else model
+        model, kept_because, facts = _prefer(stage, model, adapter, tokenizer, chat, pairs, ranks)
     if kept_because:
+        model, adapter = load_model(base), None
         logger.warning("the RL model goes on unchanged: %s", kept_because)
     summary: dict[str, object] = {
         "pairs": len(pairs),
@@ -61,33 +66,36 @@ def train(stage: Stage[DpoSection]) -> dict[str, object]:
     }
     if ranks.is_main:
         provenance = {**stage_card(stage, base), "data": "pairs.parquet", **summary}
-        with commit_directory(stage.directory / "model", provenance) as folder:
-            export_model(model, tokenizer, folder, provenance)
+        export_stage(stage.directory, model, tokenizer, provenance, adapter, base)
     return summary
 
 
 def _prefer(
     stage: Stage[DpoSection],
     model: PreTrainedModel,
+    adapter: Adapter | None,
     tokenizer: PreTrainedTokenizerFast,
     chat: ChatTemplate,
     pairs: Sequence[EncodedPair],
     ranks: Ranks,
 ) -> tuple[PreTrainedModel, str, dict[str, object]]:
-    """Train the model; returns it, the gate's objection to it, if any, and the figures.
+    """Train the model, or its adapter; returns it, the gate's objection, if any, and the figures.
 
     Rank 0 alone asks the gate: what other ranks return goes no further.
     """
-    trainer = stage.section.trainer
+    trainer, lora = stage.section.trainer, stage.section.lora
+    base = stage.trail.model_before("dpo")
 
     def score(scored: PreTrainedModel) -> list[PairLogprobs]:
         return pair_logprobs(
             scored, pairs, pad_id=chat.pad_id, rows_per_pass=2 * trainer.rows_per_pass
         )
 
-    reference = score(model)
+    with adapter.off() if adapter else nullcontext():
+        reference = score(model)  # of the RL model itself
     identity = {"pairs": fingerprint(pairs), "template": chat.fingerprint}
     identity |= {"layout": ranks.launch.layout}
+    identity |= base_identity(lora, base) if lora else {}
     checkpoints = Checkpoints(stage.directory / "checkpoints", trainer.keep_checkpoints, identity)
     fitted = run_dpo(
         model,
@@ -95,17 +103,19 @@ def _prefer(
         pairs,
         reference,
         trainer,
-        Fit(stage.directory, stage.metrics, checkpoints, trainer.max_seconds, ranks),
+        Fit(stage.directory, stage.metrics, checkpoints, trainer.max_seconds, ranks, adapter),
         seed=stage.head.seed,
         resume=stage.resume,
     )
     facts: dict[str, object] = {"steps": fitted.steps}
+    facts |= {"adapter": adapter.facts()} if adapter else {}
     if not ranks.is_main:
         return model, "", facts
-    trained = fitted.whole(model, stage.trail.model_before("dpo"))
+    trained = fitted.whole(model, base)
     figures = gate_figures(reference, score(trained))
     stage.metrics.log(fitted.steps, figures.numbers(), phase="gate")
-    return trained, objection(figures, stage.section.gate), {**facts, "gate": figures.numbers()}
+    facts |= {"gate": figures.numbers()}
+    return trained, objection(figures, stage.section.gate), facts
 
 
 def _too_few(num_pairs: int, mined: Mined, section: DpoSection) -> str:

@@ -19,7 +19,8 @@ from trl.trainer.dpo_trainer import DPOTrainer
 
 from dpo.config import DpoTrainerSection
 from dpo.data import EncodedPair, PairLogprobs
-from ground.training import FiniteLoss, Fit, Fitted, config_kept, fit, trainer_arguments
+from ground.stage_export import config_kept
+from ground.training import FiniteLoss, Fit, Fitted, fit, trainer_arguments
 
 _FEATURES = Features(
     {

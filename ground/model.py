@@ -170,10 +170,12 @@ def tensors_of(model: PreTrainedModel) -> dict[str, Tensor]:
 
     Loading them into a model of the same config restores both places of a tied weight.
     """
-    return {
-        name: tensor.to("cpu", copy=True).contiguous()
-        for name, tensor in live_tensors(model).items()
-    }
+    return copied(live_tensors(model))
+
+
+def copied(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Copies on the CPU."""
+    return {name: tensor.to("cpu", copy=True).contiguous() for name, tensor in tensors.items()}
 
 
 def live_tensors(model: PreTrainedModel) -> dict[str, Tensor]:

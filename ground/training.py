@@ -13,8 +13,7 @@ from __future__ import annotations
 import math
 import shutil
 import time
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import cast
@@ -33,12 +32,11 @@ from transformers import (
 )
 from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
+from ground.adapter import Adapter
 from ground.checkpoints import Checkpoints, step_of
 from ground.console import progress
-from ground.entry import S, Stage
 from ground.errors import DivergedError
 from ground.launch import Launch
-from ground.manifest import digest
 from ground.metrics import Metrics
 from ground.model import load_model
 from ground.ranks import Ranks, lost_ranks
@@ -64,6 +62,8 @@ class Fit:
     checkpoints: Checkpoints
     max_seconds: float | None = None
     ranks: Ranks = _ALONE
+    adapter: Adapter | None = None
+    """What is trained of the model, if that is not all of it."""
 
     @property
     def scratch(self) -> Path:
@@ -127,6 +127,7 @@ class Fitted:
 
     steps: int
     weights: Mapping[str, Tensor] | None = None
+    adapter: Adapter | None = None
 
     def whole(self, model: PreTrainedModel, base: Path) -> PreTrainedModel:
         """The trained model as one piece; called on rank 0.
@@ -135,6 +136,8 @@ class Fitted:
             model: what was trained, in parts where `weights` is set.
             base: what it was loaded from.
         """
+        if self.adapter is not None:
+            return self.adapter.merged()
         if self.weights is None:
             return model
         unset_hf_deepspeed_config()  # or the plain one would be split among the ranks too
@@ -152,6 +155,7 @@ def fit(trainer: FiniteLoss, where: Fit, *, resume: bool) -> Fitted:
         InfraError: another rank is gone.
     """
     ranks = trainer.ranks = where.ranks
+    trainer.adapter = where.adapter
     latest = where.checkpoints.latest() if resume and ranks.is_main else None
     latest = ranks.shared(latest)
     where.metrics.rewind(0 if latest is None else step_of(latest))
@@ -165,7 +169,7 @@ def fit(trainer: FiniteLoss, where: Fit, *, resume: bool) -> Fitted:
         raise Interrupted(watch.stopped_by)
     if ranks.is_main:
         shutil.rmtree(where.scratch, ignore_errors=True)
-    return Fitted(trainer.state.global_step, weights)
+    return Fitted(trainer.state.global_step, weights, where.adapter)
 
 
 def _gathered(trainer: FiniteLoss) -> Mapping[str, Tensor] | None:
@@ -184,6 +188,7 @@ class FiniteLoss(Trainer):
     """
 
     ranks = _ALONE
+    adapter: Adapter | None = None
 
     def __init__(self, *, args: TrainingArguments, **kwargs: object) -> None:
         args._n_gpu = min(args.n_gpu, 1)  # or a step would have its rows once for each GPU in sight
@@ -197,6 +202,23 @@ class FiniteLoss(Trainer):
         passes = args.max_steps * args.gradient_accumulation_steps
         wanted = passes * args.per_device_train_batch_size * args.world_size
         return RowStream(len(rows), wanted, args.seed)
+
+    def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
+        """Of a model with an adapter a checkpoint holds the adapter alone."""
+        if self.adapter is None:
+            super()._save(output_dir, state_dict)
+            return
+        folder = Path(output_dir or str(self.args.output_dir))
+        folder.mkdir(parents=True, exist_ok=True)
+        self.adapter.write(folder)
+
+    def _load_from_checkpoint(
+        self, resume_from_checkpoint: str, model: nn.Module | None = None
+    ) -> None:
+        if self.adapter is None:
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
+            return
+        self.adapter.load(Path(resume_from_checkpoint))
 
     def compute_loss(
         self,
@@ -213,30 +235,6 @@ class FiniteLoss(Trainer):
             got = "that of another rank is not" if is_finite else f"got {loss.item()}"
             raise _diverged(f"the loss must be finite, {got}", self.state.global_step)
         return result
-
-
-def stage_card(stage: Stage[S], base: Path) -> dict[str, object]:
-    """What the model card of every stage tells first: where the model comes from."""
-    return {
-        "stage": stage.name,
-        "run": stage.head.name,
-        "base": f"{base.parent.name}/{base.name}",
-        "recipe_sha256": digest(stage.run.path / "recipe.resolved.yaml").sha256,
-        "seed": stage.head.seed,
-    }
-
-
-@contextmanager
-def config_kept(model: PreTrainedModel) -> Iterator[None]:
-    """Undo what a trainer writes into the model's config, which would be exported with it."""
-    text_config = model.config.get_text_config()
-    before = dict(text_config.to_dict())
-    try:
-        yield
-    finally:
-        for key in ("output_router_logits", "router_aux_loss_coef", "use_cache", "pad_token_id"):
-            if key in before:
-                setattr(text_config, key, before[key])
 
 
 class _Watch(TrainerCallback):

@@ -13,6 +13,7 @@ from collections.abc import Iterator
 
 from ground.console import say
 from ground.errors import DataError, RecipeError, SetupError
+from ground.lora import LoraSection
 from ground.recipe import RecipeDocument, load_recipe
 from ground.shape import ModelShape, read_shape
 from ground.validation import suggest
@@ -57,7 +58,7 @@ def command(arguments: argparse.Namespace) -> int:
             say(line)
     for line in plan_text.assumption_lines(shape, device, arguments.tokens is not None):
         say(line)
-    for line in _refused(document, recipe, shape, device):
+    for line in _refused(document, recipe, shape, device, section.lora):
         say(line)
     return 0
 
@@ -72,7 +73,7 @@ def _lines(
 ) -> Iterator[str]:
     yield from plan_text.batch_lines(section, planned, load)
     yield from plan_text.placement_lines(section, device, count, planned)
-    yield from plan_text.memory_lines(shape, device, planned)
+    yield from plan_text.memory_lines(shape, device, planned, section.lora)
     yield from plan_text.time_lines(section, planned)
 
 
@@ -115,11 +116,15 @@ def _devices(name: str, count: int | None) -> tuple[Device, int]:
 
 
 def _refused(
-    document: RecipeDocument, recipe: Recipe, shape: ModelShape, device: Device
+    document: RecipeDocument,
+    recipe: Recipe,
+    shape: ModelShape,
+    device: Device,
+    lora: LoraSection | None,
 ) -> Iterator[str]:
     """What stands in the way of this plan on its devices, and of `packtrain run` here and now."""
     try:
-        require_machine(shape, device)
+        require_machine(shape, device, lora)
     except PlacementError as error:
         yield ""
         yield f"not to be had on machines with {device.name}:"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 
+from ground.lora import LoraSection
 from ground.shape import ModelShape
 from rl.config import RlSection
 from rl.footprint import host_bytes
@@ -113,7 +114,9 @@ def _engine_keys(section: RlSection, device: Device, plan: Forecast) -> Iterator
         )
 
 
-def memory_lines(shape: ModelShape, device: Device, plan: Forecast) -> Iterator[str]:
+def memory_lines(
+    shape: ModelShape, device: Device, plan: Forecast, lora: LoraSection | None = None
+) -> Iterator[str]:
     """What lies in a device of each kind."""
     room = device.memory * Efficiency().memory
     yield ""
@@ -123,8 +126,8 @@ def memory_lines(shape: ModelShape, device: Device, plan: Forecast) -> Iterator[
         told = ", ".join(f"{part} {_gib(size)}" for part, size in parts.items())
         yield f"  {name:8} {_gib(sum(parts.values())):>6}: {told}"
     yield (
-        f"  keeper   {_gib(host_bytes(shape)):>6} of {_gib(device.memory_of_machine)} of its "
-        "machine: two versions and the one that is filled, FP32"
+        f"  keeper   {_gib(host_bytes(shape, lora)):>6} of {_gib(device.memory_of_machine)} of its "
+        f"machine: {'the base, and ' * bool(lora)}two versions and the one that is filled, FP32"
     )
 
 

@@ -9,6 +9,7 @@ from pydantic import BeforeValidator, Field, model_validator
 
 from curation.config import CurriculumSection
 from ground.config import Section
+from ground.lora import LoraSection
 from rollout.config import EngineSection, FleetSection, SamplingSection
 
 
@@ -204,6 +205,9 @@ class RlSection(Section):
     advantages: AdvantageSection = BaselineAdvantages()
     loss: LossSection = AipoLoss()
     optimizer: OptimizerSection = OptimizerSection()
+    lora: LoraSection | None = None
+    """Train a low-rank adapter: it alone is handed over, and each worker adds it to the base that
+    it got at the beginning. Left out, all weights are trained and handed over."""
     curriculum: CurriculumSection = CurriculumSection()
     validation: ValidationSection = ValidationSection()
     micro_batch_tokens: int = Field(default=8192, ge=1)
@@ -305,6 +309,15 @@ class RlSection(Section):
                 "with learner.max_ranks ranks and workers must take the same devices: a GPU each "
                 "(gpus_per_rank: 1 and engine.kind: vllm) or equal cpus_per_rank and "
                 "fleet.cpus_per_worker"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _no_dropout(self) -> Self:
+        if self.lora and self.lora.dropout:
+            raise ValueError(
+                "lora.dropout must be 0 in RL, where the sampler has none and every ratio pi / mu "
+                f"would be off by it, got {self.lora.dropout}"
             )
         return self
 

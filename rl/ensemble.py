@@ -17,7 +17,6 @@ from typing import Any, Literal, cast
 from torch import Tensor
 
 from ground.errors import DivergedError
-from ground.model import live_tensors
 from ground.ranks import Ranks, lost_ranks
 from ground.records import Group
 from rl.books import Plan
@@ -92,11 +91,11 @@ class Ensemble:
 
     @contextmanager
     def live(self) -> Iterator[Mapping[str, Tensor]]:
-        """The weights themselves, whole while this lasts."""
+        """What is trained, itself, whole while this lasts."""
         if self._update.splits_weights:
             self._tell(_Order("live"))
         with self._lost(), self._update.whole():
-            yield live_tensors(self._learner.model)
+            yield self._learner.live_tensors()
 
     def end(self) -> None:
         """Let the other ranks go."""

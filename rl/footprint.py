@@ -2,8 +2,9 @@
 
 The learner holds weights, gradients and two moments in FP32, 16 bytes a parameter, sharded over all
 its devices (FSDP2 or ZeRO-3), and activations of one micro-batch: what enters each layer in BF16,
-and one layer's own while it is computed again. An engine holds its weights and the keys and values
-of all its places at full length, spread over the devices of its replica.
+and one layer's own while it is computed again. With an adapter the weights lie whole on each device
+(DDP), and gradients and moments are the adapter's. An engine holds its weights and the keys and
+values of all its places at full length, spread over the devices of its replica.
 """
 
 from __future__ import annotations
@@ -12,7 +13,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from ground.errors import RecipeError
+from ground.lora import LoraSection
 from ground.shape import ModelShape
+from rl.adapter_shape import adapter_parameters
 from rl.config import RlSection
 from rl.hardware import Device, Efficiency
 from rl.room import Want, require_room
@@ -62,9 +65,6 @@ def learner_footprint(
         width: devices over which the experts of a gathered layer are spread.
     """
     size = float(shape.parameters * _FULL)
-    shared = {"weights": size, "gradients": size, "moments (AdamW)": 2 * size}
-    if section.loss.reference_kl:
-        shared["reference"] = size
     tokens = section.micro_batch_tokens
     activations = tokens * shape.hidden * (_HALF * shape.layers + _WORKING_SET)
     experts = shape.experts * shape.one_expert / width
@@ -75,6 +75,14 @@ def learner_footprint(
         "two gathered layers": 2 * layer,
         "logits chunk": float(_TILES * tile),
     }
+    if section.lora:
+        trained = float(adapter_parameters(shape, section.lora) * _FULL)
+        held = {"weights": size, "adapter": trained, "gradients": trained}
+        del own["two gathered layers"]
+        return Footprint({}, {}, held | {"moments (AdamW)": 2 * trained} | own)
+    shared = {"weights": size, "gradients": size, "moments (AdamW)": 2 * size}
+    if section.loss.reference_kl:
+        shared["reference"] = size
     return Footprint(shared, {}, own)
 
 
@@ -125,21 +133,26 @@ def learner_width(
     return width
 
 
-def host_bytes(shape: ModelShape) -> float:
+def host_bytes(shape: ModelShape, lora: LoraSection | None = None) -> float:
     """Of the memory of the learner's machine: the keeper holds two versions while a third is
-    filled, each a copy of the learner's live weights, in FP32 as these are."""
+    filled, each a copy of what the learner trains, in FP32 as that is. It holds an adapter's base
+    once, which the workers of the machine read in place."""
+    if lora:
+        each = adapter_parameters(shape, lora)
+        return float((shape.parameters + _VERSIONS * each) * _FULL)
     return float(_VERSIONS * shape.parameters * _FULL)
 
 
-def require_machine(shape: ModelShape, device: Device) -> None:
+def require_machine(shape: ModelShape, device: Device, lora: LoraSection | None = None) -> None:
     """Refuse weights that are handed over through memory which no machine has.
 
     Raises:
         PlacementError: with want and have.
     """
     each = shape.parameters * _FULL / _GIB
+    because = "the base" if lora else f"{_VERSIONS} versions x {each:,.1f}"
     require_room(
-        [Want("weight keeper", round(_VERSIONS * each), f"{_VERSIONS} versions x {each:,.1f}")],
+        [Want("weight keeper", round(host_bytes(shape, lora) / _GIB), because)],
         round(device.memory_of_machine / _GIB),
         f"GiB of a machine with {device.name}",
         where="placement",

@@ -100,7 +100,7 @@ def forecast(
         footprints,
         section.groups_per_step * section.group_size,
         section.sampling.max_new_tokens * step,
-        handover_seconds(shape, device, placement.devices[LEARNER], width, counted),
+        handover_seconds(shape, device, placement.devices[LEARNER], width, counted, section.lora),
     )
 
 

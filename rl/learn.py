@@ -24,6 +24,7 @@ from torch import Tensor
 from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
 from ground import faults
+from ground.adapter import Adapter, base_identity
 from ground.chat import ChatTemplate
 from ground.checkpoints import Checkpoints, step_of
 from ground.errors import InfraError, PacktrainError
@@ -102,7 +103,9 @@ def learn(job: Job, speaker: Voice, join: Callable[[Job], Loop]) -> dict[str, ob
     if ranks.any(job.receives_weights):
         ranks.give(live_tensors(model).values())
     pad_id = ChatTemplate(tokenizer).pad_id
-    learner = Learner(model, ranks.accelerator(), job.section, pad_id)
+    lora = job.section.lora
+    adapter = Adapter(model, lora, seed=job.seed, stage="rl") if lora else None
+    learner = Learner(model, ranks.accelerator(), job.section, pad_id, adapter)
     ranks.check(ranks.num_ranks, learner.update.module)
     prober = Prober(
         model,
@@ -111,21 +114,28 @@ def learn(job: Job, speaker: Voice, join: Callable[[Job], Loop]) -> dict[str, ob
         floor=job.section.engine.parity_nats,
         through=learner.update.module if learner.update.splits_weights else None,
         shared=ranks.shared if learner.update.splits_weights else lambda experts: experts,
+        otherwise=adapter.folded if adapter else None,
     )
     ensemble = Ensemble(learner, prober, ranks)
     if not ranks.is_main:
         ensemble.follow()
         return {}
     try:
-        facts, weights = _lead(job, speaker, join, ensemble)
+        facts, weights = _lead(job, speaker, join, ensemble, adapter)
     except (PacktrainError, Interrupted) as error:
         if not isinstance(error, InfraError):
             ensemble.end()
         raise
-    if learner.update.splits_weights:
-        unset_hf_deepspeed_config()  # or the one to export would be split among the ranks too
-        model = load_model(job.model)
-    restore(model, weights)
+    if adapter:
+        adapter.restore(weights)
+        model = adapter.merged()
+        with commit_directory(job.directory / "adapter", facts) as staging:
+            adapter.save(staging, job.model)
+    else:
+        if learner.update.splits_weights:
+            unset_hf_deepspeed_config()  # or the one to export would be split among the ranks too
+            model = load_model(job.model)
+        restore(model, weights)
     with commit_directory(job.directory / "model", facts) as staging:
         export_model(model, tokenizer, staging, facts)
         faults.point("export")
@@ -138,20 +148,27 @@ def rank_patience(section: RlSection) -> float:
 
 
 def _lead(
-    job: Job, speaker: Voice, join: Callable[[Job], Loop], ensemble: Ensemble
+    job: Job,
+    speaker: Voice,
+    join: Callable[[Job], Loop],
+    ensemble: Ensemble,
+    adapter: Adapter | None,
 ) -> tuple[dict[str, object], Mapping[str, Tensor]]:
     """Rank 0's part: the loop from the newest cut to its end; returns facts and best weights."""
-    checkpoints = Checkpoints(job.checkpoints_directory, job.section.checkpoints_kept)
+    identity = base_identity(job.section.lora, job.model) if job.section.lora else {}
+    checkpoints = Checkpoints(job.checkpoints_directory, job.section.checkpoints_kept, identity)
     cut = _newest_cut(checkpoints, ensemble)
     logger.info("loaded %s at version %d", job.model, cut.version)
     speaker.say(phase("find the controller"))
     loop = join(job)
+    if adapter:
+        loop.found(adapter.base(), adapter.scale)
     logger.info("joined; the workers are coming up")
     speaker.say(Report(kind="begun", step=cut.version))
     publisher = Publisher(
         loop,
         checkpoints,
-        Checkpoints(job.best_directory, keep=1),
+        Checkpoints(job.best_directory, 1, identity),
         Versions(job.directory / "digests.jsonl", "digest"),
         Versions(job.directory / "validation.jsonl", "pass_rate"),
         speaker.score,
@@ -180,6 +197,7 @@ def _lead(
     ensemble.end()
     facts: dict[str, object] = {"stage": "rl", "run": job.run_name, "base": str(job.model)}
     facts |= {"version": publisher.best.version if publisher.best else version}
+    facts |= {"adapter": adapter.facts()} if adapter else {}
     score = publisher.best.score if publisher.best else None
     return {**facts, "validation_pass_rate": score, "ledger": ledger}, weights
 

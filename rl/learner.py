@@ -10,8 +10,9 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Sequence
+from contextlib import nullcontext
 from functools import partial
-from typing import cast
+from typing import Any, cast
 
 import torch
 from accelerate import Accelerator
@@ -19,8 +20,9 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from ground import faults
+from ground.adapter import Adapter
 from ground.logprobs import LogprobModel
-from ground.model import tensors_of
+from ground.model import copied, live_tensors
 from rl.batch import Batch, Row, Sequenced, collate, micro_batches, pack, rows_of
 from rl.books import Plan
 from rl.config import RlSection
@@ -40,14 +42,21 @@ class Learner:
     """
 
     def __init__(
-        self, model: PreTrainedModel, accelerator: Accelerator, section: RlSection, pad_id: int
+        self,
+        model: PreTrainedModel,
+        accelerator: Accelerator,
+        section: RlSection,
+        pad_id: int,
+        adapter: Adapter | None = None,
     ) -> None:
         self.model, self._accelerator, self._section = model, accelerator, section
-        self._pad_id = pad_id
-        self._reference = _frozen(model, accelerator) if section.loss.reference_kl else None
+        self._pad_id, self.adapter = pad_id, adapter
+        self._reference = None
+        if section.loss.reference_kl:
+            self._reference = _Reference(model, accelerator, adapter)
         self._routers = RouterLoad(model)
         self.brake = EssBrake(section.ess_floor, section.max_braked_steps)
-        self.update = make_update(model, accelerator, section.optimizer)
+        self.update = make_update(model, accelerator, section.optimizer, adapter)
 
     def step(self, plan: Plan) -> dict[str, float]:
         """Take one optimizer step on a plan's groups; without groups nothing moves.
@@ -78,10 +87,14 @@ class Learner:
             **measured,
         }
 
+    def live_tensors(self) -> dict[str, Tensor]:
+        """What is trained, itself: all weights, or A and B of the adapter."""
+        return self.adapter.live() if self.adapter else live_tensors(self.model)
+
     def model_tensors(self) -> dict[str, Tensor]:
-        """CPU copies of the weights."""
+        """CPU copies of what is trained."""
         with self.update.whole():
-            return tensors_of(self.model)
+            return copied(self.live_tensors())
 
     def optimizer_tensors(self) -> dict[str, Tensor]:
         """CPU copies of AdamW's moments, `<parameter number>.<name>`, and torch's RNG state."""
@@ -126,8 +139,7 @@ class Learner:
             logprobs_BT, entropy_BT = self.update.module(*inputs)
         reference_N = None
         if self._reference is not None:
-            with torch.no_grad():
-                reference_N = self._reference(*inputs)[0][mask_BT]
+            reference_N = self._reference.logprobs(*inputs)[mask_BT]
         tokens = Tokens(
             logprobs_N=logprobs_BT[mask_BT],
             behavior_N=faults.corrupted("step.behavior", batch.behavior_logprobs_BT[mask_BT]),
@@ -194,10 +206,24 @@ class Learner:
         return settings.learning_rate * share
 
 
-def _frozen(model: PreTrainedModel, accelerator: Accelerator) -> LogprobModel:
-    """A copy of the stage's first model that stays as it is."""
-    kept = copy.deepcopy(model).eval().requires_grad_(False)
-    return LogprobModel(kept).to(accelerator.device)
+class _Reference:
+    """The stage's first model: a copy that stays as it is, or what an adapter stands on."""
+
+    def __init__(
+        self, model: PreTrainedModel, accelerator: Accelerator, adapter: Adapter | None
+    ) -> None:
+        self._adapter = adapter
+        kept = model if adapter else copy.deepcopy(model).eval().requires_grad_(False)
+        self._module = LogprobModel(kept).to(accelerator.device)
+
+    def logprobs(self, *inputs: Any) -> Tensor:
+        """As `LogprobModel` gives them, without gradient."""
+        was_training = self._module.training
+        self._module.eval()
+        with torch.no_grad(), self._adapter.off() if self._adapter else nullcontext():
+            logprobs_BT = self._module(*inputs)[0]
+        self._module.train(was_training)
+        return logprobs_BT
 
 
 def _shares(sequences: Sequence[Sequenced], num_ranks: int) -> list[list[Sequenced]]:

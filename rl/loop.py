@@ -60,6 +60,14 @@ class Plans(Protocol):
 class Loop(Plans, Publications, Protocol):
     """The controller's side of the loop, wherever that runs."""
 
+    def found(self, base: Mapping[str, Tensor], scale: float) -> None:
+        """Hand over what adapters are added to, once, before the first of them.
+
+        Args:
+            scale: what the product of each adapter is multiplied with.
+        """
+        ...
+
     def begin(
         self,
         version: int,
@@ -187,7 +195,7 @@ class LearnerLoop:
         return True
 
     def _publish(self, version: int, trained: Sequence[Group]) -> dict[str, float]:
-        """Begin to publish a copy of the weights; returns how long we waited for the copy."""
+        """Begin to publish a copy of the weights; returns what it took."""
         evaluate, save = self._is_look_due(version), self._is_cut_due(version)
         began = time.monotonic()
         weights = self._pack(version, trained)
@@ -196,7 +204,8 @@ class LearnerLoop:
         snapshot = Snapshot(version, weights, optimizer, self.guards())
         self._tell(self._publication(version - 1))
         self._publisher.publish(snapshot, evaluate=evaluate, save=save)
-        return {"pack_seconds": packed - began}
+        handed = sum(tensor.nbytes for tensor in weights.values())
+        return {"pack_seconds": packed - began, "handover_bytes": handed}
 
     def _publication(self, version: int) -> Report:
         """We wait until a version is out, the look at it included if there is one."""

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from typing import cast
 
@@ -38,6 +38,9 @@ _FACTOR = 3.0
 """Tolerance over measured noise."""
 _NOISE_EVERY = 8
 """Versions between measurements of the noise: it moves slowly and costs as much as the probes."""
+_MOST_OTHERWISE = 30.0
+"""Times what other kernels make of it that computing otherwise may be off. Added adapters were seen
+at 7; what is farther off than roundings are is a fault, and must not become a tolerance."""
 _LEAST_TYPICAL, _LEAST_WORST = 1e-6, 4e-6
 """Nats: a rounding or two of an fp32 log-prob around -8."""
 _WORST_TOKEN = 10.0
@@ -77,6 +80,8 @@ class Prober:
         through: the wrapped model, where only it can run: the ranks hold parts of the weights.
         shared: makes what rank 0 has of it, where all ranks measure together. Roundings may lead
             their routers to other experts, and yet all have to make the same passes.
+        otherwise: another way in which engines compute the same; its noise is theirs too. Measured
+            for each version: roundings of an added adapter grow until they are those of any sum.
     """
 
     def __init__(
@@ -88,8 +93,9 @@ class Prober:
         floor: float = 0.0,
         through: nn.Module | None = None,
         shared: Callable[[set[Expert]], set[Expert]] = lambda experts: experts,
+        otherwise: Callable[[], AbstractContextManager[None]] | None = None,
     ) -> None:
-        self._shared = shared
+        self._shared, self._otherwise = shared, otherwise
         self._model, self._max_length = model, max_length
         self._logprobs = through or LogprobModel(model)
         self._random = np.random.default_rng([seed, 0x9A])
@@ -121,9 +127,20 @@ class Prober:
                 with _attention(self._model, _OTHER_ATTENTION):
                     again = [*self._see([each.row for each in seen])]
                 self._tolerances = _tolerances(seen, again, self._least)
+            limits = self._with_otherwise(seen)
         self._measured += 1
         probes = tuple(Probe(each.row, each.logprobs) for each in seen if each.logprobs)
-        return Probes(probes, *self._tolerances)
+        return Probes(probes, *limits)
+
+    def _with_otherwise(self, seen: Sequence[_Seen]) -> tuple[float, float]:
+        """The tolerances, raised to what computing otherwise needs, but not without bounds."""
+        if self._otherwise is None:
+            return self._tolerances
+        with self._otherwise():
+            again = [*self._see([each.row for each in seen])]
+        typical, worst = _tolerances(seen, again, self._tolerances)
+        most = tuple(_MOST_OTHERWISE * each for each in self._tolerances)
+        return min(typical, most[0]), min(worst, most[1])
 
     def _see_experts(self, seen: Sequence[_Seen]) -> Iterator[_Seen]:
         """More random rows, until every expert is reached or there are enough."""

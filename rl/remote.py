@@ -52,6 +52,10 @@ class RemoteLoop:
         keeper = cast(_Actor, self._call("start", self._controller.keeper.remote()))
         self._outbox = Outbox(_Keeper(keeper, self._call), this_node())
 
+    def found(self, base: Mapping[str, Tensor], scale: float) -> None:
+        """See `Outbox.found`."""
+        self._outbox.found(base, scale)
+
     def begin(
         self,
         version: int,

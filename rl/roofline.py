@@ -12,7 +12,9 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
+from ground.lora import LoraSection
 from ground.shape import ModelShape
+from rl.adapter_shape import adapter_parameters
 from rl.config import RlSection
 from rl.hardware import Device, Efficiency
 
@@ -61,9 +63,10 @@ def learner_seconds(
     """Device-seconds of the learner for a sample: c_t.
 
     A forward pass and a backward of twice its cost, as model FLOPs utilisation counts: whatever is
-    computed again is within the efficiency. One more for each model whose log-probs the loss asks.
+    computed again is within the efficiency. An adapter's backward pass lacks the gradients of the
+    base's weights, half of it. One more for each model whose log-probs the loss asks.
     """
-    passes = 3 + bool(section.loss.reference_kl)
+    passes = (2 if section.lora else 3) + bool(section.loss.reference_kl)
     if section.loss.kind == "decoupled" and section.loss.proximal == "recompute":
         passes += 1
     flops = passes * load.tokens * shape.flops(load.tokens / 2)
@@ -121,9 +124,15 @@ def rollout_seconds(
 
 
 def handover_seconds(
-    shape: ModelShape, device: Device, learner_devices: int, width: int, counted: Efficiency
+    shape: ModelShape,
+    device: Device,
+    learner_devices: int,
+    width: int,
+    counted: Efficiency,
+    lora: LoraSection | None = None,
 ) -> float:
     """Until every engine has a version, sent as a pipeline: its bytes over the narrowest network on
-    the way, the learner's or an engine's."""
-    moved = shape.parameters * device.number_bytes
+    the way, the learner's or an engine's. Adding an adapter to its base is not counted."""
+    numbers = adapter_parameters(shape, lora) if lora else shape.parameters
+    moved = numbers * device.number_bytes
     return moved / (min(learner_devices, width) * device.network * counted.network)

@@ -38,6 +38,8 @@ def train(stage: Stage[RlSection]) -> dict[str, object]:
     launch, environment = launch_of(os.environ), of_launcher(os.environ)
     require_known(launch)
     require_one_starter(launch, stage.section.learner)
+    if stage.section.lora:
+        stage.section.lora.require_launch(launch, "rl")
     for name in environment:  # our learner is a rank; Ray's processes are none
         os.environ.pop(name, None)
     if not launch.is_main:

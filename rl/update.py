@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from functools import partial
 from typing import Protocol, cast
 
 import torch
@@ -19,6 +20,7 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from ground.adapter import Adapter
 from ground.logprobs import LogprobModel
 from rl.config import OptimizerSection
 from rl.guards import Check
@@ -80,11 +82,18 @@ class Update(Protocol):
 
 
 def make_update(
-    model: PreTrainedModel, accelerator: Accelerator, section: OptimizerSection
+    model: PreTrainedModel,
+    accelerator: Accelerator,
+    section: OptimizerSection,
+    adapter: Adapter | None = None,
 ) -> Update:
-    """Wrap a model as accelerate was told to."""
+    """Wrap a model as accelerate was told to; only what is not frozen has moments.
+
+    Args:
+        adapter: what is trained of it, if that is not all.
+    """
     optimizer = torch.optim.AdamW(
-        model.parameters(),
+        [parameter for parameter in model.parameters() if parameter.requires_grad],
         lr=section.learning_rate,
         betas=section.betas,
         weight_decay=section.weight_decay,
@@ -99,7 +108,8 @@ def make_update(
     module, wrapped = accelerator.prepare(LogprobModel(model.train()), optimizer)
     if plugin is not None:
         return ZeroUpdate(module, model)
-    return PlainUpdate(module, wrapped, model, accelerator, section.max_grad_norm)
+    back = adapter.restore if adapter else partial(restore, model)
+    return PlainUpdate(module, wrapped, back, accelerator, section.max_grad_norm)
 
 
 class PlainUpdate:
@@ -111,11 +121,11 @@ class PlainUpdate:
         self,
         module: nn.Module,
         optimizer: torch.optim.Optimizer,
-        model: PreTrainedModel,
+        restore: Callable[[Mapping[str, Tensor]], None],
         accelerator: Accelerator,
         max_norm: float,
     ) -> None:
-        self.module, self._optimizer, self._model = module, optimizer, model
+        self.module, self._optimizer, self._restore = module, optimizer, restore
         self._accelerator, self._max_norm = accelerator, max_norm
 
     @contextmanager
@@ -162,7 +172,7 @@ class PlainUpdate:
 
     def load(self, weights: Mapping[str, Tensor], moments: Mapping[str, Tensor]) -> None:
         """See `Update.load`."""
-        restore(self._model, weights)
+        self._restore(weights)
         groups = self._optimizer.state_dict()["param_groups"]
         self._optimizer.load_state_dict({"state": by_number(moments), "param_groups": groups})
 

@@ -1,19 +1,16 @@
 """A worker's way from one version to the next.
 
-fetch → (engine stands still) load → prove → (engine goes on) → acknowledged
-                               └── ParityError: it never goes on, the worker is replaced
+fetch, assemble → (engine stands still) load → prove → (engine goes on) → acknowledged
+                                         └── ParityError: it never goes on, the worker is replaced
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
-
-from torch import Tensor
 
 from ground import faults
-from ground.errors import DataError, ParityError
-from rollout.checksums import checksums
+from ground.errors import DataError
+from rollout.assembly import Assembly, require_arrived
 from rollout.engine import Engine
 from rollout.handover import Inbox
 from rollout.parity import prove
@@ -29,7 +26,7 @@ class Gate:
     """
 
     def __init__(self, engine: Engine, inbox: Inbox) -> None:
-        self._engine, self._inbox = engine, inbox
+        self._engine, self._assembly = engine, Assembly(inbox)
 
     def load(self, version: int, published: Published) -> Loaded:
         """Swap weights in flight. Not a token is sampled between the swap and its proof.
@@ -43,7 +40,7 @@ class Gate:
         _check_version(version, published, self._engine.version)
         started = time.monotonic()
         faults.point("weights.fetch")
-        tensors = self._inbox.open(published)
+        tensors, published = self._assembly.whole(published)
         fetched = time.monotonic()
         faults.point("weights.load")
         given = faults.corrupted("weights.loaded", tensors)
@@ -53,7 +50,7 @@ class Gate:
         except BaseException as error:
             self._engine.resume()
             if isinstance(error, DataError):
-                _check_arrival(given, published)  # refused: by whose fault?
+                require_arrived(given, published)  # refused: by whose fault?
             raise
         loaded = time.monotonic()
         proof = prove(self._engine, published, tensors)
@@ -66,18 +63,6 @@ class Gate:
         }
         drift = proof.drift.typical if proof.drift else 0.0
         return Loaded(self._engine.version, seconds, drift)
-
-
-def _check_arrival(given: Mapping[str, Tensor], published: Published) -> None:
-    """Tell weights that were damaged on the way here, this worker's affair, from unfit ones."""
-    arrived = checksums(given)
-    wrong = [name for name, sum_ in published.checksums.items() if arrived.get(name) != sum_]
-    if wrong:
-        raise ParityError(
-            f"weights of version {published.version} must arrive as they were published, "
-            f"{len(wrong)} tensors did not, the first is {wrong[0]}",
-            where="parity gate",
-        )
 
 
 def _check_version(version: int, published: Published, current: int) -> None:

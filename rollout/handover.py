@@ -25,7 +25,7 @@ from rollout.checksums import checksums, views
 from rollout.engine import Lent
 from rollout.layout import Layout
 from rollout.shared_memory import Lock, first_free, map_buffer
-from rollout.weights import Probes, Published, fetch
+from rollout.weights import BASE, Probes, Published, fetch
 
 Found = TypeVar("Found")
 
@@ -95,6 +95,16 @@ class Outbox:
         self._maps: dict[str, mmap] = {}
         self._views: dict[str, dict[str, Tensor]] = {}
         self._layout = Layout({}, 0)
+        self._scale = 0.0
+
+    def found(self, base: Mapping[str, Tensor], scale: float) -> None:
+        """Send what adapters are added to; from now on adapters are packed, and nothing else.
+
+        Args:
+            scale: what the product of an adapter's halves is multiplied with.
+        """
+        self.send(self.pack(BASE, base))
+        self._scale = scale
 
     def pack(
         self, version: int, tensors: Mapping[str, Tensor], probes: Callable[[], Probes] = Probes
@@ -119,7 +129,9 @@ class Outbox:
             "copy": copied - reserved,
             "probe": time.monotonic() - copied,
         }
-        published = Published(version, layout, sums, self._node, path, None, found, seconds)
+        published = Published(
+            version, layout, sums, self._node, path, None, found, seconds, self._scale
+        )
         return Parcel(target, published, memory, lock)
 
     def send(self, parcel: Parcel) -> None:
@@ -189,6 +201,7 @@ class Inbox:
         self._node = node
         self._maps: dict[tuple[str, int], mmap] = {}
         self._held: deque[Lock] = deque()
+        self._kept: Lock | None = None
 
     def open(self, published: Published) -> Lent:
         """The tensors of a published version, in place where that is possible.
@@ -196,21 +209,39 @@ class Inbox:
         Raises:
             InfraError: the memory cannot be had any more.
         """
+        tensors, lock = self._open(published)
+        if lock is not None:
+            self._held.append(lock)
+        while len(self._held) > 2:
+            self._held.popleft().release()
+        return tensors
+
+    def keep_open(self, published: Published) -> Lent:
+        """The same, but it stays as it is until this is called again: a base.
+
+        Raises:
+            InfraError: the memory cannot be had any more.
+        """
+        tensors, lock = self._open(published)
+        if self._kept is not None:
+            self._kept.release()
+        self._kept = lock
+        return tensors
+
+    def _open(self, published: Published) -> tuple[Lent, Lock | None]:
+        """The tensors, and the hold on their memory where it is another's."""
         if published.node != self._node:
-            return Lent(views(published.layout, bytearray(fetch(published))))
+            return Lent(views(published.layout, bytearray(fetch(published)))), None
         path, size = published.path, published.layout.size
         lock = None
         with suppress(OSError, InfraError):
             lock = Lock.take(path, exclusive=False)
         if lock is None:
             raise InfraError(
-                f"weights of version {published.version} must be readable, they are gone or "
-                "being overwritten",
+                f"weights of {published.title} must be readable, they are gone or being "
+                "overwritten",
                 where="hand-over",
             )
-        self._held.append(lock)
-        while len(self._held) > 2:
-            self._held.popleft().release()
         if (path, size) not in self._maps:
             self._maps[path, size] = map_buffer(path, size, writable=False)
-        return Lent(views(published.layout, self._maps[path, size]))
+        return Lent(views(published.layout, self._maps[path, size])), lock

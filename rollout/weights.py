@@ -24,6 +24,8 @@ from ground.roles import enter_role
 from rollout.layout import Layout
 from rollout.shared_memory import Lock, SharedBuffer, first_free
 
+BASE = -1
+"""In place of a version: weights that stand still, to which adapters are added."""
 _KEPT = 2
 _FETCH_SECONDS = 600.0
 _ROOM_SECONDS = 30.0
@@ -82,6 +84,15 @@ class Published:
     probes: Probes = Probes()
     seconds: dict[str, float] = field(default_factory=dict)
     """How long each phase on the learner's side took."""
+    scale: float = 0.0
+    """Of an adapter: what the product of its two halves is multiplied with."""
+    base: Published | None = None
+    """Of an adapter: what it is added to; the keeper puts it in. None for whole weights."""
+
+    @property
+    def title(self) -> str:
+        """`version 3`, or `the base`."""
+        return "the base" if self.version == BASE else f"version {self.version}"
 
 
 class WeightKeeper:
@@ -92,6 +103,7 @@ class WeightKeeper:
         self._buffers: dict[str, SharedBuffer] = {}
         self._published: dict[int, Published] = {}
         self._carried: dict[int, ray.ObjectRef[NDArray[np.uint8]]] = {}
+        self._base: Published | None = None
 
     def buffers(self, size: int, at_least: int = 0) -> list[str]:
         """Paths of the buffers of this size, after new ones were made so that there are enough.
@@ -115,12 +127,15 @@ class WeightKeeper:
         return this_node()
 
     def publish(self, published: Published) -> None:
-        """Take charge of a filled buffer.
+        """Take charge of a filled buffer. A base is kept for as long as we live.
 
         Raises:
             DataError: the version is not newer than the newest.
         """
         faults.point("keep")
+        if published.version == BASE:
+            self._settle(published)
+            return
         newest = max(self._published, default=-1)
         if published.version <= newest:
             raise DataError(
@@ -128,10 +143,18 @@ class WeightKeeper:
                 where="weight keeper",
             )
         self._buffers[published.path].hold()
-        self._published[published.version] = replace(published, keeper=_this_actor())
+        base = self._base if published.scale else None
+        self._published[published.version] = replace(published, keeper=_this_actor(), base=base)
         for old in sorted(self._published)[:-_KEPT]:
             self._buffers[self._published.pop(old).path].release()
             self._carried.pop(old, None)
+
+    def _settle(self, base: Published) -> None:
+        self._buffers[base.path].hold()
+        if self._base is not None:
+            self._buffers[self._base.path].release()
+            self._carried.pop(BASE, None)
+        self._base = replace(base, keeper=_this_actor())
 
     def has_room(self, size: int) -> bool:
         """Whether `deliver` would find a free buffer of this size."""
@@ -172,13 +195,14 @@ class WeightKeeper:
         Raises:
             InfraError: it is not kept any more.
         """
-        if version not in self._published:
+        published = self._base if version == BASE else self._published.get(version)
+        if published is None:
             raise InfraError(
                 f"weights must be fetched while they are kept, version {version} is gone",
                 where="weight keeper",
             )
         if version not in self._carried:
-            memory = self._buffers[self._published[version].path].map()
+            memory = self._buffers[published.path].map()
             self._carried[version] = ray.put(np.frombuffer(memory, dtype=np.uint8))
         return [self._carried[version]]
 
@@ -194,7 +218,7 @@ def fetch(published: Published) -> NDArray[np.uint8]:
         InfraError: it is not kept any more, or Ray's object store stays full.
     """
     deadline = time.monotonic() + _ROOM_SECONDS
-    purpose = f"weights of version {published.version} must be fetched from another machine"
+    purpose = f"weights of {published.title} must be fetched from another machine"
     while True:
         try:
             return _carried(published)

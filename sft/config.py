@@ -5,6 +5,7 @@ from __future__ import annotations
 from pydantic import Field
 
 from ground.config import Section
+from ground.lora import LoraSection
 from ground.trainer_config import TrainerSection
 
 
@@ -14,3 +15,5 @@ class SftSection(Section):
     trainer: TrainerSection = TrainerSection()
     max_length: int = Field(default=2048, ge=8)
     """Longest conversation in tokens; longer rows are left out and reported, never cut."""
+    lora: LoraSection | None = None
+    """Train a low-rank adapter and leave it beside the merged model; left out, all weights."""

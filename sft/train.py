@@ -6,16 +6,17 @@ import logging
 import sys
 from dataclasses import asdict
 
+from ground.adapter import Adapter, base_identity
 from ground.chat import ChatTemplate
 from ground.checkpoints import Checkpoints
 from ground.entry import Stage, stage_entry
 from ground.errors import RecipeError
-from ground.model import export_model, load_model, load_tokenizer
+from ground.model import load_model, load_tokenizer
 from ground.model_files import read_config
 from ground.ranks import join_ranks
-from ground.storage import commit_directory
+from ground.stage_export import export_stage, stage_card
 from ground.tables import read_demonstrations, write_jsonl
-from ground.training import Fit, stage_card
+from ground.training import Fit
 from sft.config import SftSection
 from sft.data import TrainingRows, encode_demonstrations
 from sft.trainer import run_sft
@@ -24,9 +25,14 @@ logger = logging.getLogger(__name__)
 
 
 def train(stage: Stage[SftSection]) -> dict[str, object]:
-    """Imitate the demonstrations; leaves `model/` and what was skipped in `skipped.jsonl`."""
+    """Imitate the demonstrations; leaves `model/` and what was skipped in `skipped.jsonl`.
+
+    With LoRA `adapter/` too, which is already added into `model/`.
+    """
     section, trail = stage.section, stage.trail
     ranks = join_ranks("sft")
+    if section.lora:
+        section.lora.require_launch(ranks.launch, "sft")
     base, source = trail.model_before("sft"), trail.demonstrations_before("sft")
     tokenizer = load_tokenizer(base)
     chat = ChatTemplate(tokenizer)
@@ -41,6 +47,10 @@ def train(stage: Stage[SftSection]) -> dict[str, object]:
     model = load_model(base)
     identity = {"rows": rows.fingerprint, "template": chat.fingerprint}
     identity |= {"layout": ranks.launch.layout}
+    adapter = None
+    if section.lora:
+        adapter = Adapter(model, section.lora, seed=stage.head.seed, stage="sft")
+        identity |= base_identity(section.lora, base)
     checkpoints = Checkpoints(
         stage.directory / "checkpoints", section.trainer.keep_checkpoints, identity
     )
@@ -49,7 +59,9 @@ def train(stage: Stage[SftSection]) -> dict[str, object]:
         tokenizer,
         rows,
         section.trainer,
-        Fit(stage.directory, stage.metrics, checkpoints, section.trainer.max_seconds, ranks),
+        Fit(
+            stage.directory, stage.metrics, checkpoints, section.trainer.max_seconds, ranks, adapter
+        ),
         seed=stage.head.seed,
         resume=stage.resume,
     )
@@ -60,12 +72,13 @@ def train(stage: Stage[SftSection]) -> dict[str, object]:
         "trained_tokens": rows.num_trained,
         "steps": fitted.steps,
         "chat_template": chat.fingerprint,
+        **({"adapter": adapter.facts()} if adapter else {}),
     }
     if ranks.is_main:
         data = {"data": f"{source.parent.name}/{source.name}", "rows_sha256": rows.fingerprint}
         provenance = {**stage_card(stage, base), **data, **summary}
-        with commit_directory(stage.directory / "model", provenance) as folder:
-            export_model(fitted.whole(model, base), tokenizer, folder, provenance)
+        whole = fitted.whole(model, base)
+        export_stage(stage.directory, whole, tokenizer, provenance, adapter, base)
     return summary
 
 

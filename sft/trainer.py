@@ -12,8 +12,9 @@ from transformers import PreTrainedModel, PreTrainedTokenizerFast
 from trl.trainer.sft_config import SFTConfig
 from trl.trainer.sft_trainer import SFTTrainer
 
+from ground.stage_export import config_kept
 from ground.trainer_config import TrainerSection
-from ground.training import FiniteLoss, Fit, Fitted, config_kept, fit, trainer_arguments
+from ground.training import FiniteLoss, Fit, Fitted, fit, trainer_arguments
 from sft.data import TrainingRows
 
 _FEATURES = Features({"input_ids": Sequence(Value("int64")), "labels": Sequence(Value("int64"))})

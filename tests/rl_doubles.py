@@ -8,6 +8,7 @@ from pathlib import Path
 import torch
 from accelerate import Accelerator
 
+from ground.adapter import Adapter
 from ground.launch import Launch
 from ground.model import load_model
 from ground.ranks import Ranks
@@ -82,4 +83,5 @@ def make_learner(
         }
     )
     model = load_model(path, dtype=dtype)  # first: with ZeRO-3 at hand it would come in parts
-    return Learner(model, accelerator(), section, pad_id=261)
+    adapter = Adapter(model, section.lora, seed=0, stage="rl") if section.lora else None
+    return Learner(model, accelerator(), section, pad_id=261, adapter=adapter)

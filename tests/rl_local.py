@@ -36,6 +36,7 @@ from rl.learn import learn
 from rl.ledger import audit_ledger
 from rl.pool import Pool
 from rl.rounds import Rounds
+from rollout.assembly import joined
 from rollout.engine import Completion, Request
 from rollout.hf_engine import HfEngine
 from rollout.systems import SystemInstruction
@@ -202,6 +203,18 @@ class LocalLoop:
         self._thread = threading.Thread(target=self._loop.run_forever, daemon=True)
         self._thread.start()
         self._is_gone = False
+        self._base: dict[str, Tensor] = {}
+        self._scale = 0.0
+
+    def found(self, base: Mapping[str, Tensor], scale: float) -> None:
+        self._base = {name: tensor.clone() for name, tensor in base.items()}
+        self._scale = scale
+
+    def _whole(self, weights: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+        """What a worker makes of what is handed over."""
+        if not self._base:
+            return weights
+        return self._base | joined(self._base, weights, self._scale)
 
     def begin(
         self,
@@ -213,7 +226,7 @@ class LocalLoop:
         prompts = {prompt.id: prompt for prompt in self._pool.training}
         books = cast(Mapping[str, object] | None, saved)
         restore_books(self._books, self._ledger, self._rounds, books, replayed, prompts)
-        self._call(self._controller.begin(version, weights))
+        self._call(self._controller.begin(version, self._whole(weights)))
 
     def pack(
         self, version: int, weights: Mapping[str, Tensor], probes: Callable[[], Probes]
@@ -227,7 +240,8 @@ class LocalLoop:
         return self._call(self._controller.next_batch(step))
 
     def publish(self, version: int, weights: Mapping[str, Tensor], evaluate: bool) -> float | None:
-        return self._call(self._controller.publish(version, weights, evaluate=evaluate))
+        whole = self._whole(weights)
+        return self._call(self._controller.publish(version, whole, evaluate=evaluate))
 
     def evaluate(self, version: int) -> float | None:
         return self._call(self._controller.evaluate(version))

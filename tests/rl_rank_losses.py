@@ -34,6 +34,9 @@ LOSSES: list[dict[str, Any]] = [
     {"kind": "clip", "low": 0.5, "high": 3, "sequence_mask": 3.7},
     {"kind": "decoupled", "low": 0.5, "high": 3, "proximal": "interpolate"},
 ]
+CASES: dict[str, dict[str, Any]] = {loss["kind"]: {"loss": loss} for loss in LOSSES}
+CASES["adapter"] = {"loss": LOSSES[0], "lora": {"rank": 4}}
+"""Name → what it has besides `SETTINGS`."""
 
 
 def train(learners: Ensemble) -> tuple[dict[str, Any], dict[str, Tensor]]:
@@ -57,9 +60,9 @@ def train(learners: Ensemble) -> tuple[dict[str, Any], dict[str, Tensor]]:
     return facts, found | learners.model_tensors()
 
 
-def ensemble(model: Path, ranks: Ranks, loss: dict[str, Any]) -> Ensemble:
-    """The learners of all ranks with a loss."""
-    return make_ensemble(make_learner(model, ranks.accelerator, loss=loss, **SETTINGS), ranks)
+def ensemble(model: Path, ranks: Ranks, case: str) -> Ensemble:
+    """The learners of all ranks in a case."""
+    return make_ensemble(make_learner(model, ranks.accelerator, **CASES[case], **SETTINGS), ranks)
 
 
 def main() -> None:
@@ -67,15 +70,15 @@ def main() -> None:
     model, out = Path(sys.argv[1]), Path(sys.argv[2])
     torch.set_num_threads(1)
     ranks = join_ranks("test", seconds=60)
-    for loss in LOSSES:
-        learners = ensemble(model, ranks, loss)
+    for case in CASES:
+        learners = ensemble(model, ranks, case)
         if not ranks.is_main:
             learners.follow()
             continue
         facts, tensors = train(learners)
         learners.end()
-        (out / f"{loss['kind']}.json").write_text(json.dumps(facts))
-        save_file(tensors, out / f"{loss['kind']}.safetensors")
+        (out / f"{case}.json").write_text(json.dumps(facts))
+        save_file(tensors, out / f"{case}.safetensors")
 
 
 if __name__ == "__main__":

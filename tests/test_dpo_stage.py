@@ -131,6 +131,31 @@ def test_the_rl_model_goes_on_with_the_reason_why(
     assert why in (model / "README.md").read_text()
 
 
+def test_with_lora_the_reference_is_the_rl_model_and_an_objection_leaves_no_adapter(
+    recipe: Path, tiny_model: Path
+):
+    """The margin of the first step is zero only if the reference is what training begins with."""
+    finish_rl(recipe, tiny_model, 6)
+    lora = "dpo.lora={rank: 4, targets: [v_proj, o_proj]}"
+    code, directory = run(recipe, lora, "dpo.trainer.learning_rate=3e-3")
+    assert code == 0
+    stage = directory.stage("dpo")
+    first = read_metrics(stage / "metrics.jsonl")[0]
+    assert first["rewards/margins"] == pytest.approx(0, abs=1e-4)
+    summary = summary_of(directory)
+    assert summary["trained"] is True
+    gate = summary["gate"]
+    assert isinstance(gate, dict) and gate["kl"] > 1e-4
+    verify_directory(stage / "adapter")
+    ours, base = tensors_of(load_model(stage / "model")), tensors_of(load_model(tiny_model))
+    moved = {name.split(".")[-2] for name in base if not torch.equal(ours[name], base[name])}
+    assert moved == {"v_proj", "o_proj"}
+    assert run(recipe, "--overwrite", lora, "dpo.gate.max_kl=1e-12")[0] == 0
+    assert summary_of(directory)["trained"] is False and not (stage / "adapter").exists()
+    ours = tensors_of(load_model(stage / "model"))
+    assert all(torch.equal(ours[name], base[name]) for name in base)
+
+
 def test_groups_far_from_the_exported_version_are_left_out(recipe: Path, tiny_model: Path):
     """RL exported version 22, the groups are 21 versions behind: one too many, then just enough."""
     finish_rl(recipe, tiny_model, 6, version=22)

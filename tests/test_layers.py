@@ -48,6 +48,7 @@ ADDRESSES: dict[str, set[str]] = {
     },
     "deepspeed": {"ground/ranks.py", "rl/zero.py"},
     "pandas": {"curation/inspect.py"},
+    "peft": {"ground/adapter.py"},
 }
 """Heavy dependency → the only files that may import it."""
 

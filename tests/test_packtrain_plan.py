@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from ground.errors import DataError, RecipeError
+from ground.lora import LoraSection
 from ground.recipe import load_recipe
 from ground.shape import read_shape
 from packtrain.cli import main
@@ -169,6 +170,25 @@ def test_the_keeper_has_three_versions_in_the_learners_numbers() -> None:
     with pytest.raises(PlacementError, match="they want 22259 GiB of a machine with h200") as error:
         require_machine(behemoth, DEVICES["h200"])  # 1,991.7e9 x 12 bytes
     assert "3 versions x 7,419.8" in error.value.why and "1863" in error.value.why
+
+
+def test_an_adapter_has_gradients_and_moments_of_its_own_and_weights_on_each_device() -> None:
+    """Rank 16 in a layer of Llama 3.1 8B: 2 · 16 · (4,096 + 4,096) for q and o, 2 · 16 · (4,096 +
+    1,024) for k and v, 3 · 16 · (4,096 + 14,336) for the MLP: 1,310,720; 32 layers."""
+    lora, trained, whole = LoraSection(rank=16), 32 * 1_310_720, LLAMA.parameters
+    section = _section(lora={"rank": 16}, loss={"reference_kl": 0.1})
+    parts = learner_footprint(LLAMA, H100, section, 1).on_each(8, 1)
+    assert parts["weights"] == 4 * whole and "reference" not in parts
+    assert (parts["gradients"], parts["moments (AdamW)"]) == (4 * trained, 8 * trained)
+    assert host_bytes(LLAMA, lora) == 4 * (whole + 3 * trained)
+    full, sent = (handover_seconds(LLAMA, H100, 2, 8, Efficiency(), each) for each in (None, lora))
+    assert sent / full == pytest.approx(trained / whole)
+    load = workload_of(section)
+    ours, all_weights = (
+        learner_seconds(LLAMA, H100, load, _section(**each), Efficiency())
+        for each in ({"lora": {"rank": 16}}, {})
+    )
+    assert ours / all_weights == pytest.approx(2 / 3)
 
 
 def test_an_engine_of_vllm_is_as_wide_as_the_recipe_says() -> None:

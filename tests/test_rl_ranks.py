@@ -130,22 +130,22 @@ def test_a_cut_of_two_zero_3_ranks_goes_on_in_one_process(
     check_same(tmp_path / "one" / "last.safetensors", folder / "last.safetensors", 2e-5)
 
 
-def test_75_with_every_loss_two_ranks_have_the_numbers_gradients_and_weights_of_one(
+def test_75_with_every_loss_and_an_adapter_two_ranks_have_the_numbers_gradients_and_weights_of_one(
     tiny_model: Path, tmp_path: Path
 ) -> None:
     run_ranks("ddp", tiny_model, tmp_path, script=rl_rank_losses.__file__)
-    for loss in rl_rank_losses.LOSSES:
-        one = rl_rank_losses.ensemble(tiny_model, Ranks(Launch(), 0.0), loss)
+    for case in rl_rank_losses.CASES:
+        one = rl_rank_losses.ensemble(tiny_model, Ranks(Launch(), 0.0), case)
         expected, wanted = rl_rank_losses.train(one)
-        found = json.loads((tmp_path / f"{loss['kind']}.json").read_text())
+        found = json.loads((tmp_path / f"{case}.json").read_text())
         for step, (got, want) in enumerate(zip(found["numbers"], expected["numbers"], strict=True)):
-            assert got == pytest.approx(want, rel=1e-6, abs=1e-9), f"{loss}, step {step}"
+            assert got == pytest.approx(want, rel=1e-6, abs=1e-9), f"{case}, step {step}"
         assert found["error"] == expected["error"]
         assert "must be finite, got nan and a gradient norm nan" in found["error"]
         assert found["kept"] and expected["kept"]
-        tensors = load_file(tmp_path / f"{loss['kind']}.safetensors")
+        tensors = load_file(tmp_path / f"{case}.safetensors")
         assert sum(name.startswith("gradient") for name in wanted) == 3
         for name, want in wanted.items():
             size = want.abs().max() if name.startswith("gradient") else 1.0
             assert size > 0
-            assert (tensors[name] - want).abs().max() < 1e-6 * size, (loss, name)
+            assert (tensors[name] - want).abs().max() < 1e-6 * size, (case, name)

@@ -17,13 +17,16 @@ from safetensors import safe_open
 from torch import Tensor
 from transformers import MixtralConfig, MixtralForCausalLM
 
+from ground.adapter import Adapter
 from ground.errors import DataError, InfraError, SetupError
-from ground.model import load_model, tensors_of
+from ground.lora import LoraSection
+from ground.model import copied, load_model, tensors_of
 from ground.records import Span
 from rl.prober import Prober
 from rollout import installed, shared_memory
+from rollout.assembly import joined
 from rollout.config import EngineSection
-from rollout.engine import Completion, Engine, Request, generate
+from rollout.engine import Completion, Engine, Lent, Request, generate
 from rollout.engines import open_engine
 from rollout.hf_model import SlotModel
 from rollout.parity import drift_of, is_within
@@ -297,3 +300,25 @@ def test_too_little_memory_for_a_hand_over_is_the_machines_fault(
     with pytest.raises(InfraError, match="need 4,096 bytes of shared memory") as error:
         Laid({"a": torch.zeros(1000)})
     assert error.value.why == "1,000 bytes are available"
+
+
+def test_an_adapter_added_to_its_base_is_what_vllm_computes_with(
+    engine: Engine, weights: Callable[[float], dict[str, Tensor]]
+) -> None:
+    """Against the learner's live adapter; with the one of a step before it is not within bounds."""
+    adapter = Adapter(model := load_model(STUDENT), LoraSection(rank=4), seed=0, stage="rl")
+    floor = vllm_section().parity_nats
+    prober = Prober(model, max_length=128, seed=0, floor=floor, otherwise=adapter.folded)
+    prober.measure()
+    within: list[bool] = []
+    for seed in (1, 2):
+        before = copied(adapter.live())
+        for tensor in adapter.live().values():
+            tensor.add_(nudged({"": torch.zeros_like(tensor)}, 1e-4 * seed)[""])
+        probes = prober.measure()
+        for halves in (before, adapter.live()):
+            sums = joined(adapter.base(), halves, adapter.scale)
+            engine.load(engine.version + 1, Lent(adapter.base() | sums))
+            drift = drift_of(engine, probes)
+            within.append(drift is not None and is_within(drift, probes))
+    assert within == [False, True, False, True]

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from peft import PeftModel
 
 from ground.entry import stage_entry
 from ground.model import load_model
@@ -89,6 +90,38 @@ def test_no_row_left_is_a_data_error_before_the_model_is_loaded(recipe: Path, ca
 def test_divergence_ends_with_exit_code_5(recipe: Path, capsys):
     assert run(recipe, "sft.trainer.learning_rate=1e30", "sft.trainer.warmup=0") == 5
     assert "must be finite" in capsys.readouterr().err
+
+
+def test_with_lora_the_model_is_the_base_and_the_adapter_beside_it(recipe: Path, tiny_model: Path):
+    lora = "sft.lora={rank: 4, targets: [q_proj, down_proj]}"
+    assert run(recipe, lora, "sft.trainer.schedule=constant") == 0
+    directory = RunDir(recipe.parent / "run")
+    stage = directory.stage("sft")
+    verify_directory(stage / "adapter")
+    trained, base = load_model(stage / "model"), load_model(tiny_model)
+    assert trained.config.to_diff_dict() == base.config.to_diff_dict()
+    moved = {
+        name
+        for name, tensor in trained.named_parameters()
+        if not torch.equal(tensor, base.get_parameter(name))
+    }
+    assert {name.split(".")[-2] for name in moved} == {"q_proj", "down_proj"} and len(moved) == 8
+    summary = directory.manifest("sft").facts["summary"]
+    assert isinstance(summary, dict)
+    # Four q_proj: 4 · (32 + 32) · 4; two dense MLPs: 2 · (64 + 32) · 4; two shared: 2 · 64 · 4.
+    assert summary["adapter"]["parameters"] == 1024 + 768 + 512
+    theirs = PeftModel.from_pretrained(base, str(stage / "adapter"))
+    ids = torch.arange(20)[None]
+    with torch.no_grad():
+        got, wanted = theirs(input_ids=ids).logits, trained(ids).logits
+    torch.testing.assert_close(got, wanted, atol=1e-5, rtol=1e-5)
+
+
+def test_a_target_that_is_none_is_a_recipe_error_with_the_nearest(recipe: Path, capsys):
+    assert run(recipe, "sft.lora.targets=[q_porj]") == 2
+    assert "sft.lora.targets: the model has no linear map called 'q_porj'; did you mean" in (
+        capsys.readouterr().err
+    )
 
 
 @pytest.mark.slow

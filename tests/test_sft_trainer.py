@@ -13,11 +13,13 @@ import torch
 from conftest import make_tiny_model
 from trl.trainer.sft_config import SFTConfig
 
+from ground.adapter import Adapter
 from ground.chat import ChatTemplate
 from ground.checkpoints import Checkpoints
 from ground.errors import DivergedError
 from ground.launch import Launch
 from ground.logprobs import model_logprobs
+from ground.lora import LoraSection
 from ground.metrics import Metrics, read_metrics
 from ground.model import load_model, load_tokenizer, tensors_of
 from ground.ranks import Ranks
@@ -36,10 +38,11 @@ SECTION = TrainerSection(
 class Bench:
     """A tiny model, twelve sums and a folder to train in."""
 
-    def __init__(self, folder: Path, seed: int = 0) -> None:
+    def __init__(self, folder: Path, seed: int = 0, lora: LoraSection | None = None) -> None:
         self.folder = folder
         path = make_tiny_model(folder / "base", seed=seed)
         self.model, self.tokenizer = load_model(path), load_tokenizer(path)
+        self.adapter = Adapter(self.model, lora, seed=seed, stage="sft") if lora else None
         demonstrations = [
             Demonstration(
                 str(n), (Message("user", f"{n}+{n}"), Message("assistant", f"{2 * n}")), "sums"
@@ -52,10 +55,18 @@ class Bench:
         self.metrics_file = folder / "stage" / "metrics.jsonl"
         self.ranks = Ranks(Launch(), 0.0)
 
+    def base(self) -> dict[str, torch.Tensor]:
+        return self.adapter.base() if self.adapter else tensors_of(self.model)
+
     def train(self, section: TrainerSection = SECTION, *, resume: bool = False) -> int:
         with Metrics(self.metrics_file) as metrics:
             where = Fit(
-                self.folder / "stage", metrics, self.checkpoints, section.max_seconds, self.ranks
+                self.folder / "stage",
+                metrics,
+                self.checkpoints,
+                section.max_seconds,
+                self.ranks,
+                self.adapter,
             )
             fitted = run_sft(
                 self.model, self.tokenizer, self.rows, section, where, seed=1, resume=resume
@@ -127,6 +138,27 @@ def test_a_resumed_run_gives_the_same_bits(tmp_path: Path):
     assert again.train(resume=True) == 6
     assert same(tensors_of(whole.model), tensors_of(again.model))
     assert [p.name for p in again.checkpoints.steps()] == ["step_000003", "step_000006"]
+
+
+def test_an_adapter_s_checkpoint_holds_it_alone_and_resumes_to_the_same_bits(tmp_path: Path):
+    """The base is the same; the resumed adapter begins with another A, and with dropout's state."""
+    lora = LoraSection(rank=4, dropout=0.1)
+    whole, cut = Bench(tmp_path / "whole", lora=lora), Bench(tmp_path / "cut", lora=lora)
+    whole.train()
+    cut.train(SECTION.model_copy(update={"max_seconds": 1e-9}))
+    again = Bench(tmp_path / "again", lora=lora)
+    assert again.adapter and whole.adapter
+    for tensor in again.adapter.live().values():
+        tensor.normal_()
+    again.checkpoints = cut.checkpoints
+    assert again.train(resume=True) == 6
+    assert same(whole.adapter.live(), again.adapter.live())
+    assert same(Bench(tmp_path / "plain").base(), again.adapter.base())
+    checkpoint = again.checkpoints.steps()[-1]
+    names = {file.name for file in checkpoint.iterdir()}
+    assert "adapter_model.safetensors" in names and "model.safetensors" not in names
+    moments = torch.load(checkpoint / "optimizer.pt", weights_only=True)["state"]
+    assert sum(each["exp_avg"].numel() for each in moments.values()) == whole.adapter.parameters
 
 
 def test_steps_that_a_kill_made_vain_are_not_told_twice(bench: Bench):
