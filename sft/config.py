@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pydantic import Field
 
+from distill.config import DistillSection
 from ground.config import Section
 from ground.trainer_config import TrainerSection
 
@@ -14,3 +15,5 @@ class SftSection(Section):
     trainer: TrainerSection = TrainerSection()
     max_length: int = Field(default=2048, ge=8)
     """Longest conversation in tokens; longer rows are left out and reported, never cut."""
+    distill: DistillSection | None = None
+    """Learn from the teacher's stored word too (stage `targets`); left out, from the rows alone."""

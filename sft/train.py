@@ -16,8 +16,8 @@ from ground.ranks import join_ranks
 from ground.storage import commit_directory
 from ground.tables import read_demonstrations, write_jsonl
 from ground.training import Fit, stage_card
+from ground.training_rows import TrainingRows, encode_demonstrations
 from sft.config import SftSection
-from sft.data import TrainingRows, encode_demonstrations
 from sft.trainer import run_sft
 
 logger = logging.getLogger(__name__)

@@ -14,7 +14,7 @@ from trl.trainer.sft_trainer import SFTTrainer
 
 from ground.trainer_config import TrainerSection
 from ground.training import FiniteLoss, Fit, Fitted, config_kept, fit, trainer_arguments
-from sft.data import TrainingRows
+from ground.training_rows import TrainingRows
 
 _FEATURES = Features({"input_ids": Sequence(Value("int64")), "labels": Sequence(Value("int64"))})
 
