@@ -26,6 +26,8 @@ from distill.config import FormatKind, TargetsSection
 NO_TOKEN = -1
 """Id of an outcome that is not used; its log-prob is -inf."""
 _ID_BYTES, _LOGPROB_BYTES = 4, 2
+_MOST = 1e-2
+"""Log-probs may be above 0 by what half precision rounds."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,6 +53,11 @@ class TeacherTargets:
 
     def __len__(self) -> int:
         return len(self.logprobs_TK)
+
+    @property
+    def tensors(self) -> tuple[Tensor | None, Tensor, Tensor, Tensor, Tensor]:
+        """ids, logprobs, tail, realised and entropy."""
+        return self.ids_TK, self.logprobs_TK, self.tail_T, self.realised_T, self.entropy_T
 
     @property
     def is_supported_T(self) -> Tensor:
@@ -185,6 +192,37 @@ def joined(parts: Sequence[TeacherTargets]) -> TeacherTargets:
         torch.cat([part.realised_T for part in parts]),
         torch.cat([part.entropy_T for part in parts]),
     )
+
+
+def fitted(targets: TeacherTargets, labels_T: Tensor) -> tuple[TeacherTargets, int]:
+    """Targets of exactly these tokens, whatever came from the disk; and how many did not fit.
+
+    Silent are tokens beyond the targets' end, those whose first outcome is another token, and those
+    with numbers that are no log-probs. Targets beyond the last token are left out and counted too.
+    """
+    num_beyond, num_short = len(targets) - len(labels_T), max(len(labels_T) - len(targets), 0)
+    ids_TK, *numbers = targets.slice(slice(0, len(labels_T))).tensors
+    numbers = [
+        torch.cat([each, each.new_full((num_short, *each.shape[1:]), torch.nan)])
+        for each in numbers
+    ]
+    logprobs_TK, tail_T, realised_T, entropy_T = numbers
+    is_wrong_T = ~(torch.cat([logprobs_TK, tail_T[:, None], realised_T[:, None]], 1) <= _MOST).all(1)
+    is_wrong_T |= ~torch.isfinite(entropy_T)
+    if ids_TK is not None:
+        ids_TK = torch.cat([ids_TK, ids_TK.new_full((num_short, ids_TK.shape[1]), NO_TOKEN)])
+        is_wrong_T |= ids_TK[:, 0] != labels_T
+        ids_TK = ids_TK.masked_fill(is_wrong_T[:, None], NO_TOKEN)
+        ids_TK[:, 0] = labels_T
+    silent = TeacherTargets(
+        targets.kind,
+        ids_TK,
+        logprobs_TK.masked_fill(is_wrong_T[:, None], -torch.inf),
+        tail_T.masked_fill(is_wrong_T, -torch.inf),
+        realised_T.masked_fill(is_wrong_T, -torch.inf),
+        entropy_T.masked_fill(is_wrong_T, 0.0),
+    )
+    return silent, int(is_wrong_T.sum()) + max(num_beyond, 0)
 
 
 def _counted(draws_TD: Tensor) -> tuple[Tensor, Tensor]:
