@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
 from pathlib import Path
 from typing import Annotated, Literal, Self
 
@@ -54,7 +55,13 @@ class AlignedShare(Section):
     start: float = Field(default=0.7, ge=0, le=1)
     """Share before anything was observed."""
     rate: float = Field(default=0.1, gt=0, le=1)
-    """How far one observation moves a share."""
+    """How far one observation moves a share at most."""
+    trust: float = Field(default=1.0, ge=0)
+    """Standard errors that are added in the teacher's favour: where held-out rows cannot tell, the
+    soft target is the better one, for it carries no label noise."""
+    knots: tuple[float, ...] = (0.0, 1.0, 2.5)
+    """Entropies of the teacher, in nats, that have shares of their own; between them shares lie on
+    a line. A single knot keeps one share per capability."""
     low: float = Field(default=0.02, ge=0, le=1)
     """No share falls below this, so that the teacher is still heard when it gets better."""
     high: float = Field(default=0.98, ge=0, le=1)
@@ -68,6 +75,8 @@ class AlignedShare(Section):
             raise ValueError(
                 f"low <= start <= high must hold, got {self.low}, {self.start}, {self.high}"
             )
+        if not self.knots or any(a >= b for a, b in pairwise(self.knots)):
+            raise ValueError(f"knots must rise, at least one of them, got {list(self.knots)}")
         return self
 
 

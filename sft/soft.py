@@ -8,6 +8,7 @@ B rows of a pass, T predicted tokens of a row, N trained tokens of the pass, fla
 from __future__ import annotations
 
 import hashlib
+import time
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -15,13 +16,16 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from distill.config import DistillSection
+from distill.config import AlignedShare, DistillSection, FormatKind
 from distill.loss import Divergence
-from distill.plan import token_row
+from distill.plan import read_note, token_row
 from distill.store import TargetStore
 from distill.targets import TeacherTargets, fitted, joined
-from distill.weighting import Weighting
-from ground.errors import DataError
+from distill.weighting import Weighting, weighting_of
+from ground.errors import DataError, SetupError
+from ground.launch import Launch
+from ground.trail import Trail
+from ground.trainer_config import TrainerSection
 from ground.training_rows import IGNORED, TrainingRow, TrainingRows
 
 _HELD_OUT_AT_MOST = 0.1
@@ -42,6 +46,52 @@ class Soft:
     divergence: Divergence
     weighting: Weighting
     heldout: tuple[TrainingRow, ...]
+
+
+def open_soft(
+    section: DistillSection,
+    trainer: TrainerSection,
+    trail: Trail,
+    rows: TrainingRows,
+    seed: int,
+) -> tuple[Soft, TrainingRows]:
+    """The teacher's word on all rows, and the rows that are left to train on.
+
+    Raises:
+        DataError: the stored targets are another teacher's, or do not cover the rows.
+    """
+    note = read_note(trail.targets())
+    student = trail.model_before("sft")
+    note.require_current(trail.teacher(), student)
+    divergence = Divergence(section.divergence, section.beta, note.temperature)
+    divergence.require_format(note.kind)
+    held: tuple[TrainingRow, ...] = ()
+    if isinstance(section.weighting, AlignedShare):
+        rows, rest = split(rows, section.heldout_rows, seed)
+        held = rest.rows
+    store = note.open_store()
+    require_all(store, rows.rows)
+    weighting = weighting_of(
+        section.weighting,
+        num_steps=trainer.num_steps(len(rows.rows)),
+        vocab_size=note.identity.vocabulary,
+    )
+    return Soft(section, store, divergence, weighting, held), rows
+
+
+def require_whole_weights(launch: Launch) -> None:
+    """Refuse ranks that hold parts of a model.
+
+    Raises:
+        SetupError: the loss reads the LM head's weights as they are.
+    """
+    if launch.kind in ("zero3", "fsdp2"):
+        raise SetupError(
+            f"sft.distill needs the whole model on each rank, got {launch}",
+            where="accelerate launch",
+            why="its loss reads the LM head's weights, of which each rank would hold a part",
+            fix="use recipes/accelerate/ddp.yaml or zero2.yaml",
+        )
 
 
 def split(rows: TrainingRows, num_heldout: int, seed: int) -> tuple[TrainingRows, TrainingRows]:
@@ -100,7 +150,7 @@ class SoftCollator:
         self._plain, self._store, self._rows = plain, store, rows
         self._capabilities = capabilities(rows)
         self.num_misfits = 0
-        """Tokens so far whose targets did not fit them."""
+        """Tokens whose targets did not fit them."""
 
     def __call__(self, examples: list[dict[str, int]]) -> dict[str, Tensor]:
         rows = [self._rows[example["row"]] for example in examples]
@@ -109,6 +159,11 @@ class SoftCollator:
         )
         names = [self._capabilities.index(row.capability) for row in rows]
         return batch | packed(self.read(rows)) | {"capability_B": torch.tensor(names)}
+
+    def take_misfits(self) -> int:
+        """Their number since this was last asked."""
+        number, self.num_misfits = self.num_misfits, 0
+        return number
 
     def read(self, rows: Sequence[TrainingRow]) -> TeacherTargets:
         """The targets of all trained tokens of some rows."""
@@ -134,11 +189,11 @@ def packed(targets: TeacherTargets) -> dict[str, Tensor]:
     return {f"{_PREFIX}{name}": tensor for name, tensor in tensors if tensor is not None}
 
 
-def unpacked(inputs: dict[str, Tensor], kind: str) -> TeacherTargets:
+def unpacked(inputs: dict[str, Tensor], kind: FormatKind) -> TeacherTargets:
     """Take the targets out of a pass's inputs again."""
     found = {name: inputs.pop(name) for name in list(inputs) if name.startswith(_PREFIX)}
     rest = (found[f"{_PREFIX}{name}"] for name in ("logprobs", "tail", "realised", "entropy"))
-    return TeacherTargets(kind, found.get(f"{_PREFIX}ids"), *rest)  # pyright: ignore[reportArgumentType]
+    return TeacherTargets(kind, found.get(f"{_PREFIX}ids"), *rest)
 
 
 def trained_mask(labels_BT1: Tensor) -> Tensor:
@@ -208,3 +263,23 @@ class Tally:
             if own:
                 told[f"alpha/{name}"] = share / own
         return told
+
+
+class Stopwatch:
+    """What part of the time something takes: `with watch: …`, then `watch.share()`."""
+
+    def __init__(self) -> None:
+        self._since, self._began, self._spent = time.monotonic(), 0.0, 0.0
+
+    def __enter__(self) -> None:
+        self._began = time.monotonic()
+
+    def __exit__(self, *_: object) -> None:
+        self._spent += time.monotonic() - self._began
+
+    def share(self) -> float:
+        """Since this was last asked."""
+        now = time.monotonic()
+        share = self._spent / max(now - self._since, 1e-9)
+        self._since, self._spent = now, 0.0
+        return share

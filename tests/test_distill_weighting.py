@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from typing import cast
 
@@ -10,7 +11,7 @@ import torch
 from pydantic import TypeAdapter, ValidationError
 
 from distill.config import AlignedShare, ScheduleShare, StaticShare, WeightingSection
-from distill.weighting import Weighting, weighting_of
+from distill.weighting import Weighting, parts_of, weighting_of
 
 ENTROPY = torch.tensor([[math.log(4), 0.0], [math.log(16), math.log(2)]])
 SUPPORTED = torch.tensor([[True, True], [False, True]])
@@ -62,30 +63,93 @@ def test_entropy_gives_the_teacher_the_tokens_on_which_it_is_unsure() -> None:
     torch.testing.assert_close(weights(rule("entropy")), expected)
 
 
+def one_share(**settings: object) -> Weighting:
+    return rule({"knots": [0.0], "trust": 0.0} | settings)
+
+
+def observe(weighting: Weighting, capability: str, *gains: float, entropy: float = 0.0) -> None:
+    weighting.observe(capability, torch.tensor(gains), torch.full((len(gains),), entropy))
+
+
 def test_aligned_moves_the_share_of_the_capability_that_was_observed() -> None:
-    aligned = rule("aligned")
-    aligned.observe("math", 0.5)
-    aligned.observe("math", -1.0)
-    torch.testing.assert_close(weights(aligned), torch.tensor([[0.65, 0.65], [0.0, 0.7]]))
-    assert aligned.shares == pytest.approx({"math": 0.65})
+    aligned = one_share()
+    observe(aligned, "math", -4.0, -2.0)  # mean -3, deviation 1, error 1 / sqrt 2: z = -4.2 → -1
+    torch.testing.assert_close(weights(aligned), torch.tensor([[0.6, 0.6], [0.0, 0.7]]))
+    assert aligned.shares == pytest.approx({"math": 0.6})
     assert aligned.observe_every == 10 and rule("static").observe_every == 0
 
 
+def test_a_share_moves_with_the_evidence_and_not_with_the_size_of_the_gains() -> None:
+    near, far = one_share(), one_share()
+    observe(near, "math", -3.0, 1.0)  # mean -1, deviation 2, error sqrt 2: z = -1 / sqrt 2
+    observe(far, "math", -3e6, 1e6)
+    expected = 0.7 - 0.1 / math.sqrt(2)
+    assert near.shares["math"] == pytest.approx(expected)
+    assert far.shares["math"] == pytest.approx(expected)
+
+
+def test_trust_is_added_in_the_teacher_s_favour() -> None:
+    aligned = one_share(trust=1.0)
+    observe(aligned, "math", -3.0, 1.0)
+    assert aligned.shares["math"] == pytest.approx(0.7 + 0.1 * (1 - 1 / math.sqrt(2)))
+
+
+def test_entropy_is_dealt_out_to_the_knots_beside_it() -> None:
+    entropy = torch.tensor([0.0, 0.25, 1.75, 4.0])
+    expected = torch.tensor([[1, 0, 0], [0.75, 0.25, 0], [0, 0.5, 0.5], [0, 0, 1.0]])
+    torch.testing.assert_close(parts_of(entropy, (0.0, 1.0, 2.5)), expected)
+
+
+def test_a_teacher_that_is_wrong_where_it_is_sure_loses_these_tokens_alone() -> None:
+    aligned = rule({"trust": 0.0, "knots": [0.0, 1.0, 2.0]})
+    gains = torch.tensor([-4.0, -2.0, 2.0, 4.0])
+    aligned.observe("math", gains, torch.tensor([0.0, 0.0, 2.0, 2.0]))
+    # knot 0: (-4, -2, 0, 0), mean -1.5, deviation 1.66, error 0.83: z = -1.8; knot 2 the opposite
+    entropy, known = torch.tensor([[0.0, 0.5, 1.0, 2.0]]), torch.ones(1, 4, dtype=torch.bool)
+    torch.testing.assert_close(
+        aligned.weights(0, ["math"], entropy, known), torch.tensor([[0.6, 0.65, 0.7, 0.8]])
+    )
+    assert aligned.shares["math"] == pytest.approx(0.7)
+
+
+def test_where_nothing_was_seen_trust_decides() -> None:
+    aligned = rule({"trust": 1.0, "knots": [0.0, 1.0, 2.0]})
+    observe(aligned, "math", -4.0, -2.0)
+    entropy, known = torch.tensor([[0.0, 2.0]]), torch.ones(1, 2, dtype=torch.bool)
+    torch.testing.assert_close(
+        aligned.weights(0, ["math"], entropy, known), torch.tensor([[0.6, 0.8]])
+    )
+
+
+def test_gains_that_are_not_finite_or_are_a_single_one_say_nothing() -> None:
+    aligned = one_share()
+    observe(aligned, "math", math.nan, -1.0)
+    observe(aligned, "math", -1.0)
+    assert aligned.shares == pytest.approx({"math": 0.7})
+
+
 def test_aligned_stays_within_its_bounds() -> None:
-    aligned = rule("aligned")
+    aligned = one_share()
     for _ in range(9):
-        aligned.observe("math", 1.0)
-        aligned.observe("chat", -1.0)
+        observe(aligned, "math", 2.0, 4.0)
+        observe(aligned, "chat", -2.0, -4.0)
     assert aligned.shares == {"math": 0.98, "chat": 0.02}
 
 
 def test_aligned_goes_on_where_its_checkpoint_was_written() -> None:
     aligned, resumed = rule("aligned"), rule("aligned")
-    aligned.observe("math", -0.5)
-    resumed.load_state_dict(aligned.state_dict())
-    aligned.observe("math", 0.25)
-    resumed.observe("math", 0.25)
-    assert resumed.shares == aligned.shares == pytest.approx({"math": 0.675})
+    observe(aligned, "math", -4.0, -2.0, entropy=0.5)
+    resumed.load_state_dict(json.loads(json.dumps(aligned.state_dict())))
+    for weighting in (aligned, resumed):
+        observe(weighting, "math", 2.0, 4.0, entropy=0.5)
+    assert resumed.shares == aligned.shares == pytest.approx({"math": 0.7})
+    assert torch.equal(weights(resumed), weights(aligned))
+
+
+@pytest.mark.parametrize("knots", [[], [1.0, 1.0], [2.0, 1.0]])
+def test_knots_that_do_not_rise_are_refused(knots: list[float]) -> None:
+    with pytest.raises(ValidationError, match="knots must rise"):
+        AlignedShare(knots=tuple(knots))
 
 
 def test_a_start_outside_the_bounds_is_refused() -> None:
