@@ -207,7 +207,8 @@ def fitted(targets: TeacherTargets, labels_T: Tensor) -> tuple[TeacherTargets, i
         for each in numbers
     ]
     logprobs_TK, tail_T, realised_T, entropy_T = numbers
-    is_wrong_T = ~(torch.cat([logprobs_TK, tail_T[:, None], realised_T[:, None]], 1) <= _MOST).all(1)
+    said_TO = torch.cat([logprobs_TK, tail_T[:, None], realised_T[:, None]], dim=1)
+    is_wrong_T = ~(said_TO <= _MOST).all(1)
     is_wrong_T |= ~torch.isfinite(entropy_T)
     if ids_TK is not None:
         ids_TK = torch.cat([ids_TK, ids_TK.new_full((num_short, ids_TK.shape[1]), NO_TOKEN)])

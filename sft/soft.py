@@ -1,8 +1,8 @@
-"""The soft side of co-distillation in SFT: targets joined to rows, shares, and what is told of them.
+"""The soft side of co-distillation in SFT: targets joined to rows, shares, what is told of them.
 
-    rows ── held out (for `aligned` alone) ── trained rows ── key ──▶ store ──▶ SoftBatch of a pass
+    rows ── held out (for `aligned` alone) ── trained rows ── key ──▶ store ──▶ inputs of a pass
 
-B rows of a pass, T predicted tokens of a row, N trained tokens of the pass, flat, in the rows' order.
+B rows of a pass, T predicted tokens of a row, N trained tokens of the pass, row after row.
 """
 
 from __future__ import annotations
@@ -231,7 +231,11 @@ class Tally:
         self._sums = torch.zeros(5 + 2 * len(self._names), dtype=torch.float64)
 
     def add(
-        self, hard_N: Tensor, soft_N: Tensor, shares_N: Tensor, targets: TeacherTargets,
+        self,
+        hard_N: Tensor,
+        soft_N: Tensor,
+        shares_N: Tensor,
+        targets: TeacherTargets,
         capability_N: Tensor,
     ) -> None:
         """Count a pass in."""

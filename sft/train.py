@@ -25,7 +25,10 @@ logger = logging.getLogger(__name__)
 
 
 def train(stage: Stage[SftSection]) -> dict[str, object]:
-    """Imitate the demonstrations, and the teacher if asked to; leaves `model/` and what was skipped in `skipped.jsonl`."""
+    """Imitate the demonstrations, and the teacher where the recipe says so.
+
+    Leaves `model/`, and what was skipped in `skipped.jsonl`.
+    """
     section, trail = stage.section, stage.trail
     ranks = join_ranks("sft")
     base, source = trail.model_before("sft"), trail.demonstrations_before("sft")

@@ -133,9 +133,7 @@ class _Soft(SFTTrainer):
         targets = unpacked(inputs, self._soft.store.kind)
         capability_B = inputs.pop("capability_B")
         trained_BT = trained_mask(inputs["labels"])
-        hard_N, soft_N, balance = model(
-            **inputs, targets=targets, balanced=self.aux_loss_enabled
-        )
+        hard_N, soft_N, balance = model(**inputs, targets=targets, balanced=self.aux_loss_enabled)
         names = [self._names[index] for index in capability_B.tolist()]
         shares_N = shares_of(
             self._soft.weighting, self.state.global_step, names, targets, trained_BT
@@ -147,7 +145,10 @@ class _Soft(SFTTrainer):
         if num_items_in_batch is not None:  # of all ranks, whose gradients are averaged
             loss = loss * self.accelerator.num_processes
         if balance is not None:
-            loss = loss + self.router_aux_loss_coef * balance / self.current_gradient_accumulation_steps
+            loss = (
+                loss
+                + self.router_aux_loss_coef * balance / self.current_gradient_accumulation_steps
+            )
         return loss
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
@@ -190,9 +191,7 @@ class _DistilledSft(FiniteLoss, _Soft):
     """The same, stopping at the first loss that is not finite."""
 
 
-def _soft_forward(
-    model: PreTrainedModel, divergence: Divergence
-) -> Callable[..., object]:
+def _soft_forward(model: PreTrainedModel, divergence: Divergence) -> Callable[..., object]:
     """A forward pass for wrappers to hook into: hard and soft loss of each trained token.
 
     Without targets it is the model's own.
@@ -200,7 +199,10 @@ def _soft_forward(
     own = model.forward
 
     def forward(
-        *args: object, targets: TeacherTargets | None = None, balanced: bool = False, **inputs: object
+        *args: object,
+        targets: TeacherTargets | None = None,
+        balanced: bool = False,
+        **inputs: object,
     ) -> object:
         if targets is None:
             return own(*args, **inputs)
