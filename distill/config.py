@@ -120,8 +120,8 @@ class TargetsSection(Section):
     threads: int = Field(default=1, ge=1)
     """CPU threads of the teacher."""
     store: Path | None = None
-    """Folder that several runs share, so that no token is ever scored twice; by default the
-    run's own, `targets/store`."""
+    """Folder that several runs share, so that no row is ever read twice; by default the run's own,
+    `teacher-store`, which stays when the stage is made again."""
 
 
 class DistillSection(Section):

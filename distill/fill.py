@@ -24,7 +24,7 @@ def train(stage: Stage[TargetsSection]) -> dict[str, object]:
     """Fill the store and leave `targets.json`, which says where it is and whose."""
     section = stage.section
     torch.set_num_threads(section.threads)
-    plan = plan_targets(section, stage.trail, stage.head.data, stage.directory, stage.directory)
+    plan = plan_targets(section, stage.trail, stage.head.data, quarantine=stage.directory)
     store = plan.open_store()
     wanted = estimate(store, plan.rows, plan.format, plan.identity.vocabulary)
     logger.info(

@@ -135,8 +135,9 @@ def fill(
             read, tokens = read + len(row.ids), tokens + len(targets)
             if progress is not None:
                 progress(read, total)
-    hits = len(wanted) - len(missing)
-    return Filled(len(wanted), hits, teacher.num_rows, tokens, time.monotonic() - began)
+    seconds = time.monotonic() - began
+    store.note_rate(total / max(seconds, 1e-9))
+    return Filled(len(wanted), len(wanted) - len(missing), teacher.num_rows, tokens, seconds)
 
 
 def in_bytes(number: float) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -20,6 +21,8 @@ from ground.tables import read_demonstrations
 from ground.trail import Trail
 from ground.training_rows import IGNORED, TrainingRow, encode_demonstrations
 
+STORE = "teacher-store"
+"""Folder of a run's own store: no stage's, so that making one again asks nothing twice."""
 NOTE = "targets.json"
 """What the stage leaves for those after it: whose targets, and in which store."""
 
@@ -29,7 +32,7 @@ class TargetsPlan:
     """Everything about filling but the teacher's weights.
 
     Example:
-        plan = plan_targets(section, trail, head.data, runs/tiny/targets)
+        plan = plan_targets(section, trail, head.data)
     """
 
     teacher: Path
@@ -45,7 +48,7 @@ class TargetsPlan:
 
 
 def plan_targets(
-    section: TargetsSection, trail: Trail, data: Data, directory: Path, quarantine: Path | None
+    section: TargetsSection, trail: Trail, data: Data, quarantine: Path | None = None
 ) -> TargetsPlan:
     """Read rows and tokenizers; no weights are loaded.
 
@@ -62,7 +65,7 @@ def plan_targets(
     source = trail.demonstrations_before("sft")
     demonstrations = read_demonstrations(source, data, quarantine=quarantine)
     rows = encode_demonstrations(demonstrations, ChatTemplate(tokenizer), section.max_length)
-    folder = section.store or directory / "store"
+    folder = section.store or trail.run.path / STORE
     return TargetsPlan(teacher, format, identity, folder, tuple(map(token_row, rows.rows)))
 
 
@@ -73,9 +76,10 @@ def token_row(row: TrainingRow) -> TokenRow:
 
 def note_of(plan: TargetsPlan, directory: Path) -> str:
     """The content of `targets.json`; a store inside the run keeps its place when the run moves."""
-    inside = plan.folder.is_relative_to(directory)
+    is_inside = plan.folder.is_relative_to(directory.parent)
+    place = os.path.relpath(plan.folder, directory) if is_inside else plan.folder.absolute()
     note = {
-        "store": str(plan.folder.relative_to(directory) if inside else plan.folder.absolute()),
+        "store": str(place),
         "kind": plan.format.kind,
         "temperature": plan.format.temperature,
         "identity": asdict(plan.identity),

@@ -38,6 +38,7 @@ from ground.disk import disk_errors
 from ground.errors import DataError
 
 _IDENTITY = "identity.json"
+_RATE = "rate.json"
 _LOG = logging.getLogger("packtrain")
 
 
@@ -96,6 +97,20 @@ class TargetStore:
     def num_tokens(self) -> int:
         """Tokens that the teacher has spoken to."""
         return sum(shard.num_tokens for shard in self._shards)
+
+    @property
+    def tokens_per_second(self) -> float | None:
+        """What the teacher read a second when this was last filled; None where nobody knows."""
+        try:
+            return float(json.loads((self.folder / _RATE).read_bytes())["tokens_per_second"])
+        except (OSError, ValueError, KeyError, TypeError):
+            return None
+
+    def note_rate(self, tokens_per_second: float) -> None:
+        """Remember how fast the teacher read, for the next estimate."""
+        said = json.dumps({"tokens_per_second": tokens_per_second})
+        with written_whole(self.folder / _RATE) as staging:
+            staging.write_text(said + "\n", encoding="utf-8")
 
     @property
     def num_bytes(self) -> int:

@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import make_tiny_llama, make_tiny_model
+from launching import launch_file, run_launch
 from torch import Tensor
 
 from distill.config import TargetsSection
@@ -152,8 +153,10 @@ def test_the_teacher_is_learnt_and_costs_one_pass_per_row(tmp_path: Path):
     assert number(records[-1], "loss_soft") < 0.7 * number(records[0], "loss_soft")
     filled = case.summary("targets")
     assert (filled["rows"], filled["passes"], filled["hits"]) == (24, 24, 0)
-    assert case.fill("--overwrite", f"targets.store={tmp_path / 'shared'}") == 0
-    assert case.fill(f"targets.store={tmp_path / 'shared'}", name="other") == 0
+    assert case.fill("--overwrite") == 0
+    assert case.summary("targets")["passes"] == 0, "made again, and nothing asked again"
+    shared = f"targets.store={tmp_path / 'run' / 'teacher-store'}"
+    assert case.fill(shared, name="other") == 0
     assert case.summary("targets", "other")["passes"] == 0
 
 
@@ -207,6 +210,24 @@ def test_what_is_stored_must_be_this_teacher_s_and_complete(tmp_path: Path, caps
     assert case.run("--overwrite") == 3
     message = capsys.readouterr().err
     assert "not those of this teacher and student: teacher teacher@" in message
+
+
+@pytest.mark.slow
+def test_two_ranks_see_what_one_sees(tmp_path: Path):
+    """DDP, shares that are learnt included: the same curves of loss and share."""
+    distill = "{weighting: {kind: aligned, every: 2}, heldout_rows: 20, signal_rows: 8}"
+    case = Case(tmp_path, distill=distill, rows_per_pass=2, steps=5)
+    want = case.both()
+    run = case.folder / "two"
+    assert case.fill(name="two") == 0
+    file = launch_file("ddp", tmp_path)
+    code, output = run_launch(file, "sft.train", str(case.recipe), "--run", str(run))
+    assert code == 0, output[-2000:]
+    got = read_metrics(run / "sft" / "metrics.jsonl")
+    for key in ("loss", "loss_hard", "loss_soft", "alpha/math", "unsupported"):
+        values = ([number(record, key) for record in each] for each in (got, want))
+        assert next(values) == pytest.approx(next(values), abs=1e-4), key
+    assert number(want[-1], "alpha/math") != pytest.approx(0.7, abs=1e-3)
 
 
 def row(name: str, capability: str) -> TrainingRow:

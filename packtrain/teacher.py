@@ -1,0 +1,89 @@
+"""`packtrain teacher info|fill`: what the teacher's targets of a recipe take, and making them.
+
+`info` reads rows, tokenizers and config.json; the teacher's weights are hashed, not loaded.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from ground.console import say
+from ground.recipe import RecipeDocument, load_recipe
+from ground.run import RunDir
+from ground.shape import read_shape
+from ground.trail import Trail
+from packtrain.recipe import read_recipe
+from packtrain.steps import ENTRIES, Step, launch_line
+from packtrain.validate import require_files
+
+if TYPE_CHECKING:
+    from distill.config import TargetsSection
+    from distill.filling import Estimate
+    from distill.plan import TargetsPlan
+
+_STAGE = "targets"
+
+
+def command(arguments: argparse.Namespace) -> int:
+    """Say what filling takes; with `fill`, have the stage do it and return its exit code."""
+    document = load_recipe(arguments.recipe, arguments.overrides)
+    recipe = read_recipe(document)
+    require_files(document, recipe)
+    section = document.section(_STAGE, type_of_section())
+    run = RunDir(arguments.run or Path("runs") / recipe.name)
+    for line in _lines(document, section, run):
+        say(line)
+    if arguments.action == "info":
+        return 0
+    step = Step(_STAGE, _STAGE, ENTRIES[_STAGE])
+    flags = [*document.overrides]
+    again = {"unfinished": "--resume", "done": "--overwrite"}
+    if flag := again.get(run.state(_STAGE)):
+        flags.append(flag)
+    return subprocess.run(launch_line(step, document.path, run.path, flags), check=False).returncode
+
+
+def type_of_section() -> type[TargetsSection]:
+    """The section's schema."""
+    return importlib.import_module("distill.config").TargetsSection
+
+
+def _lines(document: RecipeDocument, section: TargetsSection, run: RunDir) -> Iterator[str]:
+    """Size and time, as far as they can be told without the teacher."""
+    planning = importlib.import_module("distill.plan")  # brings torch along
+    filling = importlib.import_module("distill.filling")
+    head = document.head()
+    trail = Trail(head, run, document.stages)
+    plan: TargetsPlan = planning.plan_targets(section, trail, head.data)
+    store = plan.open_store()
+    wanted: Estimate = filling.estimate(store, plan.rows, plan.format, plan.identity.vocabulary)
+    in_bytes = filling.in_bytes
+    yield f"teacher   {plan.identity.teacher}"
+    yield f"format    {plan.format}, {wanted.bytes_per_token} bytes a token"
+    yield f"store     {store.folder}: {store.num_rows} rows, {in_bytes(store.num_bytes)}"
+    yield (
+        f"wanted    {wanted.rows} rows, {wanted.missing} of them new: the teacher reads "
+        f"{wanted.read_tokens} tokens and speaks to {wanted.missing_tokens}"
+    )
+    yield f"size      {in_bytes(wanted.num_bytes)} more"
+    yield f"time      {_time(plan, store.tokens_per_second, wanted)}"
+
+
+def _time(plan: TargetsPlan, tokens_per_second: float | None, wanted: Estimate) -> str:
+    """From the rate of the last filling, else the work that is to be done."""
+    if not wanted.missing:
+        return "none: everything is there"
+    if tokens_per_second:
+        seconds = wanted.read_tokens / tokens_per_second
+        return (
+            f"{seconds:.3g} s, at the {tokens_per_second:.3g} tokens a second of the last filling"
+        )
+    length = wanted.read_tokens / wanted.missing
+    each = read_shape(plan.teacher).flops(length / 2, is_routed=False)
+    flops = each * wanted.read_tokens
+    return f"{flops:.2g} floating-point operations; `fill` tells the time after its first pass"
