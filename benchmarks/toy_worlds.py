@@ -170,7 +170,7 @@ def train(world: World, rules: Sequence[Weighting], seed: int, steps: int) -> Ou
         recent = [*recent, (contexts_B, labels_B)][-RECENT:]
         for place, rule in enumerate(rules):
             if rule.observe_every and (step + 1) % rule.observe_every == 0:
-                _observe(world, students, place, rule, heldout, recent)
+                _observe(world, students, place, rule, step + 1, heldout, recent)
         if step + 1 in (100, steps):
             outcome_shares[step + 1] = [dict(rule.shares) for rule in rules]
     with torch.no_grad():
@@ -207,6 +207,7 @@ def _observe(
     students: Students,
     place: int,
     rule: Weighting,
+    step: int,
     heldout: tuple[Tensor, Tensor],
     recent: Sequence[tuple[Tensor, Tensor]],
 ) -> None:
@@ -222,8 +223,8 @@ def _observe(
             sides.append(HeadTokens(hidden, labels[mine]))
         mine_N = contexts_N[world.domain_C[contexts_N] == domain]
         soft = SoftTokens(None, world.teacher_CV[mine_N], torch.zeros(len(mine_N)))
-        gains_N = token_gains(sides[0], sides[1], soft, head_VW)
-        rule.observe(name, gains_N, world.entropy_C[mine_N])
+        gains = token_gains(sides[0], sides[1], soft, head_VW)
+        rule.observe(step, name, gains, world.entropy_C[mine_N])
 
 
 def _network(dice: torch.Generator) -> Callable[[Tensor, Tensor], Tensor]:

@@ -54,11 +54,16 @@ class AlignedShare(Section):
     kind: Literal["aligned"] = "aligned"
     start: float = Field(default=0.7, ge=0, le=1)
     """Share before anything was observed."""
-    rate: float = Field(default=0.1, gt=0, le=1)
+    rate: float = Field(default=0.2, gt=0, le=1)
     """How far one observation moves a share at most."""
-    trust: float = Field(default=1.0, ge=0)
-    """Standard errors that are added in the teacher's favour: where held-out rows cannot tell, the
-    soft target is the better one, for it carries no label noise."""
+    memory: float = Field(default=0.7, ge=0, lt=1)
+    """What an observation leaves of those before it in the averages that a share follows."""
+    trust: float = Field(default=0.3, ge=0, le=1)
+    """Added to the evidence, which is between -1 and 1, in the teacher's favour: where held-out
+    rows cannot tell, the soft target is the better one, for it carries no label noise."""
+    labels_from: float = Field(default=0.1, ge=0, le=1)
+    """How much the labels' gain counts against the teacher's in the first step; it rises to 1 in
+    the last one. 1 asks for the better of the two from the beginning."""
     knots: tuple[float, ...] = (0.0, 1.0, 2.5)
     """Entropies of the teacher, in nats, that have shares of their own; between them shares lie on
     a line. A single knot keeps one share per capability."""

@@ -1,20 +1,23 @@
-"""What held-out rows say of a teacher: by how much would more of it lower the held-out loss?
+"""What held-out rows say of the last batches' targets: which of them would lower their loss?
 
-The loss of a trained token is (1 - a) CE + a KL, so a unit more of the share a changes its gradient
-at the LM head by an outer product, change_j h_j, where for temperature 1
+A trained token's gradient at the LM head is an outer product change_j h_j, with
 
-    change_j = (q_j - t_j) - (q_j - onehot(y_j)) = onehot(y_j) - t_j
+    soft_j = q_j - t_j            of KL(teacher || student)
+    hard_j = q_j - onehot(y_j)    of the cross-entropy of its label
 
-With g the gradient of the held-out loss at the same head, a step of gradient descent with that unit
-lowers the held-out loss, to first order, in proportion to the token's *gain*
+(for temperature 1; the student's distribution q, the teacher's t, the label y). With residual_i =
+q_i - onehot(y_i) of the held-out tokens, the *gain* of a token's target is
 
-    gain_j = < g, change_j h_j > = mean over held-out i of (residual_i . change_j) (h_i . h_j)
+    gain_j = mean over held-out i of (residual_i . change_j) (h_i . (C + ridge)^-1 h_j)
 
-No gradient of the size of the head is ever made: the products are taken tile by tile over the
-vocabulary. In RL there is no hard target and change_j = q_j - t_j.
+the fall of the held-out loss, to first order, when the head takes a step of ridge regression on
+that target; C is the second moment of the trained tokens' h. Without C (plain gradient descent) the
+few directions that all tokens share, such as how sharp the student is, drown out those in which it
+learns single tokens by heart.
 
-The trained tokens must be ones that the student has lately been trained on, so that what it took in
-of their label noise is seen; the held-out ones must be new to it.
+No gradient of the size of the head is ever made: products are taken between tokens, and tile by
+tile over the vocabulary. The trained tokens must be ones that the student was lately trained on, so
+that what it took in of their label noise is seen; the held-out ones must be new to it.
 
 N trained tokens, M held-out ones, H hidden size, V vocabulary, D a tile's part of it, K outcomes
 that are kept of the teacher's distribution.
@@ -30,6 +33,7 @@ from torch import Tensor
 
 TILE_ELEMENTS = 1 << 22
 """Numbers in the largest intermediate result, but for one tile's share of every token."""
+RIDGE = 0.01
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,6 +67,22 @@ class SoftTokens:
     """That the targets were made at; the soft loss is KL times its square."""
 
 
+@dataclass(frozen=True, slots=True)
+class Gains:
+    """What the held-out loss gains from each target of the trained tokens; positive is better.
+
+    Example:
+        soft [0.2, -0.1], hard [0.1, 0.3]: the second token's teacher would raise the held-out loss
+    """
+
+    soft_N: Tensor
+    hard_N: Tensor
+
+    def pick(self, mask_N: Tensor) -> Gains:
+        """Those of some tokens."""
+        return Gains(self.soft_N[mask_N], self.hard_N[mask_N])
+
+
 @torch.no_grad()
 def token_gains(
     heldout: HeadTokens,
@@ -70,22 +90,22 @@ def token_gains(
     soft: SoftTokens,
     head_weight_VH: Tensor,
     *,
-    hard: bool = True,
-) -> Tensor:
-    """The gain of every trained token, [N] in fp32; positive where more of the teacher would help.
+    ridge: float = RIDGE,
+) -> Gains:
+    """The gains of trained tokens, in fp32.
 
     Args:
         heldout: tokens of one capability that are not trained on.
-        trained: tokens of the same capability from the last batches.
+        trained: tokens of the same capability from the last batches; a thousand or two, since the
+            time grows with their square.
         soft: the teacher's word on the trained tokens.
-        hard: whether the share goes over from a hard target to the soft one (SFT); without it the
-            KL is added to what is there (RL).
+        ridge: added to C, in mean variances of a feature.
     """
     sum_M = _log_sum(heldout.hidden_NH, head_weight_VH)
     sum_N = _log_sum(trained.hidden_NH, head_weight_VH)
     softened_N = _log_sum(trained.hidden_NH / soft.temperature, head_weight_VH)
-    kernel_NM = trained.hidden_NH.float() @ heldout.hidden_NH.float().T / len(sum_M)
-    gain_N, rest_N, rest_gain_N = torch.zeros(3, len(sum_N), device=sum_N.device)
+    kernel_NM = _kernel(trained.hidden_NH, heldout.hidden_NH, ridge)
+    soft_N, hard_N, rest_N, rest_gain_N = torch.zeros(4, len(sum_N), device=sum_N.device)
     width = _width(head_weight_VH, len(sum_M) + len(sum_N))
     for span, weight_DH in _tiles(head_weight_VH, width):
         residual_MD = (heldout.hidden_NH.float() @ weight_DH.T - sum_M[:, None]).exp_()
@@ -94,17 +114,29 @@ def token_gains(
         logits_ND = trained.hidden_NH.float() @ weight_DH.T
         q_ND = (logits_ND / soft.temperature - softened_N[:, None]).exp_()
         kept_ND, is_kept_ND = _kept(soft, span)
-        gain_N += soft.temperature * ((q_ND - kept_ND) * push_ND).sum(-1)
-        if hard:
-            change_ND = -(logits_ND - sum_N[:, None]).exp()
-            _add_labels(change_ND, trained.labels_N, span, 1.0)
-            gain_N += (change_ND * push_ND).sum(-1)
+        soft_N += ((q_ND - kept_ND) * push_ND).sum(-1)
         q_ND.masked_fill_(is_kept_ND, 0)
         rest_N += q_ND.sum(-1)
         rest_gain_N += (q_ND * push_ND).sum(-1)
+        hard_ND = (logits_ND - sum_N[:, None]).exp_()
+        _add_labels(hard_ND, trained.labels_N, span, -1.0)
+        hard_N += (hard_ND * push_ND).sum(-1)
     # What is not kept shares the tail as the student does: that is the tail bucket's gradient.
     tail_N = torch.where(rest_N > 0, soft.tail_N / rest_N, 0.0)
-    return gain_N - soft.temperature * tail_N * rest_gain_N
+    return Gains(soft.temperature * (soft_N - tail_N * rest_gain_N), hard_N)
+
+
+def _kernel(trained_NH: Tensor, heldout_MH: Tensor, ridge: float) -> Tensor:
+    """h_j (C + r)^-1 h_i / M for every pair, by way of a system of the tokens' size, [N, M].
+
+    With C = X'X / N it is X (X'X / N + r)^-1 = (XX' / N + r)^-1 X.
+    """
+    trained_NH = trained_NH.double()
+    gram_NN = trained_NH @ trained_NH.T / len(trained_NH)
+    spread = gram_NN.trace() / trained_NH.shape[1]
+    gram_NN.diagonal().add_(ridge * spread.clamp_min(torch.finfo(torch.float32).tiny))
+    products_NM = trained_NH @ heldout_MH.double().T / len(heldout_MH)
+    return torch.linalg.solve(gram_NN, products_NM).float()
 
 
 def _log_sum(hidden_NH: Tensor, head_weight_VH: Tensor) -> Tensor:

@@ -8,7 +8,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from distill import signal
-from distill.signal import HeadTokens, SoftTokens, token_gains
+from distill.signal import RIDGE, Gains, HeadTokens, SoftTokens, token_gains
 
 V, H, N, M = 11, 5, 7, 6
 
@@ -27,26 +27,33 @@ PROBS_NK = TEACHER_NV.gather(1, IDS_NK)
 NO_TAIL = torch.zeros(N)
 
 
-def by_autograd(soft_loss: str, temperature: float = 1.0, hard: bool = True) -> Tensor:
-    """<g, gradient of KL - CE> of each token, from explicit gradients of the head."""
+def by_autograd(target: str, temperature: float = 1.0) -> Tensor:
+    """<g, gradient of the target's loss (C + r)^-1> of each token, from gradients of the head."""
     head_VH = HEAD_VH.clone().requires_grad_()
     heldout_loss = F.cross_entropy(HELDOUT.hidden_NH @ head_VH.T, HELDOUT.labels_N)
     (g_VH,) = torch.autograd.grad(heldout_loss, head_VH)
+    moment_HH = TRAINED.hidden_NH.T @ TRAINED.hidden_NH / N
+    moment_HH += RIDGE * moment_HH.diagonal().mean() * torch.eye(H)
     gains = []
     for j in range(N):
         z_V = TRAINED.hidden_NH[j] @ head_VH.T
         log_q_V = (z_V / temperature).log_softmax(-1)
-        loss = temperature**2 * -(TEACHER_NV[j] * log_q_V).sum()
-        if soft_loss == "topk_tail":
+        if target == "hard":
+            loss = F.cross_entropy(z_V[None], TRAINED.labels_N[j : j + 1])
+        elif target == "topk_tail":
             is_kept = torch.zeros(V, dtype=torch.bool).index_fill(0, IDS_NK[j], True)
             tail = 1 - PROBS_NK[j].sum()
             log_rest = log_q_V.masked_fill(is_kept, -torch.inf).logsumexp(-1)
             loss = -(PROBS_NK[j] * log_q_V[IDS_NK[j]]).sum() - tail * log_rest
-        if hard:
-            loss = loss - F.cross_entropy(z_V[None], TRAINED.labels_N[j : j + 1])
+        else:
+            loss = temperature**2 * -(TEACHER_NV[j] * log_q_V).sum()
         (change_VH,) = torch.autograd.grad(loss, head_VH)
-        gains.append((g_VH * change_VH).sum())
+        gains.append((g_VH * torch.linalg.solve(moment_HH, change_VH.T).T).sum())
     return torch.stack(gains)
+
+
+def gains(soft: SoftTokens) -> Gains:
+    return token_gains(HELDOUT, TRAINED, soft, HEAD_VH)
 
 
 @pytest.fixture(autouse=True, params=[4, 1 << 22], ids=["tiles", "at once"])
@@ -56,47 +63,42 @@ def tile_elements(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatc
 
 
 @pytest.mark.parametrize("temperature", [1.0, 2.0])
-@pytest.mark.parametrize("hard", [True, False])
-def test_gains_are_products_of_the_head_s_gradients(temperature: float, hard: bool) -> None:
-    soft = SoftTokens(None, TEACHER_NV, NO_TAIL, temperature)
-    got = token_gains(HELDOUT, TRAINED, soft, HEAD_VH, hard=hard)
-    torch.testing.assert_close(got, by_autograd("full", temperature, hard))
+def test_gains_are_products_of_the_head_s_gradients(temperature: float) -> None:
+    got = gains(SoftTokens(None, TEACHER_NV, NO_TAIL, temperature))
+    torch.testing.assert_close(got.soft_N, by_autograd("soft", temperature), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(got.hard_N, by_autograd("hard"), rtol=1e-4, atol=1e-5)
 
 
 def test_a_tail_is_shared_as_the_student_shares_it() -> None:
-    soft = SoftTokens(IDS_NK, PROBS_NK, 1 - PROBS_NK.sum(-1))
-    got = token_gains(HELDOUT, TRAINED, soft, HEAD_VH)
-    torch.testing.assert_close(got, by_autograd("topk_tail"))
+    got = gains(SoftTokens(IDS_NK, PROBS_NK, 1 - PROBS_NK.sum(-1)))
+    torch.testing.assert_close(got.soft_N, by_autograd("topk_tail"), rtol=1e-4, atol=1e-5)
 
 
 def test_all_of_the_vocabulary_kept_by_ids_is_the_full_distribution() -> None:
-    ids_NK = torch.arange(V).flip(0).expand(N, V)
-    by_ids = SoftTokens(ids_NK, TEACHER_NV.flip(1), NO_TAIL)
-    torch.testing.assert_close(
-        token_gains(HELDOUT, TRAINED, by_ids, HEAD_VH),
-        token_gains(HELDOUT, TRAINED, SoftTokens(None, TEACHER_NV, NO_TAIL), HEAD_VH),
-    )
+    by_ids = SoftTokens(torch.arange(V).flip(0).expand(N, V), TEACHER_NV.flip(1), NO_TAIL)
+    full = SoftTokens(None, TEACHER_NV, NO_TAIL)
+    torch.testing.assert_close(gains(by_ids).soft_N, gains(full).soft_N)
 
 
 def test_a_place_without_an_outcome_counts_for_nothing() -> None:
+    plain = SoftTokens(IDS_NK, PROBS_NK, 1 - PROBS_NK.sum(-1))
     padded = SoftTokens(
         torch.cat([IDS_NK, torch.full((N, 1), -1)], 1),
         torch.cat([PROBS_NK, torch.full((N, 1), 9.0)], 1),
-        1 - PROBS_NK.sum(-1),
+        plain.tail_N,
     )
-    plain = SoftTokens(IDS_NK, PROBS_NK, padded.tail_N)
-    torch.testing.assert_close(
-        token_gains(HELDOUT, TRAINED, padded, HEAD_VH),
-        token_gains(HELDOUT, TRAINED, plain, HEAD_VH),
-    )
+    torch.testing.assert_close(gains(padded).soft_N, gains(plain).soft_N)
 
 
 def test_a_gain_by_hand() -> None:
-    """The student is uniform over two tokens; held-out and trained label are 0, h = 1 for both.
+    """The student is uniform over two tokens; both labels are 0, and h = 2.
 
-    g = (0.5 - 1, 0.5); the teacher says (0.25, 0.75), so change = (1 - 0.25, -0.75) and
-    gain = -0.5 * 0.75 + 0.5 * -0.75 = -0.75: this teacher is the wrong one to listen to.
+    residual = (-0.5, 0.5); the teacher says (0.75, 0.25), so soft = (-0.25, 0.25) and the products
+    are 0.125 + 0.125 = 0.25; hard = (-0.5, 0.5): 0.5. The one feature's second moment is 4, so each
+    is multiplied by 2 * 2 / (4 + 1 * 4) = 0.5.
     """
-    token = HeadTokens(torch.ones(1, 1), torch.zeros(1, dtype=torch.long))
-    soft = SoftTokens(None, torch.tensor([[0.25, 0.75]]), torch.zeros(1))
-    assert token_gains(token, token, soft, torch.zeros(2, 1)).item() == pytest.approx(-0.75)
+    token = HeadTokens(torch.full((1, 1), 2.0), torch.zeros(1, dtype=torch.long))
+    soft = SoftTokens(None, torch.tensor([[0.75, 0.25]]), torch.zeros(1))
+    got = token_gains(token, token, soft, torch.zeros(2, 1), ridge=1.0)
+    assert got.soft_N.item() == pytest.approx(0.125)
+    assert got.hard_N.item() == pytest.approx(0.25)
