@@ -32,7 +32,7 @@ class Signals:
 
     Example:
         signals = Signals(heldout, collator.read, temperature=1.0, rows_per_pass=16)
-        signals.observe(model, last, weighting)
+        signals.observe(model, last, weighting, step=20)
     """
 
     def __init__(
@@ -48,7 +48,12 @@ class Signals:
 
     @torch.no_grad()
     def observe(
-        self, model: PreTrainedModel, last: Sequence[TrainingRow], weighting: Weighting
+        self,
+        model: PreTrainedModel,
+        last: Sequence[TrainingRow],
+        weighting: Weighting,
+        *,
+        step: int,
     ) -> None:
         """Tell the weighting what it learns of each capability that both sides have rows of."""
         names = {row.capability for row in self._heldout} & {row.capability for row in last}
@@ -58,13 +63,13 @@ class Signals:
             heldout, _ = self._tokens(model, own)
             trained, chosen_N = self._tokens(model, rows)
             targets = self._read(rows)
-            gains_N = token_gains(
-                heldout, trained, _soft(targets, chosen_N, self._temperature), head_weight(model)
-            )
+            soft = _soft(targets, chosen_N, self._temperature, model.device)
+            gains = token_gains(heldout, trained, soft, head_weight(model))
             is_known_N = targets.is_supported_T[chosen_N]
             if is_known_N.any():
                 entropy_N = targets.entropy_T[chosen_N][is_known_N]
-                weighting.observe(name, gains_N.cpu()[is_known_N], entropy_N)
+                there_N = is_known_N.to(gains.soft_N.device)
+                weighting.observe(step, name, gains.pick(there_N), entropy_N)
 
     def _tokens(
         self, model: PreTrainedModel, rows: Sequence[TrainingRow]
@@ -96,7 +101,9 @@ def _hidden(model: PreTrainedModel, rows: Sequence[TrainingRow]) -> tuple[Tensor
     return hidden_BTH[:, :-1][trained_BT], labels_BT[:, 1:].to(model.device)[trained_BT]
 
 
-def _soft(targets: TeacherTargets, chosen_N: Tensor, temperature: float) -> SoftTokens:
-    ids_TK = None if targets.ids_TK is None else targets.ids_TK[chosen_N]
-    probs_NK, tail_N = targets.logprobs_TK[chosen_N].exp(), targets.tail_T[chosen_N].exp()
-    return SoftTokens(ids_TK, probs_NK, tail_N, temperature)
+def _soft(
+    targets: TeacherTargets, chosen_N: Tensor, temperature: float, device: torch.device
+) -> SoftTokens:
+    ids_NK = None if targets.ids_TK is None else targets.ids_TK[chosen_N].to(device)
+    probs_NK = targets.logprobs_TK[chosen_N].exp().to(device)
+    return SoftTokens(ids_NK, probs_NK, targets.tail_T[chosen_N].exp().to(device), temperature)

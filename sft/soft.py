@@ -158,7 +158,9 @@ class SoftCollator:
             [{"input_ids": list(row.input_ids), "labels": list(row.labels)} for row in rows]
         )
         names = [self._capabilities.index(row.capability) for row in rows]
-        return batch | packed(self.read(rows)) | {"capability_B": torch.tensor(names)}
+        targets, num_misfits = self._read(rows)
+        self.num_misfits += num_misfits
+        return batch | packed(targets) | {"capability_B": torch.tensor(names)}
 
     def take_misfits(self) -> int:
         """Their number since this was last asked."""
@@ -167,14 +169,17 @@ class SoftCollator:
 
     def read(self, rows: Sequence[TrainingRow]) -> TeacherTargets:
         """The targets of all trained tokens of some rows."""
-        parts = []
+        return self._read(rows)[0]
+
+    def _read(self, rows: Sequence[TrainingRow]) -> tuple[TeacherTargets, int]:
+        parts, total = [], 0
         for row in rows:
             asked = token_row(row)
             labels_T = torch.tensor([row.labels[place] for place in asked.places])
             targets, num_misfits = fitted(self._store.read(asked.key), labels_T)
-            self.num_misfits += num_misfits
+            total += num_misfits
             parts.append(targets)
-        return joined(parts)
+        return joined(parts), total
 
 
 def capabilities(rows: Sequence[TrainingRow]) -> list[str]:

@@ -182,7 +182,8 @@ class _Soft(SFTTrainer):
         with self._watch:
             last = list(islice(cast(RowStream, self._get_train_sampler()), begin, end))
             model = cast(PreTrainedModel, self.accelerator.unwrap_model(self.model))
-            self._signals.observe(model, [self._rows[row] for row in last], self._soft.weighting)
+            rows = [self._rows[row] for row in last]
+            self._signals.observe(model, rows, self._soft.weighting, step=step)
         state = self._ranks.shared(self._soft.weighting.state_dict())
         self._soft.weighting.load_state_dict(state)
 
