@@ -172,9 +172,6 @@ class Shard:
             keys[start : start + KEY_BYTES].tobytes() for start in range(0, len(keys), KEY_BYTES)
         ]
 
-    def __len__(self) -> int:
-        return len(self.keys)
-
     @property
     def num_tokens(self) -> int:
         """Tokens of all rows."""

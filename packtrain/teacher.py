@@ -65,7 +65,11 @@ def _lines(document: RecipeDocument, section: TargetsSection, run: RunDir) -> It
     in_bytes = filling.in_bytes
     yield f"teacher   {plan.identity.teacher}"
     yield f"format    {plan.format}, {wanted.bytes_per_token} bytes a token"
-    yield f"store     {store.folder}: {store.num_rows} rows, {in_bytes(store.num_bytes)}"
+    held = f"{store.num_rows} rows, {store.num_tokens} tokens, {in_bytes(store.num_bytes)}"
+    yield f"store     {store.folder}: {held}"
+    for other in importlib.import_module("distill.store").identities(plan.folder):
+        if other.name != plan.identity.name:
+            yield f"beside    {other.name}: {other.teacher}, {other.format}"
     yield (
         f"wanted    {wanted.rows} rows, {wanted.missing} of them new: the teacher reads "
         f"{wanted.read_tokens} tokens and speaks to {wanted.missing_tokens}"

@@ -33,8 +33,10 @@ def test_size_and_time_are_told_before_and_after(tmp_path: Path, capsys):
     after = said(case, capsys)
     assert "24 rows, 0 of them new" in after["wanted"]
     assert after["time"] == "none: everything is there"
+    assert "24 rows, 72 tokens" in after["store"] and "beside" not in after
     other = said(case, capsys, "targets.k=4")
     assert "24 of them new" in other["wanted"], "another format is another store"
+    assert other["beside"].endswith("topk_tail k=8 always=260")
 
 
 @pytest.mark.slow
