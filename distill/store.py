@@ -76,7 +76,8 @@ class TargetStore:
     """
 
     def __init__(self, folder: Path, identity: Identity, kind: FormatKind) -> None:
-        self.identity, self.kind = identity, kind
+        self.identity = identity
+        self.kind: FormatKind = kind
         self.folder = folder / identity.name
         self._shards: list[Shard] = []
         self._places: dict[bytes, list[tuple[Shard, int]]] = {}

@@ -47,7 +47,7 @@ class Teacher:
             raise DataError(
                 f"the teacher's LM head must have a row for each of the tokenizer's {vocabulary} "
                 f"ids, it has {len(head_weight(model))}",
-                where=model.name_or_path,
+                where=model.name_or_path or "teacher",
                 fix="use the tokenizer that belongs to the teacher",
             )
 

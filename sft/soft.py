@@ -28,6 +28,8 @@ from ground.trail import Trail
 from ground.trainer_config import TrainerSection
 from ground.training_rows import IGNORED, TrainingRow, TrainingRows
 
+Plain = Callable[[list[dict[str, list[int]]]], dict[str, Tensor]]
+"""Makes padded tensors of rows with `input_ids` and `labels`."""
 _HELD_OUT_AT_MOST = 0.1
 _PREFIX = "soft_"
 """Of the keys by which soft targets travel in a pass's inputs."""
@@ -135,15 +137,11 @@ def require_all(store: TargetStore, rows: Sequence[TrainingRow]) -> None:
 
 
 class SoftCollator:
-    """Puts a pass together: padded rows, and the stored targets of their trained tokens.
-
-    Args:
-        plain: makes padded tensors of rows with `input_ids` and `labels`.
-    """
+    """Puts a pass together: padded rows, and the stored targets of their trained tokens."""
 
     def __init__(
         self,
-        plain: Callable[[list[dict[str, list[int]]]], dict[str, Tensor]],
+        plain: Plain,
         store: TargetStore,
         rows: Sequence[TrainingRow],
     ) -> None:

@@ -34,6 +34,7 @@ from ground.training import FiniteLoss, Fit, Fitted, config_kept, fit, trainer_a
 from ground.training_rows import TrainingRow, TrainingRows
 from sft.signals import Signals
 from sft.soft import (
+    Plain,
     Soft,
     SoftCollator,
     Stopwatch,
@@ -101,7 +102,8 @@ class _Soft(SFTTrainer):
         super().__init__(**kwargs)  # pyright: ignore[reportArgumentType]
         self._soft, self._rows, self._ranks = soft, rows, ranks
         self._names = capabilities(rows)
-        self._collator = SoftCollator(self.data_collator, soft.store, rows)
+        plain = cast(Plain, self.data_collator)
+        self._collator = SoftCollator(plain, soft.store, rows)
         self.data_collator = self._collator
         self._tally, self._watch = Tally(self._names), Stopwatch()
         self._signals = Signals(
