@@ -51,9 +51,9 @@ sft:
 class Case:
     """Rows of two capabilities, a student, and a teacher of another size."""
 
-    def __init__(self, folder: Path, **settings: object) -> None:
+    def __init__(self, folder: Path, *, is_mixture: bool = False, **settings: object) -> None:
         self.folder = folder
-        model = make_tiny_llama(folder / "student")
+        model = (make_tiny_model if is_mixture else make_tiny_llama)(folder / "student")
         teacher = make_tiny_model(folder / "teacher", seed=5)
         with (folder / "sft.jsonl").open("w") as file:
             for n in range(10, 34):
@@ -132,10 +132,10 @@ def test_a_quarter_of_the_teacher_by_hand(tmp_path: Path):
 
 
 def test_a_share_of_zero_is_plain_sft(tmp_path: Path):
-    """Two steps: the same losses and gradients as TRL's own."""
-    case = Case(tmp_path, distill="{weighting: {kind: static, share: 0}}")
+    """Two steps of a mixture of experts: the losses and gradients of TRL, the router's included."""
+    case = Case(tmp_path, is_mixture=True, distill="{weighting: {kind: static, share: 0}}")
     records = case.both()
-    plain = Case(tmp_path / "plain")
+    plain = Case(tmp_path / "plain", is_mixture=True)
     text = plain.recipe.read_text()
     text = "\n".join(line for line in text.splitlines() if "distill" not in line)
     plain.recipe.write_text(text)
@@ -144,6 +144,8 @@ def test_a_share_of_zero_is_plain_sft(tmp_path: Path):
     for ours, theirs in zip(records, others, strict=True):
         assert number(ours, "loss") == pytest.approx(number(theirs, "loss"), abs=1e-5)
         assert number(ours, "grad_norm") == pytest.approx(number(theirs, "grad_norm"), rel=1e-4)
+        hard = number(ours, "loss_hard")
+        assert number(ours, "loss") > hard + 1e-4, "the balancing loss comes on top"
 
 
 def test_the_teacher_is_learnt_and_costs_one_pass_per_row(tmp_path: Path):
