@@ -48,6 +48,7 @@ bench: $(INSTALLED)
 	$(BIN)/python -m benchmarks.allocation
 	$(BIN)/python -m benchmarks.cluster_model
 	$(BIN)/python -m benchmarks.chaos
+	$(BIN)/python -m benchmarks.distill_worlds
 	$(BIN)/python -m benchmarks.launchers
 	$(BIN)/python -m benchmarks.trail
 

@@ -147,8 +147,14 @@ class Outcome:
     """Step → each student's shares."""
 
 
-def train(world: World, rules: Sequence[Weighting], seed: int, steps: int) -> Outcome:
-    """One student per rule, all from the same start on the same batches."""
+def train(
+    world: World, rules: Sequence[Weighting], seed: int, steps: int, stop: int | None = None
+) -> Outcome:
+    """One student per rule, all from the same start on the same batches.
+
+    Args:
+        stop: the last step that is taken of a run of `steps`; all of them by default.
+    """
     dice = torch.Generator().manual_seed(1_000_003 * seed + 1)  # another stream than the world's
     students = Students(len(rules), world.features_CF.shape[1], dice)
     optimizer = torch.optim.Adam(students.weights, lr=LEARNING_RATE, betas=(0.9, 0.98))
@@ -156,7 +162,7 @@ def train(world: World, rules: Sequence[Weighting], seed: int, steps: int) -> Ou
     heldout = world.sample(HELDOUT_TOKENS, dice)
     recent: list[tuple[Tensor, Tensor]] = []
     outcome_shares: dict[int, list[dict[str, float]]] = {}
-    for step in range(steps):
+    for step in range(stop or steps):
         optimizer.param_groups[0]["lr"] = LEARNING_RATE * min(1.0, 2 * (1 - step / steps))
         if world.regime == "multi":
             picked_B = torch.randint(TRAINED_TOKENS, (BATCH,), generator=dice)
@@ -171,7 +177,7 @@ def train(world: World, rules: Sequence[Weighting], seed: int, steps: int) -> Ou
         for place, rule in enumerate(rules):
             if rule.observe_every and (step + 1) % rule.observe_every == 0:
                 _observe(world, students, place, rule, step + 1, heldout, recent)
-        if step + 1 in (100, steps):
+        if step + 1 in (100, stop or steps):
             outcome_shares[step + 1] = [dict(rule.shares) for rule in rules]
     with torch.no_grad():
         distance_S2 = world.distance(students.logprobs(world.features_CF))

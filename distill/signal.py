@@ -103,7 +103,9 @@ def token_gains(
     """
     sum_M = _log_sum(heldout.hidden_NH, head_weight_VH)
     sum_N = _log_sum(trained.hidden_NH, head_weight_VH)
-    softened_N = _log_sum(trained.hidden_NH / soft.temperature, head_weight_VH)
+    softened_N = sum_N
+    if soft.temperature != 1:
+        softened_N = _log_sum(trained.hidden_NH / soft.temperature, head_weight_VH)
     kernel_NM = _kernel(trained.hidden_NH, heldout.hidden_NH, ridge)
     soft_N, hard_N, rest_N, rest_gain_N = torch.zeros(4, len(sum_N), device=sum_N.device)
     width = _width(head_weight_VH, len(sum_M) + len(sum_N))
@@ -127,16 +129,20 @@ def token_gains(
 
 
 def _kernel(trained_NH: Tensor, heldout_MH: Tensor, ridge: float) -> Tensor:
-    """h_j (C + r)^-1 h_i / M for every pair, by way of a system of the tokens' size, [N, M].
+    """h_j (C + r)^-1 h_i / M for every pair, [N, M]; the system is that of features or of tokens.
 
-    With C = X'X / N it is X (X'X / N + r)^-1 = (XX' / N + r)^-1 X.
+    With C = X'X / N it is X (X'X / N + r)^-1 = (XX' / N + r)^-1 X: the smaller one is solved.
     """
-    trained_NH = trained_NH.double()
-    gram_NN = trained_NH @ trained_NH.T / len(trained_NH)
-    spread = gram_NN.trace() / trained_NH.shape[1]
-    gram_NN.diagonal().add_(ridge * spread.clamp_min(torch.finfo(torch.float32).tiny))
-    products_NM = trained_NH @ heldout_MH.double().T / len(heldout_MH)
-    return torch.linalg.solve(gram_NN, products_NM).float()
+    trained_NH, heldout_HM = trained_NH.double(), heldout_MH.double().T / len(heldout_MH)
+    tokens, features = trained_NH.shape
+    added = ridge * (trained_NH.square().sum() / (tokens * features)).clamp_min(1e-30)
+    if features < tokens:
+        moment_HH = trained_NH.T @ trained_NH / tokens
+        moment_HH.diagonal().add_(added)
+        return (trained_NH @ torch.linalg.solve(moment_HH, heldout_HM)).float()
+    gram_NN = trained_NH @ trained_NH.T / tokens
+    gram_NN.diagonal().add_(added)
+    return torch.linalg.solve(gram_NN, trained_NH @ heldout_HM).float()
 
 
 def _log_sum(hidden_NH: Tensor, head_weight_VH: Tensor) -> Tensor:

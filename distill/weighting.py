@@ -196,6 +196,8 @@ class Aligned:
         self._section = section
         self._num_steps = num_steps
         self._seen: dict[str, _Seen] = {}
+        nothing = (0.0,) * len(section.knots)
+        self._fresh = _Seen((section.start,) * len(nothing), section.start, nothing, nothing, 0.0)
 
     @property
     def observe_every(self) -> int:
@@ -244,9 +246,7 @@ class Aligned:
         self._seen = {name: _Seen.read(fields) for name, fields in state.items()}
 
     def _of(self, capability: str) -> _Seen:
-        start, nothing = self._section.start, (0.0,) * len(self._section.knots)
-        fresh = _Seen((start,) * len(nothing), start, nothing, nothing, 0.0)
-        return self._seen.get(capability, fresh)
+        return self._seen.get(capability, self._fresh)
 
 
 @dataclass(frozen=True, slots=True)

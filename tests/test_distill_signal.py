@@ -27,16 +27,17 @@ PROBS_NK = TEACHER_NV.gather(1, IDS_NK)
 NO_TAIL = torch.zeros(N)
 
 
-def by_autograd(target: str, temperature: float = 1.0) -> Tensor:
+def by_autograd(target: str, temperature: float = 1.0, count: int = N) -> Tensor:
     """<g, gradient of the target's loss (C + r)^-1> of each token, from gradients of the head."""
     head_VH = HEAD_VH.clone().requires_grad_()
     heldout_loss = F.cross_entropy(HELDOUT.hidden_NH @ head_VH.T, HELDOUT.labels_N)
     (g_VH,) = torch.autograd.grad(heldout_loss, head_VH)
-    moment_HH = TRAINED.hidden_NH.T @ TRAINED.hidden_NH / N
+    hidden_NH = TRAINED.hidden_NH[:count]
+    moment_HH = hidden_NH.T @ hidden_NH / count
     moment_HH += RIDGE * moment_HH.diagonal().mean() * torch.eye(H)
     gains = []
-    for j in range(N):
-        z_V = TRAINED.hidden_NH[j] @ head_VH.T
+    for j in range(count):
+        z_V = hidden_NH[j] @ head_VH.T
         log_q_V = (z_V / temperature).log_softmax(-1)
         if target == "hard":
             loss = F.cross_entropy(z_V[None], TRAINED.labels_N[j : j + 1])
@@ -67,6 +68,14 @@ def test_gains_are_products_of_the_head_s_gradients(temperature: float) -> None:
     got = gains(SoftTokens(None, TEACHER_NV, NO_TAIL, temperature))
     torch.testing.assert_close(got.soft_N, by_autograd("soft", temperature), rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(got.hard_N, by_autograd("hard"), rtol=1e-4, atol=1e-5)
+
+
+def test_fewer_tokens_than_features_give_the_same_through_the_smaller_system() -> None:
+    few = HeadTokens(TRAINED.hidden_NH[:3], TRAINED.labels_N[:3])
+    soft = SoftTokens(None, TEACHER_NV[:3], NO_TAIL[:3])
+    got = token_gains(HELDOUT, few, soft, HEAD_VH)
+    torch.testing.assert_close(got.soft_N, by_autograd("soft", count=3), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(got.hard_N, by_autograd("hard", count=3), rtol=1e-4, atol=1e-5)
 
 
 def test_a_tail_is_shared_as_the_student_shares_it() -> None:
