@@ -6,14 +6,16 @@
 from __future__ import annotations
 
 import argparse
-import importlib
 import subprocess
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING
 
+from distill.config import TargetsSection
+from distill.filling import Estimate, estimate, in_bytes
+from distill.plan import TargetsPlan, plan_targets
+from distill.store import identities
 from ground.console import say
-from ground.recipe import RecipeDocument, load_recipe
+from ground.recipe import load_recipe
 from ground.run import RunDir
 from ground.shape import read_shape
 from ground.trail import Trail
@@ -21,12 +23,9 @@ from packtrain.recipe import read_recipe
 from packtrain.steps import ENTRIES, Step, launch_line
 from packtrain.validate import require_files
 
-if TYPE_CHECKING:
-    from distill.config import TargetsSection
-    from distill.filling import Estimate
-    from distill.plan import TargetsPlan
-
 _STAGE = "targets"
+_AGAIN = {"unfinished": ["--resume"], "done": ["--overwrite"]}
+"""How the stage is made once more: its store stays, so that only what is missing is asked for."""
 
 
 def command(arguments: argparse.Namespace) -> int:
@@ -34,40 +33,27 @@ def command(arguments: argparse.Namespace) -> int:
     document = load_recipe(arguments.recipe, arguments.overrides)
     recipe = read_recipe(document)
     require_files(document, recipe)
-    section = document.section(_STAGE, type_of_section())
+    section = document.section(_STAGE, TargetsSection)
     run = RunDir(arguments.run or Path("runs") / recipe.name)
-    for line in _lines(document, section, run):
+    plan = plan_targets(section, Trail(recipe, run, document.stages), recipe.data)
+    for line in _lines(plan):
         say(line)
     if arguments.action == "info":
         return 0
     step = Step(_STAGE, _STAGE, ENTRIES[_STAGE])
-    flags = [*document.overrides]
-    again = {"unfinished": "--resume", "done": "--overwrite"}
-    if flag := again.get(run.state(_STAGE)):
-        flags.append(flag)
+    flags = [*document.overrides, *_AGAIN.get(run.state(_STAGE), [])]
     return subprocess.run(launch_line(step, document.path, run.path, flags), check=False).returncode
 
 
-def type_of_section() -> type[TargetsSection]:
-    """The section's schema."""
-    return importlib.import_module("distill.config").TargetsSection
-
-
-def _lines(document: RecipeDocument, section: TargetsSection, run: RunDir) -> Iterator[str]:
+def _lines(plan: TargetsPlan) -> Iterator[str]:
     """Size and time, as far as they can be told without the teacher."""
-    planning = importlib.import_module("distill.plan")  # brings torch along
-    filling = importlib.import_module("distill.filling")
-    head = document.head()
-    trail = Trail(head, run, document.stages)
-    plan: TargetsPlan = planning.plan_targets(section, trail, head.data)
     store = plan.open_store()
-    wanted: Estimate = filling.estimate(store, plan.rows, plan.format, plan.identity.vocabulary)
-    in_bytes = filling.in_bytes
+    wanted = estimate(store, plan.rows, plan.format, plan.identity.vocabulary)
     yield f"teacher   {plan.identity.teacher}"
     yield f"format    {plan.format}, {wanted.bytes_per_token} bytes a token"
     held = f"{store.num_rows} rows, {store.num_tokens} tokens, {in_bytes(store.num_bytes)}"
     yield f"store     {store.folder}: {held}"
-    for other in importlib.import_module("distill.store").identities(plan.folder):
+    for other in identities(plan.folder):
         if other.name != plan.identity.name:
             yield f"beside    {other.name}: {other.teacher}, {other.format}"
     yield (
@@ -84,9 +70,7 @@ def _time(plan: TargetsPlan, tokens_per_second: float | None, wanted: Estimate) 
         return "none: everything is there"
     if tokens_per_second:
         seconds = wanted.read_tokens / tokens_per_second
-        return (
-            f"{seconds:.3g} s, at the {tokens_per_second:.3g} tokens a second of the last filling"
-        )
+        return f"{seconds:.3g} s, at the last filling's {tokens_per_second:.3g} tokens a second"
     length = wanted.read_tokens / wanted.missing
     each = read_shape(plan.teacher).flops(length / 2, is_routed=False)
     flops = each * wanted.read_tokens
