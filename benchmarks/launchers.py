@@ -27,7 +27,7 @@ from ground.chat import ChatTemplate
 from ground.metrics import read_metrics
 from ground.model import load_tokenizer
 from ground.records import Demonstration, Message
-from sft.data import encode_demonstrations
+from ground.training_rows import encode_demonstrations
 
 _MODEL = ROOT / "recipes" / "tiny" / "herd" / "student"
 _FILES = ROOT / "recipes" / "accelerate"

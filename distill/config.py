@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from itertools import pairwise
+from pathlib import Path
 from typing import Annotated, Literal, Self
 
 from pydantic import BeforeValidator, Field, model_validator
@@ -97,3 +98,49 @@ WeightingSection = Annotated[
     BeforeValidator(_full),
 ]
 """`weighting: aligned`, or with settings: `weighting: {kind: static, share: 0.9}`."""
+
+FormatKind = Literal["full", "topk_tail", "sampled"]
+DivergenceKind = Literal["forward", "reverse", "jsd"]
+
+
+class TargetsSection(Section):
+    """What the teacher says to the rows that SFT will train on, kept in a store."""
+
+    format: FormatKind = "topk_tail"
+    """`topk_tail`: the likeliest tokens and the mass of all others. `sampled`: draws, unbiased.
+    `full`: everything, for small vocabularies only."""
+    k: int = Field(default=64, ge=1)
+    """Likeliest tokens that `topk_tail` keeps, beside the realised one and those of `always`."""
+    draws: int = Field(default=64, ge=1)
+    """Draws that `sampled` makes for each token."""
+    temperature: float = Field(default=1.0, gt=0)
+    """Of teacher and student in the soft loss; above 1 it tells more of unlikely tokens."""
+    always: list[str] = Field(default_factory=list)
+    """Tokens that are kept whatever their probability, as the tokenizer writes them, such as
+    `<|eot|>`. The realised token is always kept."""
+    max_length: int = Field(default=2048, ge=8)
+    """Longest conversation in tokens; at least `sft.max_length`."""
+    pass_tokens: int = Field(default=8192, ge=1)
+    """Tokens of one pass of the teacher, padding included; rows of like length go together."""
+    threads: int = Field(default=1, ge=1)
+    """CPU threads of the teacher."""
+    store: Path | None = None
+    """Folder that several runs share, so that no row is ever read twice; by default the run's own,
+    `teacher-store`, which stays when the stage is made again."""
+
+
+class DistillSection(Section):
+    """Soft targets beside the hard ones: the stored word of the teacher on each trained token."""
+
+    weighting: WeightingSection = AlignedShare()
+    """How soft and hard target share a token."""
+    divergence: DivergenceKind = "forward"
+    """`forward`: KL(teacher || student), which covers all that the teacher does. `reverse`:
+    KL(student || teacher), which keeps to what it does most. `jsd`: between the two, see `beta`."""
+    beta: float = Field(default=0.5, gt=0, lt=1)
+    """Of `jsd`: near 0 it is like `forward`, near 1 like `reverse` (arXiv 2306.13649)."""
+    heldout_rows: int = Field(default=64, ge=1)
+    """Rows that `aligned` keeps out of training to see where held-out loss falls, as many of each
+    capability as there are in the data; at most a tenth of them. Other weightings keep none."""
+    signal_rows: int = Field(default=32, ge=1)
+    """Rows of a step whose teacher is compared with them."""

@@ -32,6 +32,7 @@ OPERATIONAL = frozenset(
         *("silent_seconds", "lease_seconds", "watchdog_seconds", "num_slots"),
         *("checkpoint_every", "checkpoints_kept", "save_every", "keep_checkpoints", "log_every"),
         "round_every",
+        "pass_tokens",
     }
 )
 """Keys of stages that say how one runs and not what it makes. They may be changed when a stopped

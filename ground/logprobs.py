@@ -144,10 +144,10 @@ class _TokenLogprobs(torch.autograd.Function):
         targets_N: Tensor,
         temperature: float,
     ) -> tuple[Tensor, Tensor]:
-        dtype = _compute_dtype(hidden_NH)
+        dtype = compute_dtype(hidden_NH)
         logprobs_N = hidden_NH.new_empty(len(targets_N), dtype=dtype)
         entropy_N, denominator_N = torch.empty_like(logprobs_N), torch.empty_like(logprobs_N)
-        for part, hidden_CH in _blocks(hidden_NH, weight_VH, temperature):
+        for part, hidden_CH in blocks(hidden_NH, weight_VH, temperature):
             found = _forward_block(hidden_CH, weight_VH, targets_N[part])
             logprobs_N[part], entropy_N[part], denominator_N[part] = found
         ctx.save_for_backward(hidden_NH, weight_VH, targets_N, denominator_N, entropy_N)
@@ -167,11 +167,11 @@ class _TokenLogprobs(torch.autograd.Function):
         weight_grad = torch.zeros_like(weight_VH, dtype=dtype) if wants_weight else None
         if logprob_grad_N is None:
             logprob_grad_N = torch.zeros_like(denominator_N)
-        for part, hidden_CH in _blocks(hidden_NH, weight_VH, ctx.temperature):
+        for part, hidden_CH in blocks(hidden_NH, weight_VH, ctx.temperature):
             upstream_C, inner_C = logprob_grad_N[part].to(dtype), None
             if entropy_grad_N is not None:
                 inner_C = entropy_grad_N[part].to(dtype)
-            for span, weight_DH, logits_CD in _tiles(hidden_CH, weight_VH):
+            for span, weight_DH, logits_CD in tiles(hidden_CH, weight_VH):
                 logits_CD -= denominator_N[part, None]
                 grad_CD = _tile_gradient(logits_CD, upstream_C, inner_C, entropy_N[part])
                 _add_targets(grad_CD, targets_N[part], span, upstream_C)
@@ -204,7 +204,7 @@ def _forward_block(
     """
     target_C = hidden_CH.new_zeros(len(hidden_CH))
     total_C, weighted_C, largest_C = target_C.clone(), target_C.clone(), None
-    for span, _, logits_CD in _tiles(hidden_CH, weight_VH):
+    for span, _, logits_CD in tiles(hidden_CH, weight_VH):
         place_C, inside_C = _place(targets_C, span)
         picked_C = logits_CD.gather(-1, place_C[:, None]).squeeze(-1)
         target_C = torch.where(inside_C, picked_C, target_C)
@@ -247,18 +247,18 @@ def _place(targets_C: Tensor, span: slice) -> tuple[Tensor, Tensor]:
     return columns_C.clamp(0, span.stop - span.start - 1), inside_C
 
 
-def _blocks(
+def blocks(
     hidden_NH: Tensor, weight_VH: Tensor, temperature: float
 ) -> Iterator[tuple[slice, Tensor]]:
-    """Yield (slice of N, its hidden states over temperature)."""
-    dtype = _compute_dtype(hidden_NH)
+    """Yield (slice of N, its hidden states over temperature), so that a tile of logits is small."""
+    dtype = compute_dtype(hidden_NH)
     size = max(BLOCK_TOKENS, _tile_elements(hidden_NH) // len(weight_VH))
     for start in range(0, len(hidden_NH), size):
         part = slice(start, min(start + size, len(hidden_NH)))
         yield part, hidden_NH[part].to(dtype) / temperature
 
 
-def _tiles(hidden_CH: Tensor, weight_VH: Tensor) -> Iterator[tuple[slice, Tensor, Tensor]]:
+def tiles(hidden_CH: Tensor, weight_VH: Tensor) -> Iterator[tuple[slice, Tensor, Tensor]]:
     """Yield (slice of V, its weights, its logits); the logits are the caller's to overwrite."""
     vocabulary = len(weight_VH)
     width = max(_tile_elements(hidden_CH) // len(hidden_CH), 1)
@@ -274,5 +274,5 @@ def _tile_elements(like: Tensor) -> int:
     return TILE_ELEMENTS_CPU if like.device.type == "cpu" else TILE_ELEMENTS
 
 
-def _compute_dtype(hidden_NH: Tensor) -> torch.dtype:
+def compute_dtype(hidden_NH: Tensor) -> torch.dtype:
     return torch.float64 if hidden_NH.dtype == torch.float64 else torch.float32

@@ -13,7 +13,7 @@ import platform
 import socket
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from functools import cache
 from importlib import metadata
 from pathlib import Path
@@ -115,6 +115,15 @@ def folder_fingerprint(folder: Path) -> str:
     every tensor, and a folder of many gigabytes is read in a moment.
     """
     files = sorted(path for path in folder.iterdir() if path.is_file() and path.name != MANIFEST)
+    return _fingerprint(files)
+
+
+def weights_fingerprint(folder: Path) -> str:
+    """The same over what computes alone: config.json and weights, no card and no tokenizer."""
+    return _fingerprint([folder / "config.json", *sorted(folder.glob("*.safetensors"))])
+
+
+def _fingerprint(files: Sequence[Path]) -> str:
     listing = [[path.name, _remembered(_sampled, path)] for path in files]
     return hashlib.sha256(json.dumps(listing).encode()).hexdigest()[:16]
 

@@ -87,6 +87,22 @@ class Trail:
         made = self._made_before(stage, _PROMPTS)
         return made or _given("prompts", "data.prompts", self.head.data.prompts)
 
+    def targets(self) -> Path:
+        """The note of where the teacher's stored targets are (distill/plan.py).
+
+        Raises:
+            RecipeError: the stage `targets` is off or not finished.
+        """
+        made = self._made_before("sft", {"targets": "targets.json"})
+        if made is None:
+            raise RecipeError(
+                "no stored targets: the stage targets is off or not finished",
+                where=str(self.run.path),
+                fix="give the recipe a section 'targets', and run the stage first: "
+                "python -m distill.fill RECIPE",
+            )
+        return made
+
     def heldout(self) -> Path:
         """The prompts of evaluations, which nothing trains on."""
         made = self._made_before("prune", {"herd": "data/heldout.jsonl"})

@@ -242,6 +242,19 @@ def _recipes_arguments(parser: argparse.ArgumentParser) -> None:
     copy.add_argument("target", type=Path, metavar="TARGET", help="file or folder to copy to")
 
 
+def _teacher_arguments(parser: argparse.ArgumentParser) -> None:
+    actions = parser.add_subparsers(dest="action", required=True, metavar="info|fill")
+    for name, told in (
+        ("info", "what the store of a recipe holds, and what is missing: size and time"),
+        ("fill", "the same, then have the teacher say what is missing or damaged"),
+    ):
+        action = actions.add_parser(name, help=told, description=told)
+        _recipe_argument(action)
+        action.add_argument(
+            "--run", type=Path, metavar="DIR", help="run directory (default: runs/<name>)"
+        )
+
+
 def _no_arguments(parser: argparse.ArgumentParser) -> None:
     del parser
 
@@ -252,6 +265,12 @@ COMMANDS = (
         "validate", "check a recipe without running it", "packtrain.validate", _recipe_argument
     ),
     Command("plan", "who gets which devices, and how fast", "packtrain.plan", _plan_arguments),
+    Command(
+        "teacher",
+        "size and time of a teacher's targets; fill",
+        "packtrain.teacher",
+        _teacher_arguments,
+    ),
     Command("status", "how far a run is, from any shell", "packtrain.status", _status_arguments),
     Command("report", "write a run's report.html", "packtrain.report", _report_arguments),
     Command(

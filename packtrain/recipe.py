@@ -7,9 +7,9 @@ free of torch and ray, and so must every `config.py` it imports.
 from __future__ import annotations
 
 from curation.config import MineSection, PruneSection
+from distill.config import TargetsSection
 from dpo.config import DpoSection
 from ground.config import Head
-from ground.errors import RecipeError
 from ground.herd.config import HerdSection
 from ground.recipe import RecipeDocument
 from rl.config import RlSection
@@ -24,6 +24,8 @@ class Recipe(Head):
     """Make tokenizer, teacher and student from scratch (tiny recipes only)."""
     prune: PruneSection | None = None
     """Drop the easiest part of the SFT data, as the teacher judges it."""
+    targets: TargetsSection | None = None
+    """Store what the teacher says to the rows that SFT trains on."""
     sft: SftSection | None = None
     """Light supervised fine-tuning on what is left."""
     mine: MineSection | None = None
@@ -40,12 +42,6 @@ def read_recipe(document: RecipeDocument) -> Recipe:
     """The validated recipe; all errors at once.
 
     Raises:
-        RecipeError: something is wrong with it, or it turns on a stage that is not built yet.
+        RecipeError: something is wrong with it.
     """
-    if document.has("targets"):
-        raise RecipeError(
-            "the stage 'targets' is not built yet",
-            where=document.shown,
-            fix="leave the section out; co-distillation comes with a later version",
-        )
     return document.read(Recipe)

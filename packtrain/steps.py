@@ -15,6 +15,7 @@ from ground.trail import PLACES
 ENTRIES = {
     "herd": "ground.herd.train",
     "prune": "curation.prune",
+    "targets": "distill.fill",
     "sft": "sft.train",
     "mine": "curation.mine",
     "rl": "rl.train",

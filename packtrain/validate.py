@@ -17,6 +17,7 @@ from rollout.installed import require_engine
 
 NEEDS = {
     "prune": ("teacher.path", "data.sft"),
+    "targets": ("teacher.path", "model.path", "data.sft"),
     "sft": ("model.path", "data.sft"),
     "mine": ("model.path", "data.prompts"),
     "rl": ("model.path", "data.prompts"),
@@ -114,13 +115,33 @@ def _given(head: Head) -> dict[str, Path | None]:
 
 def _useless(recipe: Recipe) -> list[str]:
     """Stages that could only fail, or do nothing, once those before them are through."""
-    problems = []
+    problems = _useless_distillation(recipe)
     if recipe.dpo and not recipe.rl:
         problems.append("dpo needs rl: its pairs are mined from the groups that rl sampled")
     if recipe.herd and recipe.rl and recipe.rl.validation.prompts >= recipe.herd.num_prompts:
         problems.append(
             f"rl.validation.prompts must be below the {recipe.herd.num_prompts} prompts that "
             f"herd makes, got {recipe.rl.validation.prompts}"
+        )
+    return problems
+
+
+def _useless_distillation(recipe: Recipe) -> list[str]:
+    sft, targets = recipe.sft, recipe.targets
+    if sft is None or sft.distill is None:
+        return ["targets needs sft.distill: nothing else reads what it stores"] if targets else []
+    if targets is None:
+        return ["sft.distill needs targets: the teacher's word is read from its store"]
+    problems = []
+    if targets.max_length < sft.max_length:
+        problems.append(
+            f"targets.max_length must be at least sft.max_length ({sft.max_length}), "
+            f"got {targets.max_length}"
+        )
+    if targets.format == "sampled" and sft.distill.divergence != "forward":
+        problems.append(
+            f"sft.distill.divergence '{sft.distill.divergence}' cannot be computed from sampled "
+            "targets: set targets.format to topk_tail, or the divergence to forward"
         )
     return problems
 

@@ -17,17 +17,19 @@ from ground.ranks import join_ranks
 from ground.stage_export import export_stage, stage_card
 from ground.tables import read_demonstrations, write_jsonl
 from ground.training import Fit
+from ground.training_rows import TrainingRows, encode_demonstrations
 from sft.config import SftSection
-from sft.data import TrainingRows, encode_demonstrations
+from sft.soft import open_soft, require_whole_weights
 from sft.trainer import run_sft
 
 logger = logging.getLogger(__name__)
 
 
 def train(stage: Stage[SftSection]) -> dict[str, object]:
-    """Imitate the demonstrations; leaves `model/` and what was skipped in `skipped.jsonl`.
+    """Imitate the demonstrations, and the teacher where the recipe says so.
 
-    With LoRA `adapter/` too, which is already added into `model/`.
+    Leaves `model/`, and what was skipped in `skipped.jsonl`; with LoRA `adapter/` too, which is
+    already added into `model/`.
     """
     section, trail = stage.section, stage.trail
     ranks = join_ranks("sft")
@@ -43,6 +45,11 @@ def train(stage: Stage[SftSection]) -> dict[str, object]:
     rows = encode_demonstrations(demonstrations, chat, section.max_length)
     if ranks.is_main:
         _report(stage, rows)
+
+    soft = None
+    if section.distill is not None:
+        require_whole_weights(ranks.launch)
+        soft, rows = open_soft(section.distill, section.trainer, trail, rows, stage.head.seed)
 
     model = load_model(base)
     identity = {"rows": rows.fingerprint, "template": chat.fingerprint}
@@ -64,6 +71,7 @@ def train(stage: Stage[SftSection]) -> dict[str, object]:
         ),
         seed=stage.head.seed,
         resume=stage.resume,
+        soft=soft,
     )
     summary: dict[str, object] = {
         "rows": len(rows.rows),
@@ -74,6 +82,9 @@ def train(stage: Stage[SftSection]) -> dict[str, object]:
         "chat_template": chat.fingerprint,
         **({"adapter": adapter.facts()} if adapter else {}),
     }
+    if soft is not None:
+        summary |= {"teacher": soft.store.identity.teacher, "targets": soft.store.identity.format}
+        summary |= {"heldout_rows": len(soft.heldout), "alpha": dict(soft.weighting.shares)}
     if ranks.is_main:
         data = {"data": f"{source.parent.name}/{source.name}", "rows_sha256": rows.fingerprint}
         provenance = {**stage_card(stage, base), **data, **summary}

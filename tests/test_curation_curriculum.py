@@ -28,7 +28,8 @@ def make_prompt(name: str, successes: int, trials: int, capability: str = "sums"
 
 
 def make_curriculum(pool: list[Prompt], seed: int = 0, **settings: float) -> Curriculum:
-    return Curriculum(pool, CurriculumSection(**settings), seed=seed, group_size=8)
+    section = CurriculumSection.model_validate(settings)
+    return Curriculum(pool, section, seed=seed, group_size=8)
 
 
 def test_gradient_chance_by_hand() -> None:

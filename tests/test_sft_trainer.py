@@ -27,7 +27,7 @@ from ground.records import Demonstration, Message
 from ground.signals import Interrupted
 from ground.trainer_config import TrainerSection
 from ground.training import Fit
-from sft.data import IGNORED, TrainingRows, encode_demonstrations
+from ground.training_rows import IGNORED, TrainingRows, encode_demonstrations
 from sft.trainer import run_sft
 
 SECTION = TrainerSection(

@@ -8,7 +8,7 @@ from conftest import make_tiny_tokenizer
 from ground.chat import ChatTemplate
 from ground.errors import DataError
 from ground.records import Demonstration, Message
-from sft.data import IGNORED, encode_demonstrations
+from ground.training_rows import IGNORED, encode_demonstrations
 
 CHAT = ChatTemplate(make_tiny_tokenizer())
 

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from ground.chat import ChatTemplate
 from ground.errors import DataError
 from ground.records import Demonstration
+from ground.rows import GENERAL
 
 IGNORED = -100
 """Label of a token that is not trained."""
@@ -29,6 +30,7 @@ class TrainingRow:
     id: str
     input_ids: tuple[int, ...]
     labels: tuple[int, ...]
+    capability: str = GENERAL
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,11 +89,12 @@ def encode_demonstrations(
             )
             continue
         labels = [token if keep else IGNORED for token, keep in zip(ids, mask, strict=True)]
-        rows.append(TrainingRow(demonstration.id, tuple(ids), tuple(labels)))
+        capability = demonstration.capability
+        rows.append(TrainingRow(demonstration.id, tuple(ids), tuple(labels), capability))
     if not rows:
         raise DataError(
             f"no demonstration is left to train on, of {len(demonstrations)}",
             why="; ".join(f"{skip.id}: {skip.reason}" for skip in skipped[:3]),
-            fix="raise sft.max_length, or mend the rows",
+            fix="raise max_length, or mend the rows",
         )
     return TrainingRows(tuple(rows), tuple(skipped))
