@@ -10,8 +10,9 @@ A batch is dealt in three parts:
 1. A capability of which too many slots in a row taught nothing is *dry*. Its quota yields last: its
    band is widened first (the caller's part), and only after as many more in vain its quota is lent
    to the others. It keeps one slot a batch, and has its quota back as soon as one of them teaches.
-2. Slots that taught nothing are given again, one for one. At most a batch's quota is owed, so that
-   a capability which teaches nothing does not take the others' places.
+2. Slots that taught nothing are given again, one for one. At most a batch's quota is owed, and at
+   most half of a batch is given for what is owed, so that a capability which teaches nothing does
+   not take the others' places.
 3. The rest goes by quota: everyone's whole part, and the places left over to those who would
    soonest be a whole slot behind (earliest deadline first, as in Tijdeman's chairman assignment).
    So a batch is within one slot of its quotas, and so is the sum of all.
@@ -26,10 +27,11 @@ from collections import Counter
 from collections.abc import Collection, Mapping
 from typing import TypedDict
 
-from ground.errors import RecipeError
+from ground.errors import DataError, RecipeError
 
 _LEAST_PATIENCE = 8
 """Slots in a row without a group that teaches, before a small quota is called dry."""
+_ROUNDING = 1e-9
 _DIGITS = 9
 """Lags are compared to so many, for sums of shares differ in the last bits."""
 
@@ -70,24 +72,33 @@ class Mixture:
 
         Args:
             present: capabilities of which a prompt is left; a quota of others goes to these.
+
+        Raises:
+            DataError: none of them has a quota.
         """
         shares = self._shares(present)
         counts = Counter(self._looks(total, present))
+        room = min(total // 2, total - counts.total())
         for name in sorted(shares, key=lambda name: (-self._owed[name], name)):
-            again = min(self._owed[name], total - counts.total())
+            again = min(self._owed[name], room)
             counts[name] += again
             self._owed[name] -= again
+            room -= again
         counts.update(self._by_quota(shares, total - counts.total()))
         return {name: count for name, count in counts.items() if count}
 
-    def settle(self, capability: str, *, taught: bool) -> None:
-        """A slot is through: with a group that was trained on, or without."""
+    def settle(self, capability: str, *, taught: bool, told: bool = True) -> None:
+        """A slot is through: with a group that was trained on, or without.
+
+        Args:
+            told: whether it showed how hard its prompts are; a late or broken group does not.
+        """
         if taught:
             self._taught[capability] += 1
             self._in_vain[capability] = 0
             return
-        self._in_vain[capability] += 1
-        most = round(self._quotas[capability] * self._batch + 0.5)
+        self._in_vain[capability] += told
+        most = math.ceil(self._quotas[capability] * self._batch - _ROUNDING)
         self._owed[capability] = min(self._owed[capability] + 1, most)
 
     @property
@@ -129,6 +140,12 @@ class Mixture:
     def _shares(self, present: Collection[str]) -> dict[str, float]:
         """Quotas of those that take part, scaled to 1; of all that are there, if all are lent."""
         there = {n: q for n, q in self._quotas.items() if n in present and q > 0}
+        if not there:
+            raise DataError(
+                "a capability with a quota must have prompts that fit the engine, none has any",
+                where="rl.quotas",
+                fix="raise rl.engine.max_length, or change rl.quotas",
+            )
         able = {name: quota for name, quota in there.items() if name not in self.lent} or there
         return {name: quota / sum(able.values()) for name, quota in able.items()}
 

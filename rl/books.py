@@ -320,7 +320,8 @@ class Books:
             return frozenset(everyone)
         for slot in slots:
             taught = any(not outcome.reason for outcome in slot.outcomes)
-            self.mixture.settle(slot.capability, taught=taught)
+            told = any(outcome.observation for outcome in slot.outcomes)
+            self.mixture.settle(slot.capability, taught=taught, told=told)
         return self.mixture.dry | frozenset(everyone)
 
     def _may_go_on(self, step: int) -> bool:

@@ -292,6 +292,17 @@ class RlSection(Section):
     def _quotas_share_a_step(self) -> Self:
         if self.quotas and abs(sum(self.quotas.values()) - 1) > 1e-6:
             raise ValueError(f"quotas must sum to 1, got {sum(self.quotas.values()):g}")
+        least = 2 * sum(quota > 0 for quota in self.quotas.values())
+        if self.groups_per_step < least:
+            raise ValueError(
+                f"quotas need two groups of a step for each capability: groups_per_step must be at "
+                f"least {least}, got {self.groups_per_step}"
+            )
+        if self.quotas and not self.curriculum.review_share:
+            raise ValueError(
+                "quotas need curriculum.review_share above 0: a capability whose prompts are all "
+                "solved or hopeless would never be asked again"
+            )
         return self
 
     @model_validator(mode="after")

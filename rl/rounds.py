@@ -73,5 +73,5 @@ class Rounds:
                 fsync_directory(self._directory)
 
     def _files(self) -> Iterator[tuple[int, Path]]:
-        for path in sorted(self._directory.glob("round_*.parquet")):
+        for path in sorted(self._directory.glob(f"round_{'[0-9]' * 6}.parquet")):
             yield int(path.stem.removeprefix("round_")), path

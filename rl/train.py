@@ -13,6 +13,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
+from curation.mixture import require_quotas
 from ground.console import progress
 from ground.entry import Stage, stage_entry
 from ground.errors import SetupError
@@ -52,6 +53,8 @@ def train(stage: Stage[RlSection]) -> dict[str, object]:
         prompts = read_prompts(stage.trail.prompts_before("rl"), stage.head.data, stage.directory)
         sandbox = sandbox_facts(prompts, stage.head.sandbox)
         pool = split_pool(prompts, stage.section.validation.prompts, stage.head.seed)
+        if stage.section.quotas:  # the controller would refuse them too, but life after life
+            require_quotas(stage.section.quotas, {prompt.capability for prompt in pool.training})
         # Ray reads its authentication mode from the environment when it is imported.
         from rl.supervisor import supervise
 

@@ -136,5 +136,6 @@ FUNCTIONS = {
     "returns itself": "def add(a, b):\n    x = []\n    x.append(x)\n    return x",
     "loops": "def add(a, b):\n    while True: pass",
     "sleeps": "import time\ndef add(a, b): time.sleep(99)",
-    "forks and lets both answer": "import os\ndef add(a, b): return 7 if os.fork() else 8",
+    "forks and answers again": "import os, time\n"
+    "def add(a, b):\n    if os.fork(): return a + b + 1\n    time.sleep(3)\n    return a + b",
 }

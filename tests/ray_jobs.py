@@ -19,7 +19,9 @@ from rl.journal import read_journal
 from rl.ledger import audit_ledger
 
 ROOT = Path(__file__).parents[1]
-PACKAGES = ("ground", "rollout", "curation", "sft", "dpo", "rl", "packtrain", "recipes")
+PACKAGES = (
+    *("ground", "rollout", "distill", "curation", "sft", "dpo", "rl", "packtrain", "recipes"),
+)
 HIDDEN = tuple(ROOT / name for name in PACKAGES)
 """Our own code, which travels with a job."""
 

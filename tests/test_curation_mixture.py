@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from curation.mixture import Mixture, require_quotas
-from ground.errors import RecipeError
+from ground.errors import DataError, RecipeError
 
 NAMES = "abcdefgh"
 
@@ -97,6 +97,42 @@ def test_a_quota_yields_last_and_comes_back_with_the_first_group_that_teaches() 
     settle(mixture, {"math": 1})
     assert not mixture.dry and not mixture.lent
     assert mixture.turns(8, {"code", "math"}) == {"code": 4, "math": 4}
+
+
+@pytest.mark.parametrize(
+    ("quotas", "batch"),
+    [
+        ({"a": 0.25, "b": 0.25, "c": 0.5}, 6),
+        ({"a": 0.2, "b": 0.2, "c": 0.2, "d": 0.4}, 8),
+        ({"a": 0.2, "b": 0.2, "c": 0.2, "d": 0.2, "e": 0.2}, 10),
+        ({"a": 0.9, "b": 0.1}, 4),
+    ],
+)
+def test_the_only_one_that_teaches_is_never_left_out_for_long(
+    quotas: dict[str, float], batch: int
+) -> None:
+    """A run ends for want of groups after six steps without any."""
+    alive, mixture, empty = max(quotas), Mixture(quotas, batch=batch, patience=3), 0
+    for _ in range(80):
+        counts = mixture.turns(batch, quotas.keys())
+        empty = 0 if counts.get(alive) else empty + 1
+        assert empty < 4
+        settle(mixture, counts, {name: 99 for name in quotas if name != alive})
+    assert counts[alive] > batch / 2, "the others lent theirs"
+
+
+def test_what_was_late_or_broken_is_owed_but_shows_no_drought() -> None:
+    mixture = Mixture({"code": 0.5, "math": 0.5}, batch=4, patience=3)
+    for _ in range(99):
+        mixture.settle("math", taught=False, told=False)
+    assert not mixture.dry
+    assert mixture.turns(4, {"code", "math"}) == {"code": 1, "math": 3}
+
+
+def test_quotas_of_nobody_who_is_left_are_refused() -> None:
+    mixture = Mixture({"code": 0.0, "math": 1.0}, batch=4, patience=3)
+    with pytest.raises(DataError, match="none has any"):
+        mixture.turns(4, {"code"})
 
 
 def test_where_all_are_lent_all_go_on_by_quota() -> None:

@@ -9,6 +9,7 @@ from collections import Counter
 import pytest
 from test_rl_books import ALL_WRONG, MIXED, make_group, make_pool
 
+from curation.config import CurriculumSection
 from ground.errors import RecipeError
 from rl.books import Books, Plan
 from rl.config import RlSection
@@ -108,6 +109,15 @@ def test_a_restart_from_cut_and_journal_deals_the_same(cut: int) -> None:
 def test_quotas_that_cannot_be_are_refused() -> None:
     with pytest.raises(ValueError, match=r"quotas must sum to 1, got 0\.8"):
         RlSection(steps=1, quotas={"chat": 0.5, "math": 0.3})
-    section = RlSection(steps=1, quotas={"chat": 0.5, "code": 0.5})
+    with pytest.raises(ValueError, match="groups_per_step must be at least 4, got 3"):
+        RlSection(steps=1, groups_per_step=3, quotas={"chat": 0.5, "code": 0.5})
+    with pytest.raises(ValueError, match=r"review_share above 0"):
+        RlSection(
+            steps=1,
+            groups_per_step=8,
+            quotas={"chat": 0.5, "code": 0.5},
+            curriculum=CurriculumSection(review_share=0),
+        )
+    section = RlSection(steps=1, groups_per_step=4, quotas={"chat": 0.5, "code": 0.5})
     with pytest.raises(RecipeError, match=r"rl\.quotas.*\['math'\] have none"):
         Books.of(section, POOL, 0, lambda record: None)

@@ -85,8 +85,11 @@ def test_the_learner_s_share_changes_at_cuts_by_advice_and_by_hand_and_the_numbe
     bounds = {"max_ranks": 2, "cpus_per_rank": 0.5, "spread": "zero2"}
     rl = ONE | {"fleet": even, "learner": bounds}
     with nothing_left(Run(tmp_path, tiny_model, rl=rl, faults=slow)) as run:
-        wait_until(lambda: run.version >= 5, BUSY, "step 5", run.process)
+        wait_until(lambda: run.version >= 1, BUSY, "step 1", run.process)
+        wait_until(lambda: bool(run.events("share")), BUSY, "another share", run.process)
         (event,) = run.events("share")
+        before = run.version
+        wait_until(lambda: run.version > before, BUSY, "a step of two ranks", run.process)
         assert event["cause"] == "from 1 to 2 learner ranks" and event["workers"] == 1
         assert not run.restarts(), "nothing was lost for it"
         run.process.terminate()
