@@ -55,6 +55,7 @@ def train(stage: Stage[DpoSection]) -> dict[str, object]:
         model, kept_because, facts = _prefer(stage, model, adapter, tokenizer, chat, pairs, ranks)
     if kept_because:
         model, adapter = load_model(base), None
+        facts.pop("adapter", None)  # what it was goes with it: model/ has none added in
         logger.warning("the RL model goes on unchanged: %s", kept_because)
     summary: dict[str, object] = {
         "pairs": len(pairs),

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import cast
 
@@ -125,21 +125,17 @@ class Adapter:
 
     @contextmanager
     def folded(self) -> Iterator[None]:
-        """Compute with W + scale · B A in place of two ways side by side, as engines do.
+        """Compute with W + scale · B A in place of two ways side by side, as engines do; for
+        passes without gradient.
 
-        The same function but for roundings; the weights come back as they were, bit for bit.
+        The same function but for roundings. A layer has its sum while it computes, and no longer:
+        this takes the memory of one layer, not of a second base. The weights come back as they
+        were, bit for bit.
         """
-        weights = {name: self._weight(name).data for name in self.modules}
-        live = self.live()
-        with self.off():
-            try:
-                for name, weight in weights.items():
-                    sum_ = merged_weight(weight, live[name + A], live[name + B], self.scale)
-                    self._weight(name).data = sum_
-                yield
-            finally:
-                for name, weight in weights.items():
-                    self._weight(name).data = weight
+        with self.off(), ExitStack() as stack:
+            for layer in self._layers.values():
+                stack.enter_context(_folding(layer, self.scale))
+            yield
 
     def merged(self) -> PreTrainedModel:
         """The plain model with the adapter added in; the adapter itself can still be saved."""
@@ -172,9 +168,6 @@ class Adapter:
             "share_of_base": self.parameters / whole,
         }
 
-    def _weight(self, module: str) -> Tensor:
-        return cast(nn.Linear, self._layers[module].get_base_layer()).weight
-
 
 def targets_of(model: PreTrainedModel, wanted: list[str] | None, where: str) -> tuple[str, ...]:
     """Full names of the modules that get an adapter.
@@ -184,7 +177,7 @@ def targets_of(model: PreTrainedModel, wanted: list[str] | None, where: str) -> 
     parameters of three dimensions.
 
     Raises:
-        RecipeError: naming all that name none, and the nearest that do.
+        RecipeError: naming all that name none, and the nearest that do; or there is none at all.
     """
     inside = {id(module) for module in cast(nn.Module, model.base_model).modules()}
     able = [
@@ -192,6 +185,12 @@ def targets_of(model: PreTrainedModel, wanted: list[str] | None, where: str) -> 
         for name, module in model.named_modules()
         if type(module) is nn.Linear and id(module) in inside
     ]
+    if not able:
+        raise RecipeError(
+            f"a {type(model).__name__} has no linear map that an adapter could be added to",
+            where=where,
+            fix="train all weights: take the section `lora` out",
+        )
     if wanted is None:
         return tuple(able)
     chosen = {each: [name for name in able if _is_called(name, each)] for each in wanted}
@@ -206,6 +205,30 @@ def base_identity(section: LoraSection, base: Path) -> dict[str, str]:
     for file in check_weight_files(base):
         hasher.update(digest(file).sha256.encode())
     return {"lora": section.model_dump_json(), "base": hasher.hexdigest()}
+
+
+@contextmanager
+def _folding(layer: Linear, scale: float) -> Iterator[None]:
+    """The layer's own weight is the sum during each of its passes, also of one that fails."""
+    inner = cast(nn.Linear, layer.get_base_layer())
+    own, a, b = inner.weight.data, _half(layer.lora_A), _half(layer.lora_B)
+
+    def fold(*_: object) -> None:
+        inner.weight.data = merged_weight(own, a, b, scale)
+
+    def unfold(*_: object) -> None:
+        inner.weight.data = own
+
+    hooks = (
+        inner.register_forward_pre_hook(fold),
+        inner.register_forward_hook(unfold, always_call=True),
+    )
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
+        unfold()
 
 
 def _half(halves: nn.ModuleDict) -> Tensor:

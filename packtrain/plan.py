@@ -56,7 +56,8 @@ def command(arguments: argparse.Namespace) -> int:
         lost = {"skew": arguments.skew, "switch_seconds": arguments.switch}
         for line in simulate.simulation_lines(shape, section, device, count, load, **lost):
             say(line)
-    for line in plan_text.assumption_lines(shape, device, arguments.tokens is not None):
+    has_tokens = arguments.tokens is not None
+    for line in plan_text.assumption_lines(shape, device, has_tokens, section.lora):
         say(line)
     for line in _refused(document, recipe, shape, device, section.lora):
         say(line)

@@ -140,9 +140,13 @@ def time_lines(section: RlSection, plan: Forecast) -> Iterator[str]:
     longest = section.sampling.max_new_tokens
     yield f"  an answer of {longest:,} tokens takes {_longest(section, plan)}"
     yield f"  a version reaches the engines in {seconds(plan.handover_seconds)}"
+    if section.lora:
+        yield "  not counted: each worker adds it to its base and puts the sums into its engine"
 
 
-def assumption_lines(shape: ModelShape, device: Device, tokens_given: bool) -> Iterator[str]:
+def assumption_lines(
+    shape: ModelShape, device: Device, tokens_given: bool, lora: LoraSection | None = None
+) -> Iterator[str]:
     """What the figures rest on, and what is planned with but not built."""
     counted = Efficiency()
     yield ""
@@ -159,9 +163,10 @@ def assumption_lines(shape: ModelShape, device: Device, tokens_given: bool) -> I
             f"every token, {wasted:.1f} x the arithmetic)"
         )
     if device.name != "cpu":
+        spread = "DDP" if lora else "DDP or ZeRO"
         yield (
             "not built yet: recomputed activations, BF16 in the learner (ranks it has: rl.learner "
-            "on the machines of a Ray cluster, or --accelerate on one; DDP or ZeRO)"
+            f"on the machines of a Ray cluster, or --accelerate on one; {spread})"
         )
 
 

@@ -333,6 +333,15 @@ class RlSection(Section):
         return self
 
     @model_validator(mode="after")
+    def _adapters_stand_on_whole_weights(self) -> Self:
+        if self.lora and self.learner.spread != "ddp":
+            raise ValueError(
+                "lora goes with learner.spread: ddp alone (an adapter's gradients and moments are "
+                f"small, and its base is read whole), got {self.learner.spread}"
+            )
+        return self
+
+    @model_validator(mode="after")
     def _sets_smaller_than_groups(self) -> Self:
         chosen = self.advantages
         if isinstance(chosen, PassAtKAdvantages) and chosen.k >= self.group_size:

@@ -132,7 +132,8 @@ def handover_seconds(
     lora: LoraSection | None = None,
 ) -> float:
     """Until every engine has a version, sent as a pipeline: its bytes over the narrowest network on
-    the way, the learner's or an engine's. Adding an adapter to its base is not counted."""
+    the way, the learner's or an engine's. What a worker then does on its own machine, adding an
+    adapter to its base and loading the sums, is not counted."""
     numbers = adapter_parameters(shape, lora) if lora else shape.parameters
     moved = numbers * device.number_bytes
     return moved / (min(learner_devices, width) * device.network * counted.network)

@@ -15,7 +15,7 @@ from mmap import mmap
 
 from torch import Tensor
 
-from ground.errors import ParityError
+from ground.errors import DataError, ParityError
 from ground.merge import WEIGHT, merged_targets, modules_of
 from rollout.checksums import checksums, views
 from rollout.engine import Lent
@@ -41,12 +41,19 @@ class Assembly:
 
         Raises:
             ParityError: base or adapter were damaged on the way.
-            DataError: the adapter is of another model.
+            DataError: the adapter is of another model, or came without its base.
             InfraError: they cannot be fetched any more.
         """
         tensors = self._inbox.open(published)
-        if published.base is None:
+        if published.scale is None:
             return tensors, published
+        if published.base is None:
+            raise DataError(
+                f"an adapter must come with the base that it is added to, {published.title} came "
+                "without one",
+                where="hand-over",
+                fix="send the base first: Outbox.found",
+            )
         require_arrived(tensors, published)
         if self._base_sums != published.base.checksums:
             self._base = self._inbox.keep_open(published.base)

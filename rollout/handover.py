@@ -95,7 +95,7 @@ class Outbox:
         self._maps: dict[str, mmap] = {}
         self._views: dict[str, dict[str, Tensor]] = {}
         self._layout = Layout({}, 0)
-        self._scale = 0.0
+        self._scale: float | None = None
 
     def found(self, base: Mapping[str, Tensor], scale: float) -> None:
         """Send what adapters are added to; from now on adapters are packed, and nothing else.
@@ -129,9 +129,8 @@ class Outbox:
             "copy": copied - reserved,
             "probe": time.monotonic() - copied,
         }
-        published = Published(
-            version, layout, sums, self._node, path, None, found, seconds, self._scale
-        )
+        scale = None if version == BASE else self._scale
+        published = Published(version, layout, sums, self._node, path, None, found, seconds, scale)
         return Parcel(target, published, memory, lock)
 
     def send(self, parcel: Parcel) -> None:

@@ -84,10 +84,11 @@ class Published:
     probes: Probes = Probes()
     seconds: dict[str, float] = field(default_factory=dict)
     """How long each phase on the learner's side took."""
-    scale: float = 0.0
-    """Of an adapter: what the product of its two halves is multiplied with."""
+    scale: float | None = None
+    """Of an adapter: what the product of its two halves is multiplied with. None says that these
+    are whole weights."""
     base: Published | None = None
-    """Of an adapter: what it is added to; the keeper puts it in. None for whole weights."""
+    """Of an adapter: what it is added to; the keeper puts it in."""
 
     @property
     def title(self) -> str:
@@ -143,7 +144,7 @@ class WeightKeeper:
                 where="weight keeper",
             )
         self._buffers[published.path].hold()
-        base = self._base if published.scale else None
+        base = None if published.scale is None else self._base
         self._published[published.version] = replace(published, keeper=_this_actor(), base=base)
         for old in sorted(self._published)[:-_KEPT]:
             self._buffers[self._published.pop(old).path].release()

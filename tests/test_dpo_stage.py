@@ -146,12 +146,16 @@ def test_with_lora_the_reference_is_the_rl_model_and_an_objection_leaves_no_adap
     assert summary["trained"] is True
     gate = summary["gate"]
     assert isinstance(gate, dict) and gate["kl"] > 1e-4
+    assert isinstance(told := summary["adapter"], dict) and told["rank"] == 4
     verify_directory(stage / "adapter")
     ours, base = tensors_of(load_model(stage / "model")), tensors_of(load_model(tiny_model))
     moved = {name.split(".")[-2] for name in base if not torch.equal(ours[name], base[name])}
     assert moved == {"v_proj", "o_proj"}
     assert run(recipe, "--overwrite", lora, "dpo.gate.max_kl=1e-12")[0] == 0
-    assert summary_of(directory)["trained"] is False and not (stage / "adapter").exists()
+    summary = summary_of(directory)
+    assert summary["trained"] is False and "gate" in summary and "adapter" not in summary
+    assert "share_of_base" not in (stage / "model" / "README.md").read_text()
+    assert not (stage / "adapter").exists()
     ours = tensors_of(load_model(stage / "model"))
     assert all(torch.equal(ours[name], base[name]) for name in base)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import cast
 
 import pytest
 import torch
@@ -11,6 +12,13 @@ from conftest import make_tiny_llama
 from peft import PeftModel
 from pydantic import ValidationError
 from torch import Tensor, nn
+from transformers import (
+    AutoModelForImageTextToText,
+    GPT2Config,
+    GPT2LMHeadModel,
+    Llama4Config,
+    Llama4ForConditionalGeneration,
+)
 
 from dpo.config import DpoSection
 from ground.adapter import Adapter, base_identity, targets_of
@@ -123,6 +131,43 @@ def test_off_is_the_base_bit_for_bit_and_folded_is_the_sum(path: Path) -> None:
     assert all(p.requires_grad == ("lora" in name) for name, p in model.named_parameters())
 
 
+def test_one_layer_at_a_time_is_folded_and_computes_as_the_folded_whole(path: Path) -> None:
+    model = load_model(path)
+    adapter = Adapter(model, LoraSection(rank=4), seed=0, stage="sft")
+    fill(adapter.live())
+    layers = [model.get_submodule(f"{name}.base_layer") for name in adapter.modules]
+    own = [cast(nn.Linear, layer).weight.data_ptr() for layer in layers]
+    seen: list[list[int]] = []
+
+    def folded() -> list[int]:
+        now = [cast(nn.Linear, layer).weight.data_ptr() for layer in layers]
+        return [
+            number for number, (one, other) in enumerate(zip(own, now, strict=True)) if one != other
+        ]
+
+    def look(*_: object) -> None:
+        seen.append(folded())
+        if len(seen) > len(layers) + 1:
+            raise Interrupted
+
+    with torch.no_grad():
+        with adapter.folded():
+            hooks = [layer.register_forward_pre_hook(look) for layer in layers]
+            logits = model(IDS).logits
+            assert sorted(seen) == [[number] for number in range(len(layers))]
+            with pytest.raises(Interrupted):
+                model(IDS)  # in the second layer, folded
+            assert not folded()
+        for hook in hooks:
+            hook.remove()
+        assert torch.equal(logits, adapter.merged()(IDS).logits)
+    assert all(not layer._forward_pre_hooks and not layer._forward_hooks for layer in layers)
+
+
+class Interrupted(Exception):
+    """Raised in the middle of a pass."""
+
+
 def test_what_is_saved_is_what_peft_loads_and_what_is_merged(path: Path, tmp_path: Path) -> None:
     model = load_model(path)
     adapter = Adapter(model, LoraSection(rank=4, alpha=6), seed=0, stage="sft")
@@ -141,6 +186,35 @@ def test_what_is_saved_is_what_peft_loads_and_what_is_merged(path: Path, tmp_pat
     again = Adapter(load_model(path), LoraSection(rank=4, alpha=6), seed=9, stage="sft")
     again.load(tmp_path)
     assert all(torch.equal(again.live()[name], each) for name, each in adapter.live().items())
+
+
+def test_peft_loads_an_adapter_of_a_llama_4_with_images(tiny_model: Path, tmp_path: Path) -> None:
+    vision = {
+        "hidden_size": 32,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+        "intermediate_size": 64,
+        "vision_output_dim": 32,
+        "image_size": 28,
+        "patch_size": 14,
+        "projector_input_dim": 32,
+        "projector_output_dim": 32,
+    }
+    text = load_model(tiny_model).config.to_dict()
+    both = Llama4ForConditionalGeneration(Llama4Config(text_config=text, vision_config=vision))
+    both.save_pretrained(tmp_path / "both")
+    model = load_model(tmp_path / "both")
+    adapter = Adapter(model, LoraSection(rank=4), seed=0, stage="sft")
+    assert all(name.startswith("language_model.model.layers.") for name in adapter.modules)
+    fill(adapter.live())
+    adapter.save(tmp_path, tmp_path / "both")
+    base = AutoModelForImageTextToText.from_pretrained(tmp_path / "both")
+    theirs = PeftModel.from_pretrained(base, str(tmp_path))
+    with torch.no_grad():
+        live = model(input_ids=IDS).logits
+        torch.testing.assert_close(theirs(input_ids=IDS).logits, live, atol=1e-6, rtol=1e-6)
+        with adapter.off():
+            assert bool(((live - model(input_ids=IDS).logits).abs() > 0.1).any())
 
 
 def test_a_follows_from_the_seed_and_leaves_other_randomness_alone(tiny_llama: Path) -> None:
@@ -173,6 +247,13 @@ def test_targets_that_cannot_be_are_refused_with_the_nearest(
     with pytest.raises(RecipeError, match=message) as caught:
         targets_of(load_model(tiny_model), wanted, "rl.lora.targets")
     assert caught.value.where == "rl.lora.targets"
+
+
+def test_a_model_without_linear_maps_is_refused_by_name() -> None:
+    """GPT-2's maps are transformers' Conv1D; its LM head, which is linear, never has an adapter."""
+    model = GPT2LMHeadModel(GPT2Config(vocab_size=8, n_positions=4, n_embd=4, n_layer=1, n_head=1))
+    with pytest.raises(RecipeError, match="a GPT2LMHeadModel has no linear map"):
+        Adapter(model, LoraSection(), seed=0, stage="sft")
 
 
 def test_an_adapter_of_another_rank_or_of_other_modules_is_not_restored(tiny_llama: Path) -> None:
@@ -222,6 +303,16 @@ def test_dropout_is_for_the_light_stages_alone(
     assert lora and lora.dropout == 0.1
     with pytest.raises(ValidationError, match=r"lora.dropout must be 0 in RL.*got 0.1"):
         RlSection.model_validate({"steps": 1, "lora": {"dropout": 0.1}})
+
+
+@pytest.mark.parametrize("spread", ["zero2", "zero3"])
+def test_ranks_that_split_the_base_are_refused_as_the_recipe_is_read(spread: str) -> None:
+    section = {"steps": 1, "lora": {}, "learner": {"num_ranks": 2, "spread": "ddp"}}
+    assert RlSection.model_validate(section).lora
+    section["learner"] = {"num_ranks": 2, "spread": spread}
+    with pytest.raises(ValidationError, match=rf"lora goes with learner\.spread: ddp .* {spread}"):
+        RlSection.model_validate(section)
+    assert RlSection.model_validate(section | {"lora": None}).learner.spread == spread
 
 
 def test_launchers_that_split_the_base_are_refused_by_name() -> None:

@@ -217,6 +217,18 @@ def test_the_plan_names_the_engines_keys_and_a_library_that_is_missing(
     assert "model.path names /models/" in told
 
 
+def test_the_plan_of_an_adapter_says_what_it_leaves_out_and_recommends_nothing_refused(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    path = str(ROOT / "recipes" / "llama8b" / "recipe.yaml")
+    told = list[str]()
+    for overrides in ([], ["rl.lora.rank=16"]):
+        assert main(["plan", path, "--gpus", "8", *overrides]) == 0
+        told.append(capsys.readouterr().out)
+    assert ["not counted: each worker adds" in each for each in told] == [False, True]
+    assert ["ZeRO" in each for each in told] == [True, False]
+
+
 def test_more_engines_than_open_groups_can_fill_are_left_over() -> None:
     section = _section(groups_per_step=4, group_size=4, engine={"num_slots": 8, "max_length": 512})
     assert useful_engines(section) == 4  # (1 + 1) x 16 answers in places of 8

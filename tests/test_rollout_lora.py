@@ -171,6 +171,7 @@ def test_the_roundings_of_adding_are_allowed_for_and_a_wrong_sum_is_not(
 def test_the_gate_sees_a_wrong_scale(learning: Learning, engine: HfEngine, factor: float) -> None:
     version = next_version(learning)
     published = learning.publish(version, learning.now)
+    assert published.scale
     with pytest.raises(ParityError, match="must compute as the learner does"):
         new_gate(engine).load(version, replace(published, scale=published.scale * factor))
 
@@ -214,6 +215,19 @@ def test_half_an_adapter_or_another_models_leaves_the_engine_as_it_was(
     assert {span.version for span in future.result(30).segment.versions} == {version}
 
 
+def test_an_adapter_without_a_base_is_refused_and_not_taken_for_whole_weights(
+    learning: Learning, engine: HfEngine
+) -> None:
+    """Whatever its scale is, 0 as well."""
+    version = next_version(learning)
+    published = learning.publish(version, learning.now)
+    for scale in (published.scale, 0.0):
+        alone = replace(published, scale=scale, base=None)
+        with pytest.raises(DataError, match=f"must come with the base .* version {version} came"):
+            new_gate(engine).load(version, alone)
+    assert engine.version == -1
+
+
 def test_a_worker_that_came_late_has_the_bits_of_one_that_took_every_version(
     learning: Learning, engine: HfEngine
 ) -> None:
@@ -243,6 +257,7 @@ def test_base_and_adapter_of_a_learner_elsewhere_go_to_workers_everywhere(ray_lo
     outbox.send(outbox.pack(0, halves))
     _, published = keeper.current()
     assert published.base and published.base.node == published.node == this_node()
+    assert (published.scale, published.base.scale) == (0.5, None)
     whole, wanted = Assembly(Inbox(this_node())).whole(published)
     assert whole["x.weight"].tolist() == [[1.5, 2.0], [1.5, 2.0]]
     assert wanted.checksums == checksums(whole)
