@@ -65,9 +65,7 @@ class Report(BaseModel):
         {"kind": "failed", "facts": {"type": "DivergedError", "what": …, "where": …, …}}
     """
 
-    model_config = ConfigDict(
-        frozen=True, use_attribute_docstrings=True, ser_json_inf_nan="strings"
-    )
+    model_config = ConfigDict(frozen=True, ser_json_inf_nan="strings")
 
     kind: Literal["alive", "phase", "begun", "step", "validation", "done", "failed"]
     step: int = 0
