@@ -75,7 +75,7 @@ def decode(coded: Any) -> Any:
     """The value that `encode` wrote; exactly of built-in types whatever the text says.
 
     Raises:
-        ValueError, TypeError: nobody's encoding.
+        ValueError, TypeError, OverflowError: nobody's encoding.
     """
     if coded is None or type(coded) in (bool, int, float, str):
         return coded

@@ -20,6 +20,7 @@ from ground.errors import DataError, InfraError, SetupError
 from ground.records import Message, Prompt
 from rollout.code_runs import Ran, run_tests
 from rollout.code_tests import (
+    MAX_PAIRS,
     Calls,
     Check,
     Scripts,
@@ -107,7 +108,12 @@ def test_a_sample_of_hacks_is_not_paid(sandbox: Sandbox, kind: str):
             "says passed as a frame",
             "prints the right answer among others",
         ),
-        "calls": ("is an int equal to all", "forges strange values", "is all answers"),
+        "calls": (
+            "is an int equal to all",
+            "forges strange values",
+            "forges a number beyond floats",
+            "is all answers",
+        ),
         "check": ("exits on import", "is equal to all", "forges a verdict", "replaces the speaker"),
     }[kind]
     hacks = SCRIPTS if kind == "scripts" else FUNCTIONS
@@ -230,6 +236,16 @@ def test_the_three_layouts():
     assert TESTS["calls"] == Calls("add", (((3, 4), 7), ((10, -2), 8)), 1e-9)
     check = read_tests(json.dumps({"entry_point": "f", "test": "f(1)", "prompt": "def f(x):"}))
     assert check == Check("f", preamble="", test="f(1)", opening="def f(x):")
+
+
+@pytest.mark.parametrize("kind", ["scripts", "calls"])
+def test_the_first_tests_of_many_are_run(kind: str):
+    asked = {
+        key: each * 20 if isinstance(each, list) else each for key, each in ASKED[kind].items()
+    }
+    tests, two = read_tests(json.dumps(asked)), TESTS[kind]
+    assert not isinstance(tests, Check) and not isinstance(two, Check)
+    assert tests.pairs == two.pairs * 16 and len(tests.pairs) == MAX_PAIRS == 32
 
 
 def test_the_program_in_a_completion():
