@@ -229,7 +229,7 @@ def _module(name: str) -> dict[str, Any]:
     """
     import builtins
 
-    vars(builtins).update(exit=sys.exit, quit=sys.exit)
+    builtins.__dict__.update(exit=sys.exit, quit=sys.exit)
     module: ModuleType = type(sys)(name)
     sys.modules[name] = module
     return module.__dict__
