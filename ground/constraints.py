@@ -1,7 +1,8 @@
 """Constraints of form that a rule can check, by name and value: "at most 50 words".
 
 Each has values to train on and others that are only ever evaluated, so that following an
-instruction can be told from having learnt some. A text that says nothing keeps none of them.
+instruction can be told from having learnt some. A text without a word says nothing and keeps none
+of them.
 """
 
 from __future__ import annotations
@@ -35,7 +36,7 @@ class Constraint:
 
     def holds(self, text: str) -> bool:
         """Whether a completion keeps it."""
-        return bool(text.strip()) and RULES[self.name].holds(text, self.value)
+        return bool(_words(text)) and RULES[self.name].holds(text, self.value)
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,8 +86,9 @@ def _paragraphs(text: str) -> int:
 
 
 def _sentences(text: str) -> int:
-    ends = re.findall(r"[.!?\u3002\uff01\uff1f]+(?=[\s\"')\]]|$)", text.strip())
-    return len(ends) + (not re.search(r"[.!?\u3002\uff01\uff1f][\"')\]]*$", text.strip()))
+    stop = r"[.!?\u3002\uff01\uff1f]"
+    ends = re.findall(rf"(?<!{stop}){stop}+(?=[\s\"')\]]|$)", text.strip())
+    return len(ends) + (not re.search(rf"{stop}[\"')\]]*$", text.strip()))
 
 
 def _marked(text: str, mark: str) -> int:

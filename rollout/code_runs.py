@@ -137,7 +137,7 @@ def _call(
         return "raised"
     try:
         value = decode(said["value"])
-    except (ValueError, TypeError, KeyError, RecursionError):
+    except (ValueError, TypeError, KeyError, OverflowError, RecursionError):
         return "nonsense"
     return "passed" if same_value(value, *wanted) else "wrong"
 

@@ -1,11 +1,12 @@
 """What a `code` prompt's `answer` asks of a program: scripts, calls, or a test that calls it.
 
-The answer is JSON, in the layouts that the data sets have:
+The answer is JSON, in one of these layouts:
 
-    {"inputs": ["3 4\\n"], "outputs": ["7\\n"]}                        scripts (APPS, CodeContests)
-    {"inputs": [[3, 4]], "outputs": [7], "fn_name": "add"}            calls (APPS)
+    {"inputs": ["3 4\\n"], "outputs": ["7\\n"]}                        scripts
+    {"inputs": [[3, 4]], "outputs": [7], "fn_name": "add"}            calls
     {"entry_point": "add", "test": "def check(candidate): …"}         a test (HumanEval, MBPP)
 
+An output of a call is the value itself; where a data set wraps it in a list, it must be unwrapped.
 The last may have `prompt`, code that stands before the program: imports, helpers, the signature.
 """
 
@@ -23,6 +24,9 @@ from ground.errors import DataError
 
 MAX_INPUT = 1 << 20
 """Characters of a script's input."""
+MAX_PAIRS = 32
+"""Scripts or calls of an answer that are run, its first ones. Each starts a sandbox within the
+deadline of the verdict, so that more would cost right programs theirs."""
 TOLERANCE = 1e-9
 """Relative and absolute difference that two floats may have, unless the answer has `tolerance`."""
 _FENCE = re.compile(r"^[ \t]*```[ \t]*([\w+-]*)[^\n]*\n(.*?)^[ \t]*```", re.DOTALL | re.MULTILINE)
@@ -169,12 +173,12 @@ def _pairs(asked: dict[str, Any]) -> Scripts | Calls:
         arguments = [tuple(each) for each in inputs if isinstance(each, list)]
         if len(arguments) != len(inputs):
             raise TypeError("the inputs of a function are lists of arguments")
-        pairs = tuple(zip(arguments, outputs, strict=True))
+        pairs = tuple(zip(arguments, outputs, strict=True))[:MAX_PAIRS]
         return Calls(_name(asked["fn_name"]), pairs, float(asked.get("tolerance", TOLERANCE)))
     texts = tuple(zip(map(_text, inputs), map(_text, outputs), strict=True))
     if any(len(given) > MAX_INPUT for given, _ in texts):
         raise ValueError(f"an input exceeds {MAX_INPUT} characters")
-    return Scripts(texts)
+    return Scripts(texts[:MAX_PAIRS])
 
 
 def _name(value: object) -> str:

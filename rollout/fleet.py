@@ -241,15 +241,15 @@ class Fleet:
         """Seconds that a group still has when its deadline has passed.
 
         The deadline is for sampling and begins with its first place in the engine. Then verifiers
-        may take their time, its turn included: hanging answers are killed one by one, and a sound
-        worker must not be blamed for them.
+        may take their time, its turn included: each answer is tried at most twice, hanging ones
+        are killed one by one, and a sound worker must not be blamed for them.
         """
         id_, section = task.attempt_id(attempt), self._section
         while (left := _left(seat, id_, section.rollout_deadline_seconds)) > 0:
             yield max(left, section.ping_every_seconds)
         if id_ in seat.pong.scoring:
             turns = 1 + seat.in_flight // section.reward_processes
-            yield turns * (len(task.seeds) + 1) * section.reward_deadline_seconds
+            yield turns * 2 * len(task.seeds) * section.reward_deadline_seconds
 
     def _count_failure(self, seat: Seat, error: InfraError) -> None:
         """A worker may answer pings and still do no work: too many in a row end its life."""

@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import BinaryIO
 
 from ground import faults
+from ground.errors import InfraError
 from ground.records import Message, Prompt
 from ground.roles import enter_role
 from rollout.descendants import adopt_orphans, end_children
@@ -63,7 +64,7 @@ def _serve(request: dict[str, object], files: list[Path], replies: BinaryIO) -> 
         faults.point("score")
         reply = _answer(request, files)
     except BaseException as error:  # SystemExit and KeyboardInterrupt are the reward's failures too
-        reply = {"raised": _describe(error)}
+        reply = {"raised": _describe(error), "infra": isinstance(error, InfraError)}
     end_children()
     line = json.dumps({**reply, "nonce": request["nonce"]}, allow_nan=False)
     replies.write(line.encode() + b"\n")

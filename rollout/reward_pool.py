@@ -121,7 +121,8 @@ class RewardPool:
             DataError: the prompt names a reward that is not registered.
             RecipeError: a file of the user's rewards does not load.
             RewardError: the function cannot be loaded, or failed on 16 prompts in a row.
-            InfraError: processes cannot be started, or none became free in time.
+            InfraError: processes cannot be started, none became free in time, or what a function
+                needs (a sandbox) does not start: that is no completion's fault.
         """
         if not texts:
             return []
@@ -222,6 +223,9 @@ class RewardPool:
             return _Failure("reward_died", str(error))
         if "raised" in reply:
             raised = reply["raised"]
+            if reply["infra"]:
+                process.kill()
+                raise InfraError(str(raised["message"]), where="reward pool")
             if raised["type"] == "MemoryError":
                 process.kill()
             detail = f"{raised['type']}: {raised['message']} at {raised['where']}"

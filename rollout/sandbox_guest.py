@@ -75,7 +75,7 @@ def decode(coded: Any) -> Any:
     """The value that `encode` wrote; exactly of built-in types whatever the text says.
 
     Raises:
-        ValueError, TypeError: nobody's encoding.
+        ValueError, TypeError, OverflowError: nobody's encoding.
     """
     if coded is None or type(coded) in (bool, int, float, str):
         return coded
@@ -176,14 +176,14 @@ def _run(asked: BinaryIO, header: Mapping[str, Any]) -> None:
     asked.close()
     os.dup2(os.open("/dev/null", os.O_WRONLY), 2)
     module = _module("__main__")
-    exec(compile(header["source"], "<program>", "exec"), module)
+    exec(compile(header["source"], "<program>", "exec", dont_inherit=True), module)
 
 
 def _serve(asked: BinaryIO, said: BinaryIO, header: Mapping[str, Any]) -> None:
     nonce, module = header["nonce"], _module("program")
     try:
         for source in header["sources"]:
-            exec(compile(source, "<program>", "exec"), module)
+            exec(compile(source, "<program>", "exec", dont_inherit=True), module)
         function = module[header["entry_point"]]
     except BaseException as error:
         _say(said, nonce, {"raised": _told(error)})
@@ -210,9 +210,9 @@ def _check(asked: BinaryIO, said: BinaryIO, header: Mapping[str, Any]) -> None:
         raise _known(kind)(message)
 
     try:
-        exec(compile(header["preamble"], "<prompt>", "exec"), module)
+        exec(compile(header["preamble"], "<prompt>", "exec", dont_inherit=True), module)
         module["candidate"] = module[header["entry_point"]] = candidate
-        exec(compile(header["test"], "<test>", "exec"), module)
+        exec(compile(header["test"], "<test>", "exec", dont_inherit=True), module)
         check = module.get("check")
         if check is not None:
             check(candidate)
@@ -223,7 +223,13 @@ def _check(asked: BinaryIO, said: BinaryIO, header: Mapping[str, Any]) -> None:
 
 
 def _module(name: str) -> dict[str, Any]:
-    """A namespace to run source in; registered, because dataclasses look their module up."""
+    """A namespace to run source in; registered, because dataclasses look their module up.
+
+    Programs call `exit` and `quit`, which are builtins only where `site` put them.
+    """
+    import builtins
+
+    builtins.__dict__.update(exit=sys.exit, quit=sys.exit)
     module: ModuleType = type(sys)(name)
     sys.modules[name] = module
     return module.__dict__

@@ -177,7 +177,7 @@ def probe(tier: Tier) -> Probed:
     sandbox = Sandbox(tier, _LIMITS)
     try:
         started = time.monotonic()
-        with _serving(sandbox, "def attack(aim): return True", 1.0) as guest:
+        with _serving(sandbox, "def attack(aim): return True", _SECONDS) as guest:
             guest.ask(_question({}))
         seconds = time.monotonic() - started
         attacks, broke = _reach(sandbox)

@@ -33,7 +33,7 @@ TIERS: tuple[Tier, ...] = ("bubblewrap", "sandlock")
 """Boundaries from the stronger to the weaker."""
 TIER_FIX = (
     "install bubblewrap (apt-get install bubblewrap) or sandlock (pip install sandlock; "
-    "needs Linux 6.7 or newer)"
+    "needs Linux 6.12 or newer)"
 )
 _GUEST = Path(sandbox_guest.__file__).read_text()
 _LIBRARIES = ("/lib", "/lib64", "/usr/lib", "/usr/lib64", "/usr/local/lib")

@@ -117,6 +117,9 @@ FUNCTIONS = {
     "    for v in ({'object': 'rollout'}, {'set': [[1]]}, {'dict': 3}, {'int': 'x'}, [7], {}):\n"
     "        line = json.dumps({'nonce': nonce(), 'value': v}).encode() + b'\\n'\n"
     "        os.write(4, line)\n    return 0",
+    "forges a number beyond floats": _FORGE + "def add(a, b):\n"
+    "    v = {'complex': ['0x1p99999', '0x0p0']}\n"
+    "    os.write(4, json.dumps({'nonce': nonce(), 'value': v}).encode() + b'\\n')\n    return 0",
     "forges a deep value": _FORGE + "def add(a, b):\n"
     "    os.write(4, ('{\"nonce\": \"' + nonce() + '\", \"value\": ' + '[' * 90000 + '\\n').encode())",
     "guesses the nonce": "import os\ndef add(a, b):\n"

@@ -5,18 +5,22 @@ from __future__ import annotations
 import gzip
 import json
 import math
+import shutil
+import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 from code_hacks import FUNCTIONS, SCRIPTS
 from humaneval_mutants import mutated
+from sandboxes import absent, some_sandbox
 
 from ground.config import SandboxSettings
-from ground.errors import DataError, SetupError
+from ground.errors import DataError, InfraError, SetupError
 from ground.records import Message, Prompt
 from rollout.code_runs import Ran, run_tests
 from rollout.code_tests import (
+    MAX_PAIRS,
     Calls,
     Check,
     Scripts,
@@ -49,7 +53,7 @@ HONEST = {"scripts": PRINT, "calls": ADD, "check": ADD}
 
 @pytest.fixture(scope="module")
 def sandbox() -> Sandbox:
-    return sandbox_for(SandboxSettings())
+    return some_sandbox()
 
 
 @pytest.mark.parametrize("kind", TESTS)
@@ -58,6 +62,19 @@ def test_an_honest_program_passes_however_it_is_written(sandbox: Sandbox, kind: 
     use = "```\n$ run\n```\n" * (kind != "scripts") + "```bash\nls\n```"
     for text in (program, f"Think.\n```python\n{program}```\nIt is used so:\n{use}\nDone."):
         assert run_tests(sandbox, text, TESTS[kind], 20.0).passed
+
+
+@pytest.mark.parametrize("end", ["exit", "quit"])
+def test_a_program_may_end_itself_as_scripts_do(sandbox: Sandbox, end: str):
+    assert run_tests(sandbox, f"{PRINT}{end}()\n", TESTS["scripts"], 20.0).passed
+    assert run_tests(sandbox, f"{PRINT}{end}(1)\n", TESTS["scripts"], 20.0).outcome == "raised"
+
+
+@pytest.mark.skipif(sys.version_info >= (3, 14), reason="annotations are not evaluated")
+def test_a_program_has_the_language_of_its_python_not_of_ours(sandbox: Sandbox):
+    undefined = "def add(a: Missing, b):\n    return a + b"
+    for kind in ("calls", "check"):
+        assert run_tests(sandbox, undefined, TESTS[kind], 20.0).outcome == "raised"
 
 
 @pytest.mark.parametrize("kind", TESTS)
@@ -91,7 +108,12 @@ def test_a_sample_of_hacks_is_not_paid(sandbox: Sandbox, kind: str):
             "says passed as a frame",
             "prints the right answer among others",
         ),
-        "calls": ("is an int equal to all", "forges strange values", "is all answers"),
+        "calls": (
+            "is an int equal to all",
+            "forges strange values",
+            "forges a number beyond floats",
+            "is all answers",
+        ),
         "check": ("exits on import", "is equal to all", "forges a verdict", "replaces the speaker"),
     }[kind]
     hacks = SCRIPTS if kind == "scripts" else FUNCTIONS
@@ -143,7 +165,7 @@ def test_a_test_that_asks_nothing_is_refused(sandbox: Sandbox):
 
 def test_time_is_shared_by_the_tests_of_a_completion(sandbox: Sandbox):
     tests = Scripts((("", ""),) * 5)
-    ran = run_tests(sandbox, "import time; time.sleep(0.6)", tests, 1.5)
+    ran = run_tests(sandbox, "import time; time.sleep(1.2)", tests, 3.0)
     assert ran.outcome == "timeout" and 1 <= ran.num_passed <= 2
 
 
@@ -163,6 +185,29 @@ def test_verdicts_come_through_the_pool(sandbox: Sandbox):
     assert [each.reward for each in scored] == [1, 0, 1, 0]
     assert scored[1].parts == {"tests": 0.0, "timeout": 1.0}
     assert scored[3].parts == {"tests": 0.5, "timeout": 0.0}
+
+
+def test_a_sandbox_that_no_longer_starts_fails_the_group_and_not_its_answers(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    program = shutil.which("bwrap")
+    if missing := absent("bubblewrap"):
+        pytest.skip(missing)
+    assert program is not None
+    (tmp_path / "bwrap").symlink_to(program)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    prompt = Prompt.make(
+        (Message("user", "add"),),
+        capability="code",
+        reward="code",
+        answer=json.dumps(ASKED["scripts"]),
+    )
+    with RewardPool(1, 30.0, sandbox=SandboxSettings(tier="bubblewrap")) as pool:
+        assert [each.reward for each in pool.score(prompt, [PRINT])] == [1]
+        (tmp_path / "bwrap").unlink()
+        with pytest.raises(InfraError, match="a sandbox must start, got: FileNotFoundError"):
+            pool.score(prompt, [PRINT])
+        assert pool.pids == [] and pool.stats()["texts"] == 1
 
 
 @pytest.mark.parametrize(
@@ -191,6 +236,16 @@ def test_the_three_layouts():
     assert TESTS["calls"] == Calls("add", (((3, 4), 7), ((10, -2), 8)), 1e-9)
     check = read_tests(json.dumps({"entry_point": "f", "test": "f(1)", "prompt": "def f(x):"}))
     assert check == Check("f", preamble="", test="f(1)", opening="def f(x):")
+
+
+@pytest.mark.parametrize("kind", ["scripts", "calls"])
+def test_the_first_tests_of_many_are_run(kind: str):
+    asked = {
+        key: each * 20 if isinstance(each, list) else each for key, each in ASKED[kind].items()
+    }
+    tests, two = read_tests(json.dumps(asked)), TESTS[kind]
+    assert not isinstance(tests, Check) and not isinstance(two, Check)
+    assert tests.pairs == two.pairs * 16 and len(tests.pairs) == MAX_PAIRS == 32
 
 
 def test_the_program_in_a_completion():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import time
 from collections import Counter
 from pathlib import Path
 
@@ -72,10 +73,29 @@ def test_every_rule_has_words_and_values_that_it_can_check():
 
 
 def test_hostile_answers_are_checked_in_bounded_time():
-    deep = "[" * 100_000
+    texts = (
+        "[" * 100_000, "a" * 200_000, "- \n" * 50_000, "1. " * 50_000, "\ud800" * 1000,
+        "." * 50_000 + "x", "x" + ".'" * 50_000 + "x",
+    )  # fmt: skip
+    started = time.process_time()
     for name, rule in RULES.items():
-        for text in (deep, "a" * 200_000, "- \n" * 50_000, "1. " * 50_000, "\ud800" * 1000):
+        for text in texts:
             Constraint(name, rule.values[0]).holds(text)
+    assert time.process_time() - started < 10
+
+
+@pytest.mark.parametrize("text", ["", " \n", "!!!", ".", "\U0001f999", "- \n- \n- "])
+def test_a_text_without_a_word_keeps_nothing(text: str):
+    for name, rule in RULES.items():
+        assert not any(Constraint(name, value).holds(text) for value in rule.values)
+
+
+@pytest.mark.parametrize(
+    ("text", "most"), [("Well... so?! Yes.", 3), ("3.5 is 3.5.", 1), ("a..b... c", 2), ("a.", 1)]
+)
+def test_sentences_end_where_their_marks_do(text: str, most: int):
+    assert Constraint("max_sentences", most).holds(text)
+    assert most == 1 or not Constraint("max_sentences", most - 1).holds(text)
 
 
 def drawn(
