@@ -6,6 +6,7 @@ import json
 import math
 import os
 import signal
+from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 
@@ -15,17 +16,20 @@ from conftest import make_tiny_llama, make_tiny_model
 from launching import launch_file, run_launch
 from torch import Tensor
 
-from distill.config import TargetsSection
+from distill.config import AlignedShare, DistillSection, StaticShare, TargetsSection
 from distill.fill import train as fill_targets
-from distill.loss import distill_loss
+from distill.identity import Identity
+from distill.loss import Divergence, distill_loss
+from distill.store import TargetStore
 from distill.targets import NO_TOKEN, TargetFormat, fitted
+from distill.weighting import weighting_of
 from ground.entry import stage_entry
 from ground.metrics import read_metrics
 from ground.model import load_model, load_tokenizer, tensors_of
 from ground.run import RunDir
 from ground.training_rows import TrainingRow, TrainingRows
 from sft.config import SftSection
-from sft.soft import Tally, split
+from sft.soft import Soft, Tally, split, warn_of_unobserved
 from sft.train import train
 
 RECIPE = """
@@ -248,6 +252,28 @@ def test_held_out_rows_are_drawn_from_every_capability():
     }
     again = split(TrainingRows(tuple(reversed(rows)), ()), 6, seed=1)[1]
     assert {each.id for each in again.rows} == {each.id for each in held.rows}
+
+
+def test_a_small_capability_gives_one_row_of_ten_and_is_named_below_that(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+):
+    """Of 200, 10 and 9 rows, 8 wanted: 7, and one where 8 * 10 / 219 rounds to 0, and none."""
+    rows = [row(f"m{n}", "math") for n in range(200)] + [row(f"c{n}", "chat") for n in range(10)]
+    rows += [row(f"r{n}", "rare") for n in range(9)]
+    trained, held = split(TrainingRows(tuple(rows), ()), 8, seed=1)
+    assert Counter(each.capability for each in held.rows) == {"math": 7, "chat": 1}
+    whose = Identity("teacher@0123456789abcdef", "aa", "bb", 262, "topk_tail k=4")
+    store = TargetStore(tmp_path, whose, "topk_tail")
+    weighting = weighting_of(AlignedShare(start=0.6), num_steps=4, vocab_size=262)
+    section = DistillSection(weighting=AlignedShare(start=0.6))
+    warn_of_unobserved(Soft(section, store, Divergence(), weighting, held.rows), trained)
+    assert caplog.messages == [
+        "no held-out rows of rare: their share stays at start (0.6); "
+        "give them 10 rows or more, or set weighting: static"
+    ]
+    fixed = DistillSection(weighting=StaticShare(kind="static"))
+    warn_of_unobserved(Soft(fixed, store, Divergence(), weighting, ()), trained)
+    assert len(caplog.messages) == 1, "other weightings look at none"
 
 
 def test_crafted_targets_are_silenced_and_counted():
