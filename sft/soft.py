@@ -102,22 +102,26 @@ def split(rows: TrainingRows, num_heldout: int, seed: int) -> tuple[TrainingRows
     """Trained rows and held-out ones, which `aligned` looks at.
 
     Every capability gives its share of `num_heldout`, one at least, and no more than a tenth of its
-    rows; which of them follows from seed and row.
+    rows; which of them follows from seed and row. A row that is held out is trained under no id.
     """
     counts = Counter(row.capability for row in rows.rows)
     wanted = {
-        name: min(
-            max(1, round(num_heldout * count / len(rows.rows))), int(_HELD_OUT_AT_MOST * count)
-        )
-        for name, count in counts.items()
+        name: max(1, round(num_heldout * count / len(rows.rows))) for name, count in counts.items()
     }
+    spare = Counter({name: int(_HELD_OUT_AT_MOST * count) for name, count in counts.items()})
     order = sorted(rows.rows, key=lambda row: hashlib.sha256(f"{seed}/{row.id}".encode()).digest())
-    held: list[TrainingRow] = []
-    for name, count in wanted.items():
-        held += [row for row in order if row.capability == name][:count]
-    ids = {row.id for row in held}
-    trained = tuple(row for row in rows.rows if row.id not in ids)
-    return replace(rows, rows=trained), replace(rows, rows=tuple(held))
+    copies: dict[bytes, list[TrainingRow]] = {}
+    for row in order:
+        copies.setdefault(token_row(row).key, []).append(row)
+    held: dict[bytes, TrainingRow] = {}
+    for key, (first, *others) in copies.items():
+        taken = Counter(row.capability for row in (first, *others))
+        if wanted[first.capability] and taken <= spare:
+            wanted[first.capability] -= 1
+            spare -= taken
+            held[key] = first
+    trained = tuple(row for row in rows.rows if token_row(row).key not in held)
+    return replace(rows, rows=trained), replace(rows, rows=tuple(held.values()))
 
 
 def warn_of_unobserved(soft: Soft, rows: TrainingRows) -> None:

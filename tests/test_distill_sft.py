@@ -236,8 +236,10 @@ def test_two_ranks_see_what_one_sees(tmp_path: Path):
     assert number(want[-1], "alpha/math") != pytest.approx(0.7, abs=1e-3)
 
 
-def row(name: str, capability: str) -> TrainingRow:
-    return TrainingRow(name, (1, 2), (-100, 2), capability)
+def row(name: str, capability: str, text: str = "") -> TrainingRow:
+    """A conversation of its own, or one that other ids have too."""
+    ids = (1, *(text or name).encode())
+    return TrainingRow(name, ids, (-100, *ids[1:]), capability)
 
 
 def test_held_out_rows_are_drawn_from_every_capability():
@@ -252,6 +254,24 @@ def test_held_out_rows_are_drawn_from_every_capability():
     }
     again = split(TrainingRows(tuple(reversed(rows)), ()), 6, seed=1)[1]
     assert {each.id for each in again.rows} == {each.id for each in held.rows}
+
+
+def test_no_held_out_row_is_trained_under_another_id():
+    """100 conversations, each under two ids: of 200 rows 10 are held out, once each, and 180 left.
+
+    Of 19 copies of one conversation beside 10 others, copies are not held: a tenth of 29 is 2.
+    """
+    rows = [row(f"{n}{copy}", "math", text=f"{n}") for n in range(100) for copy in "ab"]
+    trained, held = split(TrainingRows(tuple(rows), ()), 10, seed=1)
+    kept, seen = ({each.input_ids for each in some.rows} for some in (trained, held))
+    assert (len(held.rows), len(trained.rows)) == (10, 180)
+    assert (len(seen), len(kept & seen)) == (10, 0)
+    rows = [row(f"c{n}", "chat", text="again") for n in range(19)]
+    rows += [row(f"m{n}", "chat") for n in range(10)]
+    for seed in range(20):
+        trained, held = split(TrainingRows(tuple(rows), ()), 29, seed=seed)
+        assert (len(held.rows), len(trained.rows)) == (2, 27)
+        assert all(each.id.startswith("m") for each in held.rows)
 
 
 def test_a_small_capability_gives_one_row_of_ten_and_is_named_below_that(
