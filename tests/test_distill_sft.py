@@ -297,7 +297,9 @@ def test_a_small_capability_gives_one_row_of_ten_and_is_named_below_that(
 
 
 def test_crafted_targets_are_silenced_and_counted():
-    """#86: too short, too long, another token's, NaN, a probability above 1; -inf is lawful."""
+    """#86: too short, too long, another token's, NaN, a probability above 1, a token named
+    twice; -inf is lawful, and so are several unused outcomes.
+    """
     labels = torch.tensor([3, 4, 5, 6])
     logits = torch.zeros(4, 8)
     logits[1, 4] = -torch.inf
@@ -312,6 +314,11 @@ def test_crafted_targets_are_silenced_and_counted():
     assert (count, len(long)) == (1, 3)
     shifted, count = fitted(sound, labels + 1)
     assert count == 4 and not shifted.is_supported_T.any()
+    assert sound.ids_TK is not None
+    ids = sound.ids_TK.clone()
+    ids[0, 1:], ids[2, 1:] = NO_TOKEN, 7
+    twice, count = fitted(replace(sound, ids_TK=ids), labels)
+    assert count == 1 and twice.is_supported_T.tolist() == [True, False, False, True]
     for bad in (math.nan, 0.5, math.inf):
         logprobs = sound.logprobs_TK.clone()
         logprobs[2, 1] = bad
