@@ -200,6 +200,16 @@ def test_targets_of_another_teacher_are_refused_by_name(tmp_path: Path):
         opened(tmp_path)
 
 
+@pytest.mark.parametrize("said", ['{"teacher": "ol', "{}", "[]"])
+def test_a_neighbour_whose_identity_is_torn_is_named_and_left_out(tmp_path: Path, said, caplog):
+    filled(tmp_path, [key("a")])
+    torn = tmp_path / "0123456789abcdef" / "identity.json"
+    torn.parent.mkdir()
+    torn.write_text(said)
+    assert [each.name for each in identities(tmp_path)] == [WHOSE.name]
+    assert f"{torn}: this " in caplog.text and "it is left out" in caplog.text
+
+
 @pytest.mark.parametrize("part", ["tokenizer", "template", "format"])
 def test_what_else_differs_is_named(tmp_path: Path, part: str):
     store = filled(tmp_path, [key("a")])
