@@ -140,7 +140,8 @@ class DistillSection(Section):
     beta: float = Field(default=0.5, gt=0, lt=1)
     """Of `jsd`: near 0 it is like `forward`, near 1 like `reverse` (arXiv 2306.13649)."""
     heldout_rows: int = Field(default=64, ge=1)
-    """Rows that `aligned` keeps out of training to see where held-out loss falls, as many of each
-    capability as there are in the data; at most a tenth of them. Other weightings keep none."""
+    """Rows that `aligned` keeps out of training to see where held-out loss falls, in proportion to
+    the data: one of each capability at least, a tenth of its rows at most, so that a capability of
+    fewer than 10 rows has none and keeps its share at `start`. Other weightings keep none."""
     signal_rows: int = Field(default=32, ge=1)
     """Rows of a step whose teacher is compared with them."""

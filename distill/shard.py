@@ -167,7 +167,7 @@ class Shard:
                 where=str(path),
                 fix="remove the shard: it was put here from another store",
             )
-        self._check_form(len(keys))
+        self._check_form(len(keys), has_ids=not identity.format.startswith("full"))
         self.keys = [
             keys[start : start + KEY_BYTES].tobytes() for start in range(0, len(keys), KEY_BYTES)
         ]
@@ -192,8 +192,8 @@ class Shard:
             )
         return found
 
-    def _check_form(self, num_key_bytes: int) -> None:
-        """Sizes that fit each other, so that no place in it leads outside."""
+    def _check_form(self, num_key_bytes: int, *, has_ids: bool) -> None:
+        """Sizes that fit each other, so that no place in it leads outside; the format's columns."""
         starts, rows = self._starts, num_key_bytes // KEY_BYTES
         lengths = {column.get_shape()[0] for column in self._columns.values()}
         is_sound = (
@@ -203,6 +203,7 @@ class Shard:
             and (np.diff(starts) >= 0).all()
             and lengths == {int(starts[-1])}
             and {*_FLOATS} <= {*self._columns}
+            and ("ids" in self._columns) == has_ids
         )
         if not is_sound:
             what = "the shard is damaged: its parts do not fit each other"

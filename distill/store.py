@@ -182,11 +182,7 @@ class TargetStore:
         path = self.folder / _IDENTITY
         if not path.is_file():
             return
-        try:
-            said = json.loads(path.read_bytes())
-        except ValueError:
-            raise DataError("this is not JSON", where=str(path), fix="remove the file") from None
-        found = Identity.parse(said, str(path))
+        found = _read_identity(path)
         if found.name != self.identity.name:
             raise StrangerError(
                 "these are the targets of another teacher, tokenizer, template or format: "
@@ -220,8 +216,24 @@ class Writer:
 
 
 def identities(folder: Path) -> list[Identity]:
-    """Whose targets a store holds."""
+    """Whose targets a store holds; folders that do not say so are named and left out."""
     found = []
     for path in sorted(folder.glob(f"*/{_IDENTITY}")):
-        found.append(Identity.parse(json.loads(path.read_bytes()), str(path)))
+        try:
+            found.append(_read_identity(path))
+        except DataError as error:
+            _LOG.warning("%s: %s; it is left out", error.where, error.what)
     return found
+
+
+def _read_identity(path: Path) -> Identity:
+    """What a folder says of itself.
+
+    Raises:
+        DataError: the file is torn, or says something else.
+    """
+    try:
+        said = json.loads(path.read_bytes())
+    except ValueError:
+        raise DataError("this is not JSON", where=str(path), fix="remove the file") from None
+    return Identity.parse(said, str(path))

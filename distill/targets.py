@@ -197,8 +197,9 @@ def joined(parts: Sequence[TeacherTargets]) -> TeacherTargets:
 def fitted(targets: TeacherTargets, labels_T: Tensor) -> tuple[TeacherTargets, int]:
     """Targets of exactly these tokens, whatever came from the disk; and how many did not fit.
 
-    Silent are tokens beyond the targets' end, those whose first outcome is another token, and those
-    with numbers that are no log-probs. Targets beyond the last token are left out and counted too.
+    Silent are tokens beyond the targets' end, those whose first outcome is another token or whose
+    outcomes name a token twice, and those with numbers that are no log-probs. Targets beyond the
+    last token are left out and counted too.
     """
     num_beyond, num_short = len(targets) - len(labels_T), max(len(labels_T) - len(targets), 0)
     ids_TK, *numbers = targets.slice(slice(0, len(labels_T))).tensors
@@ -212,7 +213,7 @@ def fitted(targets: TeacherTargets, labels_T: Tensor) -> tuple[TeacherTargets, i
     is_wrong_T |= ~torch.isfinite(entropy_T)
     if ids_TK is not None:
         ids_TK = torch.cat([ids_TK, ids_TK.new_full((num_short, ids_TK.shape[1]), NO_TOKEN)])
-        is_wrong_T |= ids_TK[:, 0] != labels_T
+        is_wrong_T |= (ids_TK[:, 0] != labels_T) | _repeats(ids_TK)
         ids_TK = ids_TK.masked_fill(is_wrong_T[:, None], NO_TOKEN)
         ids_TK[:, 0] = labels_T
     silent = TeacherTargets(
@@ -224,6 +225,13 @@ def fitted(targets: TeacherTargets, labels_T: Tensor) -> tuple[TeacherTargets, i
         entropy_T.masked_fill(is_wrong_T, 0.0),
     )
     return silent, int(is_wrong_T.sum()) + max(num_beyond, 0)
+
+
+def _repeats(ids_TK: Tensor) -> Tensor:
+    """Where a token stands twice among the outcomes, so that its mass would count twice, [T]."""
+    sorted_TK = ids_TK.sort(dim=1).values
+    is_again_TK = (sorted_TK[:, 1:] == sorted_TK[:, :-1]) & (sorted_TK[:, 1:] != NO_TOKEN)
+    return is_again_TK.any(1)
 
 
 def _counted(draws_TD: Tensor) -> tuple[Tensor, Tensor]:

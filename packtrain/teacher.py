@@ -14,8 +14,10 @@ from distill.config import TargetsSection
 from distill.filling import Estimate, estimate, in_bytes
 from distill.plan import TargetsPlan, plan_targets
 from distill.store import identities
+from ground.config import STAGES
 from ground.console import say
-from ground.recipe import load_recipe
+from ground.errors import RecipeError
+from ground.recipe import RecipeDocument, load_recipe
 from ground.run import RunDir
 from ground.shape import read_shape
 from ground.trail import Trail
@@ -29,20 +31,39 @@ _AGAIN = {"unfinished": ["--resume"], "done": ["--overwrite"]}
 
 
 def command(arguments: argparse.Namespace) -> int:
-    """Say what filling takes; with `fill`, have the stage do it and return its exit code."""
+    """Say what filling takes; with `fill`, have the stage do it and return its exit code.
+
+    Raises:
+        RecipeError: `fill` before the stages that choose the rows.
+    """
     document = load_recipe(arguments.recipe, arguments.overrides)
     recipe = read_recipe(document)
     require_files(document, recipe)
     section = document.section(_STAGE, TargetsSection)
     run = RunDir(arguments.run or Path("runs") / recipe.name)
+    early = _unfinished_before(document, run)
+    if early and arguments.action == "fill":
+        raise RecipeError(
+            f"{early[0]} comes before targets and is not finished: the rows are not known yet",
+            where=str(run.path),
+            fix="packtrain run RECIPE fills the store in its turn",
+        )
     plan = plan_targets(section, Trail(recipe, run, document.stages), recipe.data)
     for line in _lines(plan):
         say(line)
+    if early:
+        say(f"rows      before {' and '.join(early)}: what they leave may be fewer, or others")
     if arguments.action == "info":
         return 0
     step = Step(_STAGE, _STAGE, ENTRIES[_STAGE])
     flags = [*document.overrides, *_AGAIN.get(run.state(_STAGE), [])]
     return subprocess.run(launch_line(step, document.path, run.path, flags), check=False).returncode
+
+
+def _unfinished_before(document: RecipeDocument, run: RunDir) -> list[str]:
+    """Stages of the recipe that are still to say which rows there are."""
+    earlier = STAGES[: STAGES.index(_STAGE)]
+    return [stage for stage in earlier if document.has(stage) and not run.is_done(stage)]
 
 
 def _lines(plan: TargetsPlan) -> Iterator[str]:

@@ -23,8 +23,9 @@ from ground.packing import hidden_states
 from ground.training_rows import IGNORED, TrainingRow
 
 MAX_TOKENS = 1024
-"""Tokens of a capability that are looked at on either side, evenly chosen: the work is their
-product, and so many tell a sign from noise."""
+"""Tokens of a capability that the LM head and the gains look at on either side, evenly chosen:
+that work is their product, and so many tell a sign from noise. The backbone reads all held-out and
+signal rows whole, whatever their length."""
 
 
 class Signals:

@@ -8,6 +8,7 @@ B rows of a pass, T predicted tokens of a row, N trained tokens of the pass, row
 from __future__ import annotations
 
 import hashlib
+import logging
 import time
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
@@ -33,6 +34,7 @@ Plain = Callable[[list[dict[str, list[int]]]], dict[str, Tensor]]
 _HELD_OUT_AT_MOST = 0.1
 _PREFIX = "soft_"
 """Of the keys by which soft targets travel in a pass's inputs."""
+_LOG = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,21 +101,41 @@ def require_whole_weights(launch: Launch) -> None:
 def split(rows: TrainingRows, num_heldout: int, seed: int) -> tuple[TrainingRows, TrainingRows]:
     """Trained rows and held-out ones, which `aligned` looks at.
 
-    Every capability gives its share of `num_heldout`, and no more than a tenth of its rows; which
-    of them follows from seed and row.
+    Every capability gives its share of `num_heldout`, one at least, and no more than a tenth of its
+    rows; which of them follows from seed and row. A row that is held out is trained under no id.
     """
     counts = Counter(row.capability for row in rows.rows)
     wanted = {
-        name: min(round(num_heldout * count / len(rows.rows)), int(_HELD_OUT_AT_MOST * count))
-        for name, count in counts.items()
+        name: max(1, round(num_heldout * count / len(rows.rows))) for name, count in counts.items()
     }
+    spare = Counter({name: int(_HELD_OUT_AT_MOST * count) for name, count in counts.items()})
     order = sorted(rows.rows, key=lambda row: hashlib.sha256(f"{seed}/{row.id}".encode()).digest())
-    held: list[TrainingRow] = []
-    for name, count in wanted.items():
-        held += [row for row in order if row.capability == name][:count]
-    ids = {row.id for row in held}
-    trained = tuple(row for row in rows.rows if row.id not in ids)
-    return replace(rows, rows=trained), replace(rows, rows=tuple(held))
+    copies: dict[bytes, list[TrainingRow]] = {}
+    for row in order:
+        copies.setdefault(token_row(row).key, []).append(row)
+    held: dict[bytes, TrainingRow] = {}
+    for key, (first, *others) in copies.items():
+        taken = Counter(row.capability for row in (first, *others))
+        if wanted[first.capability] and taken <= spare:
+            wanted[first.capability] -= 1
+            spare -= taken
+            held[key] = first
+    trained = tuple(row for row in rows.rows if token_row(row).key not in held)
+    return replace(rows, rows=trained), replace(rows, rows=tuple(held.values()))
+
+
+def warn_of_unobserved(soft: Soft, rows: TrainingRows) -> None:
+    """Name the capabilities that `aligned` cannot observe: their share never moves."""
+    weighting = soft.section.weighting
+    observed = capabilities(soft.heldout)
+    missing = [name for name in capabilities(rows.rows) if name not in observed]
+    if missing and isinstance(weighting, AlignedShare):
+        _LOG.warning(
+            "no held-out rows of %s: their share stays at start (%g); "
+            "give them 10 rows or more, or set weighting: static",
+            ", ".join(missing),
+            weighting.start,
+        )
 
 
 def require_all(store: TargetStore, rows: Sequence[TrainingRow]) -> None:

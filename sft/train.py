@@ -19,7 +19,7 @@ from ground.tables import read_demonstrations, write_jsonl
 from ground.training import Fit
 from ground.training_rows import TrainingRows, encode_demonstrations
 from sft.config import SftSection
-from sft.soft import open_soft, require_whole_weights
+from sft.soft import open_soft, require_whole_weights, warn_of_unobserved
 from sft.trainer import run_sft
 
 logger = logging.getLogger(__name__)
@@ -50,6 +50,8 @@ def train(stage: Stage[SftSection]) -> dict[str, object]:
     if section.distill is not None:
         require_whole_weights(ranks.launch)
         soft, rows = open_soft(section.distill, section.trainer, trail, rows, stage.head.seed)
+        if ranks.is_main:
+            warn_of_unobserved(soft, rows)
 
     model = load_model(base)
     identity = {"rows": rows.fingerprint, "template": chat.fingerprint}

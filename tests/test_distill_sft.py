@@ -6,6 +6,7 @@ import json
 import math
 import os
 import signal
+from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 
@@ -15,17 +16,20 @@ from conftest import make_tiny_llama, make_tiny_model
 from launching import launch_file, run_launch
 from torch import Tensor
 
-from distill.config import TargetsSection
+from distill.config import AlignedShare, DistillSection, StaticShare, TargetsSection
 from distill.fill import train as fill_targets
-from distill.loss import distill_loss
+from distill.identity import Identity
+from distill.loss import Divergence, distill_loss
+from distill.store import TargetStore
 from distill.targets import NO_TOKEN, TargetFormat, fitted
+from distill.weighting import weighting_of
 from ground.entry import stage_entry
 from ground.metrics import read_metrics
 from ground.model import load_model, load_tokenizer, tensors_of
 from ground.run import RunDir
 from ground.training_rows import TrainingRow, TrainingRows
 from sft.config import SftSection
-from sft.soft import Tally, split
+from sft.soft import Soft, Tally, split, warn_of_unobserved
 from sft.train import train
 
 RECIPE = """
@@ -232,8 +236,10 @@ def test_two_ranks_see_what_one_sees(tmp_path: Path):
     assert number(want[-1], "alpha/math") != pytest.approx(0.7, abs=1e-3)
 
 
-def row(name: str, capability: str) -> TrainingRow:
-    return TrainingRow(name, (1, 2), (-100, 2), capability)
+def row(name: str, capability: str, text: str = "") -> TrainingRow:
+    """A conversation of its own, or one that other ids have too."""
+    ids = (1, *(text or name).encode())
+    return TrainingRow(name, ids, (-100, *ids[1:]), capability)
 
 
 def test_held_out_rows_are_drawn_from_every_capability():
@@ -250,8 +256,50 @@ def test_held_out_rows_are_drawn_from_every_capability():
     assert {each.id for each in again.rows} == {each.id for each in held.rows}
 
 
+def test_no_held_out_row_is_trained_under_another_id():
+    """100 conversations, each under two ids: of 200 rows 10 are held out, once each, and 180 left.
+
+    Of 19 copies of one conversation beside 10 others, copies are not held: a tenth of 29 is 2.
+    """
+    rows = [row(f"{n}{copy}", "math", text=f"{n}") for n in range(100) for copy in "ab"]
+    trained, held = split(TrainingRows(tuple(rows), ()), 10, seed=1)
+    kept, seen = ({each.input_ids for each in some.rows} for some in (trained, held))
+    assert (len(held.rows), len(trained.rows)) == (10, 180)
+    assert (len(seen), len(kept & seen)) == (10, 0)
+    rows = [row(f"c{n}", "chat", text="again") for n in range(19)]
+    rows += [row(f"m{n}", "chat") for n in range(10)]
+    for seed in range(20):
+        trained, held = split(TrainingRows(tuple(rows), ()), 29, seed=seed)
+        assert (len(held.rows), len(trained.rows)) == (2, 27)
+        assert all(each.id.startswith("m") for each in held.rows)
+
+
+def test_a_small_capability_gives_one_row_of_ten_and_is_named_below_that(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+):
+    """Of 200, 10 and 9 rows, 8 wanted: 7, and one where 8 * 10 / 219 rounds to 0, and none."""
+    rows = [row(f"m{n}", "math") for n in range(200)] + [row(f"c{n}", "chat") for n in range(10)]
+    rows += [row(f"r{n}", "rare") for n in range(9)]
+    trained, held = split(TrainingRows(tuple(rows), ()), 8, seed=1)
+    assert Counter(each.capability for each in held.rows) == {"math": 7, "chat": 1}
+    whose = Identity("teacher@0123456789abcdef", "aa", "bb", 262, "topk_tail k=4")
+    store = TargetStore(tmp_path, whose, "topk_tail")
+    weighting = weighting_of(AlignedShare(start=0.6), num_steps=4, vocab_size=262)
+    section = DistillSection(weighting=AlignedShare(start=0.6))
+    warn_of_unobserved(Soft(section, store, Divergence(), weighting, held.rows), trained)
+    assert caplog.messages == [
+        "no held-out rows of rare: their share stays at start (0.6); "
+        "give them 10 rows or more, or set weighting: static"
+    ]
+    fixed = DistillSection(weighting=StaticShare(kind="static"))
+    warn_of_unobserved(Soft(fixed, store, Divergence(), weighting, ()), trained)
+    assert len(caplog.messages) == 1, "other weightings look at none"
+
+
 def test_crafted_targets_are_silenced_and_counted():
-    """#86: too short, too long, another token's, NaN, a probability above 1; -inf is lawful."""
+    """#86: too short, too long, another token's, NaN, a probability above 1, a token named
+    twice; -inf is lawful, and so are several unused outcomes.
+    """
     labels = torch.tensor([3, 4, 5, 6])
     logits = torch.zeros(4, 8)
     logits[1, 4] = -torch.inf
@@ -266,6 +314,11 @@ def test_crafted_targets_are_silenced_and_counted():
     assert (count, len(long)) == (1, 3)
     shifted, count = fitted(sound, labels + 1)
     assert count == 4 and not shifted.is_supported_T.any()
+    assert sound.ids_TK is not None
+    ids = sound.ids_TK.clone()
+    ids[0, 1:], ids[2, 1:] = NO_TOKEN, 7
+    twice, count = fitted(replace(sound, ids_TK=ids), labels)
+    assert count == 1 and twice.is_supported_T.tolist() == [True, False, False, True]
     for bad in (math.nan, 0.5, math.inf):
         logprobs = sound.logprobs_TK.clone()
         logprobs[2, 1] = bad

@@ -18,7 +18,7 @@ from transformers import PreTrainedTokenizerFast
 
 from distill.filling import Estimate, fill, require_room
 from distill.identity import Identity, identity_of, token_ids
-from distill.shard import KEY_BYTES, StoredRow, StrangerError
+from distill.shard import KEY_BYTES, StoredRow, StrangerError, write_shard
 from distill.store import TargetStore, TokenRow, identities
 from distill.targets import TargetFormat, TeacherTargets
 from distill.teacher import Teacher
@@ -143,6 +143,19 @@ def test_a_cut_shard_is_named_and_its_rows_are_made_again(tmp_path: Path, tiny_m
     assert opened(tmp_path).num_rows == 6
 
 
+@pytest.mark.parametrize("format", ["topk_tail k=4", "full"])
+def test_a_shard_without_its_format_s_columns_is_named(tmp_path: Path, format: str, caplog):
+    """Ids are lost where the format has them, or are there where it has none."""
+    whose = replace(WHOSE, format=format)
+    has_ids = format == "full"
+    stored = StoredRow.of(key("a"), made())
+    columns = {name: each for name, each in stored.columns.items() if has_ids or name != "ids"}
+    (tmp_path / whose.name).mkdir()
+    path = write_shard(tmp_path / whose.name, whose, [replace(stored, columns=columns)])
+    assert opened(tmp_path, whose).num_rows == 0
+    assert f"{path}: the shard is damaged: its parts do not fit each other" in caplog.text
+
+
 def test_a_flipped_bit_is_named_refused_and_made_again(tmp_path: Path, tiny_model: Path, caplog):
     """In the numbers of one row: the others are read as before."""
     teacher = CountedTeacher(tiny_model)
@@ -185,6 +198,16 @@ def test_targets_of_another_teacher_are_refused_by_name(tmp_path: Path):
     theirs.rename(ours)
     with pytest.raises(StrangerError, match="teacher newer@fedcba"):
         opened(tmp_path)
+
+
+@pytest.mark.parametrize("said", ['{"teacher": "ol', "{}", "[]"])
+def test_a_neighbour_whose_identity_is_torn_is_named_and_left_out(tmp_path: Path, said, caplog):
+    filled(tmp_path, [key("a")])
+    torn = tmp_path / "0123456789abcdef" / "identity.json"
+    torn.parent.mkdir()
+    torn.write_text(said)
+    assert [each.name for each in identities(tmp_path)] == [WHOSE.name]
+    assert f"{torn}: this " in caplog.text and "it is left out" in caplog.text
 
 
 @pytest.mark.parametrize("part", ["tokenizer", "template", "format"])

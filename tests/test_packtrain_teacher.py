@@ -39,6 +39,22 @@ def test_size_and_time_are_told_before_and_after(tmp_path: Path, capsys):
     assert other["beside"].endswith("topk_tail k=8 always=260")
 
 
+def test_rows_that_prune_is_still_to_choose_are_told_and_not_filled(tmp_path: Path, capsys):
+    """`info` counts today's rows and says so; `fill` would leave a stage of the wrong ones."""
+    case = Case(tmp_path)
+    assert "rows" not in said(case, capsys)
+    with case.recipe.open("a") as file:
+        file.write("prune: {}\n")
+    told = said(case, capsys)
+    assert told["rows"].startswith("before prune: ") and "24 rows" in told["wanted"]
+    run = case.folder / "run"
+    assert main(["teacher", "fill", str(case.recipe), "--run", str(run)]) == 2
+    message = capsys.readouterr().err
+    assert "prune comes before targets and is not finished: the rows are not known yet" in message
+    assert "packtrain run RECIPE fills the store in its turn" in message
+    assert not (run / "targets").exists()
+
+
 @pytest.mark.slow
 def test_fill_makes_what_is_damaged_and_nothing_else(tmp_path: Path, capfd):
     """In a process of its own, over a stage that is done."""
