@@ -13,14 +13,16 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet --constr
 quickstart: $(INSTALLED)
 	$(BIN)/packtrain run recipes/tiny/recipe.yaml --resume
 
-# One thread per process in tests: real Ray workers share the cores with pytest.
+# pytest processes at a time; with one thread each, since real Ray workers share the cores with them.
+SIDE_BY_SIDE ?= 2
 test test-slow test-launch: export OMP_NUM_THREADS = 1
 
 test: check
-	$(BIN)/python -m pytest -m "not slow and not launch and not rebuild"
+	$(BIN)/python -m pytest -n $(SIDE_BY_SIDE) --dist loadfile -m "not slow and not launch and not rebuild"
 
+# Whoever is through with his half takes from the other's: some of these take minutes.
 test-slow: $(INSTALLED)
-	$(BIN)/python -m pytest -m slow --durations=20
+	$(BIN)/python -m pytest -n $(SIDE_BY_SIDE) --dist worksteal -m slow --durations=20
 
 test-launch: $(INSTALLED)
 	$(BIN)/python -m pytest -m launch
@@ -37,6 +39,11 @@ check: $(INSTALLED)
 bench: $(INSTALLED)
 	$(BIN)/python -m benchmarks.gsm8k_verdicts
 	$(BIN)/python -m benchmarks.judge
+	$(BIN)/python -m benchmarks.ifd_gsm8k
+	$(BIN)/python -m benchmarks.pruning_scale
+	$(BIN)/python -m benchmarks.judge_agreement
+	$(BIN)/python -m benchmarks.judge_attacks
+	$(BIN)/python -m benchmarks.selection
 	$(BIN)/python -m benchmarks.logprob_memory
 	$(BIN)/python -m benchmarks.handover
 	$(BIN)/python -m benchmarks.parity
@@ -49,9 +56,15 @@ bench: $(INSTALLED)
 	$(BIN)/python -m benchmarks.cluster_model
 	$(BIN)/python -m benchmarks.chaos
 	$(BIN)/python -m benchmarks.repeats
+	$(BIN)/python -m benchmarks.teacher_store
 	$(BIN)/python -m benchmarks.distill_worlds
+	$(BIN)/python -m benchmarks.distill_herd
+	$(BIN)/python -m benchmarks.rl_distill
 	$(BIN)/python -m benchmarks.launchers
+	$(BIN)/python -m benchmarks.systems
 	$(BIN)/python -m benchmarks.trail
+	$(BIN)/python -m benchmarks.pruning
+	$(BIN)/python -m benchmarks.time_to_target
 
 install: $(INSTALLED)
 

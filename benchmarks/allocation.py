@@ -24,7 +24,7 @@ from collections.abc import Mapping, Sequence
 
 from benchmarks.harness import Figure, Report, run_benchmark
 from benchmarks.overlap import WARM_UP, stage_metrics
-from rl.books import Plan
+from rl.buffer import Plan
 from rl.placement import plan
 from rl.room import Consumer, Devices, fits
 from rl.simulate import Durations, Played, make_pool, make_section, patient, run_steps

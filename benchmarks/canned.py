@@ -33,8 +33,8 @@ from rollout.fleet import Fleet
 from rollout.ray_worker import RayWorker
 from rollout.simulation import group_of
 from rollout.systems import SystemInstruction
-from rollout.task import GroupResult, GroupTask, Loaded, Pong, WorkerConfig
-from rollout.weights import Published
+from rollout.task import GroupResult, GroupTask, Home, Loaded, Pong, WorkerConfig
+from rollout.weights import Published, this_node
 from rollout.worker import RolloutWorker
 
 RATE = 1000
@@ -49,13 +49,12 @@ class CannedWorker(RolloutWorker):
 
     seconds = 1.0
 
-    async def prepare(self) -> tuple[str, int]:
+    async def prepare(self) -> Home:
         """It has no libraries to import."""
-        return platform.node(), os.getpid()
+        return Home(platform.node(), os.getpid(), this_node())
 
-    async def open(self, index: int, slots_share: float = 1.0) -> tuple[str, int]:
+    async def open(self, index: int, slots_share: float = 1.0) -> None:
         """It has no model to load."""
-        return await self.prepare()
 
     async def ping(self, incarnation: int) -> Pong:
         """It lives."""

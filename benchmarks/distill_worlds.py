@@ -39,7 +39,7 @@ from distill.weighting import Weighting, weighting_of
 
 GRID = (0.0, 0.25, 0.5, 0.75, 0.9, 1.0)
 LEARNED = ("aligned", "schedule", "entropy")
-SEEDS = (22529, 31111, 66092, 82500, 93161)
+SEEDS = (6393, 29299, 62595, 84588, 99158)
 STEPS, EARLY = 400, 100
 
 

@@ -87,7 +87,7 @@ def run_benchmark(
     results: Path = RESULTS,
 ) -> int:
     """Measure, print, and write or compare; returns the exit code."""
-    parser = argparse.ArgumentParser(prog=f"python -m benchmarks.{name}")
+    parser = argparse.ArgumentParser(prog=f"python -m benchmarks.{name}", allow_abbrev=False)
     parser.add_argument("--quick", action="store_true", help="a part only; compare, write nothing")
     quick = bool(parser.parse_args(argv).quick)
     start = time.monotonic()

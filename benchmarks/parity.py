@@ -37,7 +37,7 @@ from benchmarks.parity_faults import damages
 from ground.chat import ChatTemplate
 from ground.model import live_tensors, load_model, load_tokenizer, tensors_of
 from ground.records import Group, Message, Prompt, Rollout
-from rl.books import Plan
+from rl.buffer import Plan
 from rl.cluster import system_config
 from rl.config import RlSection
 from rl.learner import Learner

@@ -30,6 +30,7 @@ LIGHT = (
     "test_rollout_faults",
     "test_rollout_failures",
     "test_rollout_fleet",
+    "test_rollout_fleet_nodes",
     "test_rollout_fleet_machine",
     "test_rollout_reward_pool",
     "test_rl_edges",

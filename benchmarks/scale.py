@@ -69,7 +69,9 @@ def per_rollout(*, workers: int, groups_per_step: int, steps: int = 6) -> float:
 
 def per_step(prompts: int, draws: int = 128, steps: int = 5) -> float:
     """Processor seconds of the curriculum at one publication: shares, draws, observations."""
-    curriculum = Curriculum(make_pool(prompts), CurriculumSection(), seed=SEED, group_size=8)
+    curriculum = Curriculum(
+        make_pool(prompts), CurriculumSection(), seed=SEED, group_size=8, steps=steps
+    )
     costs = []
     for version in range(steps):
         start = time.process_time()

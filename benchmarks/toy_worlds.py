@@ -34,7 +34,9 @@ KINDS = ("wrong_low", "good", "wrong_high", "smooth")
 REGIMES = ("multi", "single")
 DOMAINS = ("first", "second")
 VOCABULARY, WORDS, WIDTH = 24, 24, 40
-BATCH, TRAINED_TOKENS, HELDOUT_TOKENS, RECENT = 256, 3000, 1000, 4
+BATCH, TRAINED_TOKENS, HELDOUT_TOKENS = 256, 3000, 1000
+IN_TURN, RECENT = 500, 2
+"""Held-out tokens that one observation looks at, and batches before it, as many as by default."""
 LEARNING_RATE = 4e-3
 
 
@@ -176,7 +178,8 @@ def train(
         recent = [*recent, (contexts_B, labels_B)][-RECENT:]
         for place, rule in enumerate(rules):
             if rule.observe_every and (step + 1) % rule.observe_every == 0:
-                _observe(world, students, place, rule, step + 1, heldout, recent)
+                turn = step // rule.observe_every
+                _observe(world, students, place, rule, step + 1, _in_turn(heldout, turn), recent)
         if step + 1 in (100, stop or steps):
             outcome_shares[step + 1] = [dict(rule.shares) for rule in rules]
     with torch.no_grad():
@@ -205,6 +208,12 @@ def _loss(
     hard_BV = F.one_hot(labels_B, VOCABULARY)
     target_SBV = hard_BV + share_SB1 * (world.teacher_CV[contexts_B] - hard_BV)
     return -(target_SBV * students.logprobs(world.features_CF[contexts_B])).sum() / BATCH
+
+
+def _in_turn(heldout: tuple[Tensor, Tensor], turn: int) -> tuple[Tensor, Tensor]:
+    """The part of the held-out tokens whose turn it is."""
+    part = (torch.arange(IN_TURN) + turn * IN_TURN) % HELDOUT_TOKENS
+    return heldout[0][part], heldout[1][part]
 
 
 @torch.no_grad()

@@ -1,6 +1,7 @@
 """What curation and RL left in a run, row by row and without a frame library.
 
-    prune/kept, dropped ─▶ judged_rows      mine/prompts ─▶ mined_rows      rl/ledger ─▶ ledger_ends
+    prune/kept, dropped ─▶ judged_rows      prune/calibration ─▶ calibration_rows
+    mine/prompts ─▶ mined_rows      rl/ledger ─▶ ledger_ends
     rl/groups/step_* ─▶ group_rows, rollouts_of, draw_rows      rl/curriculum/round_* ─▶ round_rows
 
 Rows are read in batches, so the memory needed does not grow with a run. What is missing or cannot
@@ -19,9 +20,9 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from curation.judge import PARTS
 from ground.console import plain_text
 from ground.logs import redact
-from ground.records import LABELS
 
 logger = logging.getLogger("packtrain")
 
@@ -30,11 +31,12 @@ Row = Mapping[str, Any]
 
 ROUND = (
     *("capability", "prompt_id", "prompts", "successes", "trials", "mean", "deviation"),
-    *("status", "share"),
+    *("status", "share", "aim"),
 )
 _JUDGED = (
-    *("id", "messages", "capability", "difficulty", *(f"meta_p_{label}" for label in LABELS)),
-    *("meta_label_mass", "meta_given_label", "meta_rank", "meta_rule", "meta_reason"),
+    *("id", "messages", "capability", "difficulty", *(f"meta_{name}" for name in PARTS)),
+    *("meta_given_label", "meta_mark", "meta_duplicate_of", "meta_rank", "meta_rule"),
+    "meta_reason",
 )
 _MINED = (
     *("id", "messages", "capability", "answer", "difficulty", "meta_status"),
@@ -65,10 +67,19 @@ def judged_rows(run: Path, names: Sequence[str] = ("kept", "dropped")) -> Iterat
                 "label": difficulty.get("label"),
                 "score": difficulty.get("score"),
                 "judged_by": difficulty.get("judged_by"),
+                "mark": row["meta_mark"] or "",
+                "duplicate_of": row["meta_duplicate_of"] or "",
                 "rule": row["meta_rule"] or "",
                 "reason": shown(row["meta_reason"]),
                 "kept": name == "kept",
             }
+
+
+def calibration_rows(run: Path) -> Iterator[Row]:
+    """What each kind of judge said of the rows on which they were compared."""
+    columns = ("id", "capability", "kind", "score", *PARTS, "reason")
+    for row in read_batches(run / "prune" / "calibration.parquet", columns):
+        yield {**row, "capability": shown(row["capability"]), "reason": shown(row["reason"])}
 
 
 def mined_rows(run: Path, prompt: str | None = None) -> Iterator[Row]:

@@ -1,4 +1,4 @@
-"""Which prompt to ask next: seeded draws, weighted by the chance that a group would teach.
+"""Which prompt to ask next: seeded draws, weighted by what a group of it would be worth.
 
     mined pass rates ──▶ evidence per prompt ──▶ weights ──▶ lottery of version v ──▶ draw(v, c, n)
                                ▲                                                          │
@@ -9,6 +9,10 @@ observed and refused before it, in order: it never depends on which group happen
 
 Prompts of a capability with the same mined evidence share a stratum, and only observed ones have
 one of their own: a version costs as much as what was observed, however large the pool.
+
+What a group is worth is the chance that it has a gradient, or how close the prompt's pass rate is
+to a target that falls from version to version (`order`, curation/posterior.py). How far the policy
+has come since a prompt was seen is learnt from its capability's others (curation/evidence.py).
 
 The band of a version is its active prompts. When they teach nothing the band is widened: prompts
 that pass rates have shut out, mined by another model perhaps, get half of the draws.
@@ -25,11 +29,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from curation.config import CurriculumSection
+from curation.evidence import DriftState, Evidence
+from curation.known import Known
+from curation.posterior import Floats, closeness, gradient_chance, posterior
 from curation.strata import Lottery, Strata
 from ground.errors import DataError
 from ground.records import Prompt
 
-Floats = NDArray[np.float64]
 Mask = NDArray[np.bool_]
 
 _WIDE_SHARE = 0.5
@@ -49,31 +55,6 @@ class Observation:
     trials: int
 
 
-@dataclass(frozen=True, slots=True)
-class Known:
-    """What is known of one prompt, or of those of a capability that share their mined evidence.
-
-    Example:
-        Known("math", None, prompts=40, successes=4.0, trials=8.0, mean=0.5, deviation=0.15,
-        status="active", share=0.2)       # a fifth of the draws goes to these forty
-    """
-
-    capability: str
-    prompt_id: str | None
-    """None where several prompts, or mined ones that were never observed, are meant."""
-    prompts: int
-    successes: float
-    trials: float
-    """Evidence as it has decayed."""
-    mean: float
-    deviation: float
-    """Of the pass rate's posterior, Beta(1 + successes, 1 + failures)."""
-    status: str
-    """active, retired, deferred or refused."""
-    share: float
-    """Of this version's draws in all, by weight and before quotas; the sum over a pool is 1."""
-
-
 class Curriculum:
     """A pool of prompts with decayed evidence on each.
 
@@ -81,13 +62,22 @@ class Curriculum:
     the pool: together they get `review_share` of the draws, half of them in a widened version, and
     a review can bring them back.
 
+    Args:
+        steps: versions over which the target falls (`order: target`).
+
     Example:
         curriculum.draw(0, "arithmetic", 0)                 # the same prompt however often asked
         curriculum.observe(1, [Observation(id, 8, 8)])      # now version 1; older draws are over
     """
 
     def __init__(
-        self, pool: Sequence[Prompt], section: CurriculumSection, *, seed: int, group_size: int
+        self,
+        pool: Sequence[Prompt],
+        section: CurriculumSection,
+        *,
+        seed: int,
+        group_size: int,
+        steps: int,
     ) -> None:
         if not pool:
             raise DataError(
@@ -96,7 +86,8 @@ class Curriculum:
                 fix="mine with a wider band, or give more prompts",
             )
         self._pool = sorted(pool, key=lambda prompt: prompt.id)
-        self._section, self._seed, self._group_size = section, seed, group_size
+        self._section, self._seed = section, seed
+        self._group_size, self._steps = group_size, steps
         self._index = {prompt.id: number for number, prompt in enumerate(self._pool)}
         self._names = sorted({prompt.capability for prompt in self._pool})
         self._as_mined()
@@ -111,6 +102,19 @@ class Curriculum:
         """Of all prompts, in order."""
         return self._names
 
+    @property
+    def aim(self) -> float | None:
+        """The pass rate that this version's draws aim at, if they aim at one."""
+        if self._section.order == "chance":
+            return None
+        return self._section.target_at(self._version / self._steps)
+
+    def gauges(self) -> dict[str, float]:
+        """The pass rate that is aimed at, if any, and each capability's level (evidence.py)."""
+        levels = zip(self._names, self._evidence.levels.tolist(), strict=True)
+        gauges = {f"level/{name}": level for name, level in levels}
+        return gauges | ({} if self.aim is None else {"target": self.aim})
+
     def shares(self) -> dict[str, float]:
         """Share of the draws that each capability's weights ask for; sums to 1."""
         mass = self._weights() * self._strata.sizes
@@ -121,7 +125,7 @@ class Curriculum:
                 where="rl",
                 fix="raise rl.engine.max_length or lower rl.sampling.max_new_tokens",
             )
-        sums = np.bincount(self._codes, weights=mass, minlength=len(self._names))
+        sums = np.bincount(self._evidence.codes, weights=mass, minlength=len(self._names))
         return {name: float(each) / total for name, each in zip(self._names, sums, strict=True)}
 
     def draw(self, version: int, capability: str, n: int) -> Prompt:
@@ -130,7 +134,7 @@ class Curriculum:
             raise ValueError(f"draws are of version {self._version}, got version {version}")
         code = self._names.index(capability)
         if code not in self._lotteries:
-            own = np.flatnonzero(self._codes == code)
+            own = np.flatnonzero(self._evidence.codes == code)
             random = np.random.default_rng([self._seed, version, code])
             self._lotteries[code] = Lottery(self._strata, own, self._weights()[own], random)
             self._drawn[code] = []
@@ -157,15 +161,13 @@ class Curriculum:
             raise ValueError(f"version {self._version + 1} comes next, got version {version}")
         self._version, self.wide = version, frozenset(wide)
         self._refuse(refused)
-        self._successes *= self._section.decay
-        self._trials *= self._section.decay
+        self._evidence.fade()
         told = [(self._index[seen.prompt_id], seen) for seen in observations]
         told = [(number, seen) for number, seen in told if number not in self._refused]
+        self._learn(told)
         self._separate([number for number, _ in told])
         for number, seen in told:
-            own = self._strata.of[number]
-            self._successes[own] += seen.successes
-            self._trials[own] += seen.trials
+            self._evidence.add(int(self._strata.of[number]), seen.successes, seen.trials)
         self._forget_order()
 
     def counts(self) -> dict[str, int]:
@@ -178,7 +180,7 @@ class Curriculum:
     def known(self) -> list[Known]:
         """Everything that is known at this version, a row per stratum; refused prompts last."""
         own = {stratum: self._pool[number].id for number, stratum in self._own.items()}
-        mean, deviation = posterior(self._successes, self._trials)
+        mean, deviation = posterior(*self._evidence.today())
         sizes, mass = self._strata.sizes.copy(), self._weights() * self._strata.sizes
         refused = [self._own[number] for number in self._refused]
         status = np.full(len(sizes), "active", dtype="<U8")
@@ -189,11 +191,11 @@ class Curriculum:
         sizes[refused] = 1
         return [
             Known(
-                capability=self._names[int(self._codes[stratum])],
+                capability=self._names[int(self._evidence.codes[stratum])],
                 prompt_id=own.get(stratum),
                 prompts=int(sizes[stratum]),
-                successes=float(self._successes[stratum]),
-                trials=float(self._trials[stratum]),
+                successes=float(self._evidence.successes[stratum]),
+                trials=float(self._evidence.trials[stratum]),
                 mean=float(mean[stratum]),
                 deviation=float(deviation[stratum]),
                 status=str(status[stratum]),
@@ -207,8 +209,9 @@ class Curriculum:
 
         They are in the order in which they came, for draws depend on it.
         """
+        seen = self._evidence
         evidence = {
-            self._pool[number].id: [float(self._successes[own]), float(self._trials[own])]
+            self._pool[number].id: [float(seen.successes[own]), float(seen.trials[own])]
             for number, own in self._own.items()
         }
         return {
@@ -216,6 +219,7 @@ class Curriculum:
             "wide": sorted(self.wide),
             "pool": self._fingerprint,
             "evidence": evidence,
+            "drift": seen.drift_state([*self._own.values()]),
             "refused": [self._pool[number].id for number in self._refused],
         }
 
@@ -225,6 +229,7 @@ class Curriculum:
         wide: Iterable[str],
         pool: str,
         evidence: dict[str, list[float]],
+        drift: DriftState,
         refused: list[str],
     ) -> None:
         """Go back to a saved state of the same pool."""
@@ -235,12 +240,9 @@ class Curriculum:
                 fix="give the prompts this run began with, or start the stage again (--from rl)",
             )
         self._as_mined()
-        for _ in range(version):
-            self._successes *= self._section.decay
-            self._trials *= self._section.decay
+        self._evidence.fade(version)
         self._separate([self._index[prompt_id] for prompt_id in evidence])
-        for own, (successes, trials) in zip(self._own.values(), evidence.values(), strict=True):
-            self._successes[own], self._trials[own] = successes, trials
+        self._evidence.load([*self._own.values()], [*evidence.values()], drift)
         self._version, self.wide = version, frozenset(wide)
         self._refuse(refused)
         self._forget_order()
@@ -250,10 +252,10 @@ class Curriculum:
         mined = [(d.successes, d.trials) if (d := p.difficulty) else (0, 0) for p in self._pool]
         kinds = [(p.capability, *pair) for p, pair in zip(self._pool, mined, strict=True)]
         self._strata = Strata(kinds)
-        self._successes, self._trials = (
-            np.array([key[part] for key in self._strata.keys], dtype=float) for part in (1, 2)
-        )
-        self._codes = np.array([self._names.index(key[0]) for key in self._strata.keys])
+        names, successes, trials = zip(*self._strata.keys, strict=True)
+        codes = [self._names.index(name) for name in names]
+        decay, drift = self._section.decay, self._section.drift
+        self._evidence = Evidence(successes, trials, codes, decay=decay, drift=drift)
         self._own: dict[int, int] = {}
         """Stratum of each prompt that was observed, by its number: it shares it with nobody."""
         self._refused: dict[int, None] = {}
@@ -266,12 +268,9 @@ class Curriculum:
         """Prompts whose evidence is about to differ from that of all others."""
         fresh = [number for number in dict.fromkeys(numbers) if number not in self._own]
         before = self._strata.of[fresh]
-        self._own |= {n: len(self._successes) + place for place, n in enumerate(fresh)}
+        self._own |= {n: len(self._strata.sizes) + place for place, n in enumerate(fresh)}
         self._strata.separate(fresh)
-        self._successes, self._trials, self._codes = (
-            np.concatenate([each, each[before]])
-            for each in (self._successes, self._trials, self._codes)
-        )
+        self._evidence.separate(before)
 
     def _refuse(self, prompt_ids: Iterable[str]) -> None:
         """Leave prompts in strata of their own, out of which they are taken: so the order in which
@@ -292,22 +291,35 @@ class Curriculum:
         """sha256 over the prompts' ids."""
         return hashlib.sha256("\n".join(self._index).encode()).hexdigest()
 
+    def _learn(self, told: Sequence[tuple[int, Observation]]) -> None:
+        """How far capabilities have come, by what active prompts showed against what was expected.
+
+        Others say nothing of it: a prompt that was never solved may be one that cannot be.
+        """
+        out = self._retired() | self._deferred()
+        seen = [(int(self._strata.of[number]), seen) for number, seen in told]
+        active = [(stratum, s.successes, s.trials) for stratum, s in seen if not out[stratum]]
+        self._evidence.learn(active)
+
     def _retired(self) -> Mask:
         """By stratum."""
-        return (self._trials > 0) & (self._successes >= self._section.retire_at * self._trials)
+        bound = self._section.retire_at
+        if self.aim is not None:
+            bound = min(bound, self.aim + self._section.target_margin)
+        return self._evidence.rates() >= bound
 
     def _deferred(self) -> Mask:
         """By stratum."""
-        return (self._trials > 0) & (self._successes == 0)
+        return (self._evidence.trials > 0) & (self._evidence.successes == 0)
 
     def _weights(self) -> Floats:
-        """[C] chance of a gradient, all reviewed prompts being scaled to their share of the whole.
+        """[C] what a group is worth, all reviewed prompts being scaled to their share of the whole.
 
         By stratum, for one member.
         """
         if self._known is not None:
             return self._known
-        weights = gradient_chance(self._successes, self._trials, self._group_size)
+        weights = self._worth()
         review, share = self._retired() | self._deferred(), self._section.review_share
         wide_share = max(share, _WIDE_SHARE)
         if self.wide.issuperset(self._names):
@@ -315,10 +327,17 @@ class Curriculum:
         else:
             self._scale(weights, review, np.full_like(review, True), share)
             for name in self.wide:
-                own = self._codes == self._names.index(name)
+                own = self._evidence.codes == self._names.index(name)
                 self._scale(weights, review, own, wide_share)
         self._known = weights
         return weights
+
+    def _worth(self) -> Floats:
+        """[C] of a group of one member."""
+        today = self._evidence.today()
+        if self.aim is not None:
+            return closeness(*today, self.aim, self._section.target_width)
+        return gradient_chance(*today, self._group_size)
 
     def _scale(self, weights: Floats, review: Mask, of: Mask, share: float) -> None:
         """Give the reviewed strata of some their share of the weight of all of these."""
@@ -326,31 +345,3 @@ class Curriculum:
         active, reviewed = float(mass[of & ~review].sum()), float(mass[of & review].sum())
         if active > 0 and reviewed > 0:
             weights[of & review] *= active * share / (1 - share) / reviewed
-
-
-def posterior(successes: Floats, trials: Floats) -> tuple[Floats, Floats]:
-    """Mean and standard deviation of the pass rate, p ~ Beta(1 + successes, 1 + failures).
-
-    Example:
-        nothing known → 1/2 and sqrt(1/12);  2 of 2 → 3/4 and sqrt(3/80)
-    """
-    alpha, beta = 1 + successes, 1 + trials - successes
-    total = alpha + beta
-    return alpha / total, np.sqrt(alpha * beta / (total**2 * (total + 1)))
-
-
-def gradient_chance(successes: Floats, trials: Floats, group_size: int) -> Floats:
-    """Chance that a group is neither all right nor all wrong: E[1 - p^G - (1-p)^G].
-
-    The expectation is over p ~ Beta(a, b), a = 1 + successes, b = 1 + failures, where
-    E[p^G] = prod_i (a + i) / (a + b + i), i < G: a prompt of unknown hardness is worth a look.
-
-    Example:
-        nothing known, G = 2 → 1 - 1/3 - 1/3 = 1/3
-    """
-    alpha, beta = 1 + successes, 1 + trials - successes
-    all_right, all_wrong = np.ones_like(alpha), np.ones_like(alpha)
-    for step in range(group_size):
-        all_right *= (alpha + step) / (alpha + beta + step)
-        all_wrong *= (beta + step) / (alpha + beta + step)
-    return 1 - all_right - all_wrong

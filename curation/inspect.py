@@ -10,6 +10,7 @@ empty frame with all its columns.
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from dataclasses import asdict
 from pathlib import Path
 
 import pandas as pd
@@ -17,6 +18,7 @@ import pandas as pd
 from curation.artefacts import (
     ROUND,
     Row,
+    calibration_rows,
     draw_rows,
     group_rows,
     judged_rows,
@@ -25,15 +27,17 @@ from curation.artefacts import (
     rollouts_of,
     round_rows,
 )
+from curation.calibration import agreements
 from curation.config import PruneSection
+from curation.judge import PARTS
 from curation.tallies import CURRICULUM, group_of, quotas_at, round_sums
-from ground.records import LABELS, Message, Prompt
+from ground.records import Message, Prompt
 from rollout.passk import wilson
 from rollout.rewards import Refusal, RewardFunction, Score, call_reward
 
 JUDGED = (
-    *("id", "capability", "question", "answer", "label", "score", *(f"p_{x}" for x in LABELS)),
-    *("label_mass", "given_label", "judged_by", "rank", "kept", "rule", "reason"),
+    *("id", "capability", "question", "answer", "label", "score", *PARTS),
+    *("given_label", "judged_by", "mark", "duplicate_of", "rank", "kept", "rule", "reason"),
 )
 MINED = (
     *("prompt_id", "capability", "question", "answer", "label", "successes", "trials"),
@@ -56,10 +60,11 @@ OWN = ("own_reward", "own_passed", "own_error")
 
 
 def judged(run: Path | str) -> pd.DataFrame:
-    """Every SFT row that pruning decided on: the judge's votes, its rank, and whether it stayed.
+    """Every SFT row that pruning decided on: what the judge said, its rank, and whether it stayed.
 
-    Rank 0 is the easiest of its capability (or of all, as `rule` says); unjudged rows have no score
-    and stand behind the hardest.
+    Rank 0 is the first to go of its capability (or of all, as `rule` says). Columns of other kinds
+    of judges than the run's are empty; unjudged rows have no score. `mark` is misaligned, duplicate
+    (of `duplicate_of`), or empty.
     """
     return _frame(judged_rows(Path(run)), JUDGED)
 
@@ -93,6 +98,27 @@ def shares(fates: pd.DataFrame, by: str = "capability") -> pd.DataFrame:
     table["kept_share"] = table["kept"] / table["rows"]
     table["mean_score_kept"] = kept["score"].mean()
     return table.reset_index()
+
+
+def calibration(run: Path | str) -> pd.DataFrame:
+    """Rows that several kinds of judges have scored: a row is what one kind said of one SFT row."""
+    return _frame(calibration_rows(Path(run)), ("id", "capability", "kind", "score"))
+
+
+def agreement(calibration: pd.DataFrame) -> pd.DataFrame:
+    """How alike each two kinds order the rows, per capability and over `all`: rank correlations.
+
+    Example:
+        agreement(calibration(run)).query("capability == 'all'").correlation
+    """
+    wide = calibration.pivot(index=["id", "capability"], columns="kind", values="score")
+    scores = {
+        str(kind): [None if pd.isna(score) else score for score in column]
+        for kind, column in wide.items()
+    }
+    found = agreements([str(name) for name in wide.index.get_level_values("capability")], scores)
+    columns = ["capability", "one", "other", "rows", "correlation", "low", "high"]
+    return pd.DataFrame([asdict(each) for each in found], columns=columns)
 
 
 def mined(run: Path | str) -> pd.DataFrame:
@@ -161,7 +187,8 @@ def curriculum(run: Path | str) -> pd.DataFrame:
     """A row per round: prompts by status, posterior means, and what came of its draws.
 
     `mean` is that of the posterior over the pool, `target` that over what the round was to draw,
-    by weight. `drawn`, `trained` and `pass_rate` are of the draws from this round up to the next.
+    by weight; `aim` is what `order: target` aimed at, and empty without it. `drawn`, `trained` and
+    `pass_rate` are of the draws from this round up to the next.
     """
     return _frame(round_sums(round_rows(Path(run)), draw_rows(Path(run))), CURRICULUM)
 

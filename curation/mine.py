@@ -1,6 +1,6 @@
 """`python -m curation.mine RECIPE`: measure how often the model solves each RL prompt.
 
-    prompts → shards of n → sampled, scored, committed → prompts.parquet (and skipped.parquet)
+    prompts → shards of n → sampled in waves, scored, committed → prompts.parquet, skipped.parquet
 
 A shard that an interrupted run committed for the same prompts and weights is not done again.
 """
@@ -10,24 +10,30 @@ from __future__ import annotations
 import json
 import logging
 import shutil
-import sys
 from collections.abc import Sequence
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 from curation.config import MineSection
 from curation.mining import Mined, mined_row, mined_schema, summarise
 from curation.models import model_name
+from curation.shards import Shards
+from curation.waves import stratum_of, topped_up
 from ground.chat import ChatTemplate
 from ground.console import reporter
 from ground.entry import Stage, stage_entry
 from ground.errors import DataError
+from ground.leaving import leave
 from ground.records import Prompt
-from ground.storage import commit_directory, verify_directory, write_file
+from ground.storage import write_file
 from ground.tables import read_prompts, write_rows
 from rollout.engine import Engine
 from rollout.engines import open_engine
 from rollout.evaluation import measure
-from rollout.reward_pool import RewardPool
+from rollout.judge_pool import beside_judge
+from rollout.judge_source import judge_of
+from rollout.reward_pool import RewardPool, Verifier
 from rollout.sandbox_probe import sandbox_facts
 
 logger = logging.getLogger("packtrain")
@@ -71,24 +77,32 @@ def _mine(
 ) -> list[Mined]:
     """All shards, those found on disk among them."""
     section = stage.section
+    shards: Shards[Prompt, Mined] = Shards(
+        stage.directory / "shards",
+        judged_by,
+        key=lambda prompt: prompt.id,
+        freeze=Mined.as_json,
+        thaw=lambda prompt, frozen: Mined(prompt, *frozen),
+    )
+    cut = [
+        prompts[start : start + section.shard_size]
+        for start in range(0, len(prompts), section.shard_size)
+    ]
     engine, chat = open_engine(model, section.engine)
     report = reporter(stage.directory)
     mined: list[Mined] = []
     try:
-        with RewardPool(
-            section.reward_processes,
-            section.reward_deadline_seconds,
-            stage.head.rewards,
-            sandbox=stage.head.sandbox,
-        ) as pool:
-            for start in range(0, len(prompts), section.shard_size):
-                shard = prompts[start : start + section.shard_size]
-                place = stage.directory / "shards" / f"{start:08d}"
-                done = _read_shard(place, shard, judged_by)
-                if done is None:
-                    done = _measure_shard(stage, engine, chat, pool, shard)
-                    _write_shard(place, done, judged_by)
-                mined += done
+        with (
+            RewardPool(
+                section.reward_processes,
+                section.reward_deadline_seconds,
+                stage.head.rewards,
+                sandbox=stage.head.sandbox,
+            ) as rules,
+            beside_judge(rules, judge_of(prompts, stage.trail)) as pool,
+        ):
+            for done in shards.each(cut, partial(_measure_shard, stage, engine, chat, pool)):
+                mined += done.results
                 report(len(mined), len(prompts))
     finally:
         engine.close()
@@ -99,47 +113,33 @@ def _measure_shard(
     stage: Stage[MineSection],
     engine: Engine,
     chat: ChatTemplate,
-    pool: RewardPool,
+    pool: Verifier,
     prompts: Sequence[Prompt],
 ) -> list[Mined]:
-    section = stage.section
-    measured = measure(
+    """All samples of all prompts, or a pilot and then more of some."""
+    section, seed = stage.section, stage.head.seed
+    wave = partial(
+        measure,
         engine,
         chat,
-        prompts,
-        pool,
-        section.sampling,
-        samples=section.samples,
-        seed=stage.head.seed,
+        reward_pool=pool,
+        sampling=section.sampling,
+        seed=seed,
         occasion="mine",
     )
-    return [Mined.of(each) for each in measured]
-
-
-def _write_shard(place: Path, mined: Sequence[Mined], judged_by: str) -> None:
-    outcomes = [[each.prompt.id, each.successes, each.trials, each.skipped] for each in mined]
-    with commit_directory(place, {"judged_by": judged_by}) as staging:
-        (staging / "outcomes.json").write_text(json.dumps(outcomes))
-
-
-def _read_shard(place: Path, prompts: Sequence[Prompt], judged_by: str) -> list[Mined] | None:
-    """What an earlier run found for exactly these prompts; None when it has to be measured."""
-    if not place.is_dir():
-        return None
-    try:
-        facts = verify_directory(place).facts
-    except DataError as error:
-        logger.warning("a shard is measured again: %s", error)
-        return None
-    outcomes = json.loads((place / "outcomes.json").read_text())
-    same = [outcome[0] for outcome in outcomes] == [prompt.id for prompt in prompts]
-    if facts.get("judged_by") != judged_by or not same:
-        return None
-    return [
-        Mined(prompt, int(successes), int(trials), str(skipped))
-        for prompt, (_, successes, trials, skipped) in zip(prompts, outcomes, strict=True)
-    ]
+    if section.pilot is None or section.pilot >= section.samples:
+        return [Mined.of(each) for each in wave(prompts, samples=section.samples)]
+    pilots = [Mined.of(each) for each in wave(prompts, samples=section.pilot)]
+    weights = topped_up(pilots, section.audit_share, seed)
+    chosen = [index for index, weight in enumerate(weights) if weight]
+    rest = section.samples - section.pilot
+    more = wave([prompts[index] for index in chosen], samples=rest, first=section.pilot)
+    mined = [replace(each, weight=0.0) for each in pilots]
+    for index, each in zip(chosen, more, strict=True):
+        pilot = pilots[index]
+        mined[index] = pilot.with_more(each, weights[index], stratum_of(pilot))
+    return mined
 
 
 if __name__ == "__main__":
-    sys.exit(stage_entry("mine", MineSection, train))
+    leave(stage_entry("mine", MineSection, train))

@@ -8,8 +8,8 @@ from __future__ import annotations
 
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
-from typing import Literal
+from dataclasses import dataclass, replace
+from typing import Any, Literal
 
 import pyarrow as pa
 
@@ -17,7 +17,7 @@ from ground.records import Difficulty, Prompt
 from ground.rows import row_of
 from ground.tables import ROW_SCHEMA
 from rollout.evaluation import Measured
-from rollout.passk import mean_pass_at_k, pass_at_k, wilson
+from rollout.passk import Stands, pass_at_k, passes, wilson
 
 Status = Literal["solved", "workable", "hopeless", "skipped"]
 
@@ -35,11 +35,24 @@ class Mined:
     trials: int
     skipped: str = ""
     """Why it was not asked; it has no trials then."""
+    weight: float = 1.0
+    """For how many prompts it stands in pass@k: 0 after a pilot alone (curation/waves.py)."""
+    stratum: str = ""
+    """For whom: prompts of its capability of which the pilot said the same."""
 
     @staticmethod
     def of(measured: Measured) -> Mined:
         """From a measurement, its texts left behind."""
         return Mined(measured.prompt, measured.successes, measured.trials, measured.skipped)
+
+    def with_more(self, measured: Measured, weight: float, stratum: str) -> Mined:
+        """With a further wave of samples."""
+        successes, trials = self.successes + measured.successes, self.trials + measured.trials
+        return replace(self, successes=successes, trials=trials, weight=weight, stratum=stratum)
+
+    def as_json(self) -> list[Any]:
+        """Plain values; with the prompt before them they make an equal one."""
+        return [self.successes, self.trials, self.skipped, self.weight, self.stratum]
 
     def status(self, solved_at: float) -> Status:
         """What it is good for: workable prompts have a gradient."""
@@ -113,11 +126,9 @@ def summarise(
 def _figures(
     mined: Sequence[Mined], ks: Sequence[int], solved_at: float, seed: int
 ) -> Mapping[str, object]:
-    outcomes = [(each.trials, each.successes) for each in mined if each.trials]
+    asked = [each for each in mined if each.trials]
+    outcomes = [(each.trials, each.successes) for each in asked]
+    stands = [Stands(each.weight, (each.prompt.capability, each.stratum)) for each in asked]
     statuses = Counter(each.status(solved_at) for each in mined)
-    passes = {
-        f"pass@{k}": asdict(mean_pass_at_k(outcomes, k, seed))
-        for k in sorted(set(ks))
-        if outcomes and k <= min(trials for trials, _ in outcomes)
-    }
-    return {"prompts": len(mined), **dict(sorted(statuses.items())), **passes}
+    counts = dict(sorted(statuses.items()))
+    return {"prompts": len(mined), **counts, **passes(outcomes, ks, seed, stands)}

@@ -11,21 +11,24 @@ from curation.artefacts import Row
 from curation.pruning import EVERYTHING, per_of, quotas
 
 STATUSES = ("active", "retired", "deferred", "refused")
-CURRICULUM = ("version", *STATUSES, "mean", "target", "drawn", "trained", "pass_rate")
+CURRICULUM = ("version", *STATUSES, "mean", "target", "aim", "drawn", "trained", "pass_rate")
 
 
 def round_sums(rounds: Iterable[Row], draws: Iterable[Row]) -> list[Row]:
     """A row of `CURRICULUM` per round of the curriculum, versions rising.
 
     `mean` is that of the posterior over the pool, `target` that over what the round was to draw, by
-    weight. `drawn`, `trained` and `pass_rate` are of the draws from this round up to the next.
+    weight; `aim` is what `order: target` aimed at. `drawn`, `trained` and `pass_rate` are of the
+    draws from this round up to the next.
 
     Example:
         10 prompts believed to be solved half of the time, 2 of them refused → active 8, mean 0.5
     """
     sums: dict[int, Counter[str]] = {}
+    aims: dict[int, float | None] = {}
     for row in rounds:
         own = sums.setdefault(row["version"], Counter())
+        aims[row["version"]] = row["aim"]
         own[row["status"]] += row["prompts"]
         if row["status"] != "refused":
             own["pool"] += row["prompts"]
@@ -39,7 +42,7 @@ def round_sums(rounds: Iterable[Row], draws: Iterable[Row]) -> list[Row]:
         own["trained"] += draw["state"] == "trained"
         own["successes"] += draw["successes"]
         own["trials"] += draw["trials"]
-    return [_round(version, sums[version]) for version in versions]
+    return [{**_round(version, sums[version]), "aim": aims[version]} for version in versions]
 
 
 def quotas_at(rows: Sequence[Row], share: Fraction) -> dict[str, int]:

@@ -48,8 +48,8 @@ class EntropyShare(Section):
     """Share where the teacher's distribution is uniform over the vocabulary; 0 where it is sure."""
 
 
-class AlignedShare(Section):
-    """The share of each capability follows what held-out rows say of its teacher; the default."""
+class AlignedCurve(Section):
+    """What moves a share that follows observations; see `AlignedShare` and `AlignedWeight`."""
 
     kind: Literal["aligned"] = "aligned"
     start: float = Field(default=0.7, ge=0, le=1)
@@ -59,11 +59,7 @@ class AlignedShare(Section):
     memory: float = Field(default=0.7, ge=0, lt=1)
     """What an observation leaves of those before it in the averages that a share follows."""
     trust: float = Field(default=0.3, ge=0, le=1)
-    """Added to the evidence, which is between -1 and 1, in the teacher's favour: where held-out
-    rows cannot tell, the soft target is the better one, for it carries no label noise."""
-    labels_from: float = Field(default=0.1, ge=0, le=1)
-    """How much the labels' gain counts against the teacher's in the first step; it rises to 1 in
-    the last one. 1 asks for the better of the two from the beginning."""
+    """Added to the evidence, which is between -1 and 1, in the teacher's favour."""
     knots: tuple[float, ...] = (0.0, 1.0, 2.5)
     """Entropies of the teacher, in nats, that have shares of their own; between them shares lie on
     a line. A single knot keeps one share per capability."""
@@ -85,6 +81,42 @@ class AlignedShare(Section):
         return self
 
 
+class AlignedShare(AlignedCurve):
+    """The share of each capability follows what held-out rows say of its teacher; the default.
+
+    With `trust` above 0 the soft target wins where held-out rows cannot tell, for it carries no
+    label noise.
+    """
+
+    labels_from: float = Field(default=0.1, ge=0, le=1)
+    """How much the labels' gain counts against the teacher's in the first step; it rises to 1 in
+    the last one. 1 asks for the better of the two from the beginning."""
+
+
+class AlignedWeight(AlignedCurve):
+    """The weight of each capability follows what the rewards of its new answers say of its
+    teacher; the default in RL.
+
+    Without `trust` it stays where it is as long as rewards cannot tell: the teacher was never
+    promised to be right about them.
+    """
+
+    start: float = Field(default=0.3, ge=0, le=1)
+    """Weight before anything was observed."""
+    rate: float = Field(default=0.1, gt=0, le=1)
+    """How far one observation moves a weight at most."""
+    trust: float = Field(default=0.0, ge=0, le=1)
+    """Added to the evidence, which is between -1 and 1, in the teacher's favour."""
+    knots: tuple[float, ...] = (0.0,)
+    """As above; a single knot keeps one weight per capability."""
+    low: float = Field(default=0.0, ge=0, le=1)
+    """No weight falls below this; at 0 a teacher is out until rewards speak for it again."""
+    high: float = Field(default=1.0, ge=0, le=1)
+    """No weight rises above this."""
+    every: int = Field(default=2, ge=1)
+    """Steps between two observations."""
+
+
 def _full(value: object) -> object:
     """`static` alone is the section with that kind; without a kind it is `aligned`."""
     if isinstance(value, str):
@@ -99,31 +131,45 @@ WeightingSection = Annotated[
 ]
 """`weighting: aligned`, or with settings: `weighting: {kind: static, share: 0.9}`."""
 
+WeightSection = Annotated[
+    StaticShare | ScheduleShare | AlignedWeight,
+    Field(discriminator="kind"),
+    BeforeValidator(_full),
+]
+"""The same in RL, where there is no hard target: `share` and `peak` are the weight of the soft loss
+beside the policy's. `entropy`, which trusts labels where the teacher is sure, has no meaning."""
+
 FormatKind = Literal["full", "topk_tail", "sampled"]
 DivergenceKind = Literal["forward", "reverse", "jsd"]
 
 
-class TargetsSection(Section):
-    """What the teacher says to the rows that SFT will train on, kept in a store."""
+class WordSection(Section):
+    """How much of what a teacher says is kept, and how it is asked."""
 
-    format: FormatKind = "topk_tail"
-    """`topk_tail`: the likeliest tokens and the mass of all others. `sampled`: draws, unbiased.
-    `full`: everything, for small vocabularies only."""
-    k: int = Field(default=64, ge=1)
-    """Likeliest tokens that `topk_tail` keeps, beside the realised one and those of `always`."""
-    draws: int = Field(default=64, ge=1)
-    """Draws that `sampled` makes for each token."""
+    format: FormatKind = "sampled"
+    """`sampled`: the likeliest tokens, and draws from all others, which leaves no bias in the
+    gradient. `topk_tail`: the likeliest tokens, and the mass of all others as one number; needed by
+    divergences other than `forward`. `full`: everything, for small vocabularies only."""
+    k: int = Field(default=32, ge=1)
+    """Likeliest tokens that are kept, beside the realised one and those of `always`."""
+    draws: int = Field(default=32, ge=1)
+    """Draws that `sampled` makes among the others, for each token."""
     temperature: float = Field(default=1.0, gt=0)
     """Of teacher and student in the soft loss; above 1 it tells more of unlikely tokens."""
     always: list[str] = Field(default_factory=list)
     """Tokens that are kept whatever their probability, as the tokenizer writes them, such as
     `<|eot|>`. The realised token is always kept."""
-    max_length: int = Field(default=2048, ge=8)
-    """Longest conversation in tokens; at least `sft.max_length`."""
     pass_tokens: int = Field(default=8192, ge=1)
     """Tokens of one pass of the teacher, padding included; rows of like length go together."""
     threads: int = Field(default=1, ge=1)
     """CPU threads of the teacher."""
+
+
+class TargetsSection(WordSection):
+    """What the teacher says to the rows that SFT will train on, kept in a store."""
+
+    max_length: int = Field(default=2048, ge=8)
+    """Longest conversation in tokens; at least `sft.max_length`."""
     store: Path | None = None
     """Folder that several runs share, so that no row is ever read twice; by default the run's own,
     `teacher-store`, which stays when the stage is made again."""
@@ -143,5 +189,44 @@ class DistillSection(Section):
     """Rows that `aligned` keeps out of training to see where held-out loss falls, in proportion to
     the data: one of each capability at least, a tenth of its rows at most, so that a capability of
     fewer than 10 rows has none and keeps its share at `start`. Other weightings keep none."""
-    signal_rows: int = Field(default=32, ge=1)
-    """Rows of a step whose teacher is compared with them."""
+    signal_heldout: int = Field(default=32, ge=1)
+    """Held-out rows that one observation reads, at least one of each capability: they take turns,
+    since a share follows several observations anyway."""
+    signal_rows: int = Field(default=16, ge=1)
+    """Trained rows that it reads: the last ones, whose teacher is compared with the held-out."""
+
+
+class RolloutDistillSection(WordSection):
+    """The teacher's word on the student's own answers, beside their rewards: L_rl + w KL."""
+
+    weighting: WeightSection = AlignedWeight()
+    """Weight w of the soft loss: `aligned`, `static` or `schedule`."""
+    divergence: DivergenceKind = "forward"
+    """As in sft.distill; `reverse` is what on-policy distillation usually means."""
+    beta: float = Field(default=0.5, gt=0, lt=1)
+    """Of `jsd`."""
+    signal_rows: int = Field(default=16, ge=1)
+    """Answers of a capability that `aligned` looks at."""
+    num_teachers: int = Field(default=1, ge=1)
+    """Ray actors that hold the teacher, each whole on one device of its own."""
+    cpus_per_teacher: float = Field(default=1, gt=0)
+    """What Ray reserves for a teacher."""
+    gpus_per_teacher: int = Field(default=0, ge=0, le=1)
+    """1: each has a GPU of its own. 0: they compute on processors, also where there are GPUs."""
+    speak_deadline_seconds: float = Field(default=120.0, gt=0)
+    """For the word on one group; then the teacher is replaced and another one asked."""
+
+    @property
+    def bundle(self) -> dict[str, float]:
+        """What Ray reserves for a teacher, all of one machine."""
+        gpus = {"GPU": float(self.gpus_per_teacher)} if self.gpus_per_teacher else {}
+        return {"CPU": self.cpus_per_teacher, **gpus}
+
+    @model_validator(mode="after")
+    def _divergence_of_what_is_kept(self) -> Self:
+        if self.format == "sampled" and self.divergence != "forward":
+            raise ValueError(
+                f"divergence '{self.divergence}' cannot be computed from sampled targets: set "
+                "format to topk_tail, or the divergence to forward"
+            )
+        return self

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import sys
 from dataclasses import asdict
 
 import torch
@@ -14,6 +13,7 @@ from distill.plan import NOTE, TargetsPlan, note_of, plan_targets
 from distill.teacher import Teacher
 from ground.console import reporter
 from ground.entry import Stage, stage_entry
+from ground.leaving import leave
 from ground.model import load_model
 from ground.storage import write_file
 
@@ -52,4 +52,4 @@ def load_teacher(plan: TargetsPlan, section: TargetsSection) -> Teacher:
 
 
 if __name__ == "__main__":
-    sys.exit(stage_entry("targets", TargetsSection, train))
+    leave(stage_entry("targets", TargetsSection, train))

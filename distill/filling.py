@@ -95,7 +95,7 @@ def require_room(store: TargetStore, wanted: Estimate) -> None:
         )
 
 
-def require_vocabulary(kind: FormatKind, vocabulary: int) -> None:
+def require_vocabulary(kind: FormatKind, vocabulary: int, key: str) -> None:
     """Refuse `full` where it would fill disk and memory.
 
     Raises:
@@ -103,9 +103,8 @@ def require_vocabulary(kind: FormatKind, vocabulary: int) -> None:
     """
     if kind == "full" and vocabulary > FULL_VOCABULARY:
         raise RecipeError(
-            f"targets.format full is for vocabularies of up to {FULL_VOCABULARY} ids, "
-            f"got {vocabulary}",
-            fix="set targets.format to topk_tail or sampled",
+            f"{key} full is for vocabularies of up to {FULL_VOCABULARY} ids, got {vocabulary}",
+            fix=f"set {key} to topk_tail or sampled",
         )
 
 

@@ -11,12 +11,15 @@ import hashlib
 import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from itertools import takewhile, zip_longest
 from pathlib import Path
-
-from transformers import PreTrainedTokenizerFast
+from typing import TYPE_CHECKING
 
 from ground.errors import DataError
 from ground.provenance import weights_fingerprint
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
 
 _PROBES = (
     "The quick brown fox jumps over 13 lazy dogs.",
@@ -97,17 +100,27 @@ def require_same_tokens(
     """Refuse logit distillation between models that do not speak of the same tokens.
 
     Raises:
-        DataError: naming the first id, text or the template in which they differ.
+        DataError: naming the first id, text, line of the template or special token that differs.
     """
+    why = "the teacher's probabilities belong to its own tokens and its own form of a conversation"
     what = _first_difference(teacher, student)
     if what:
         raise DataError(
-            f"teacher and student must share tokenizer and template: {what}",
+            f"teacher and student must share their tokenizer: {what}",
             where=where,
-            why="the teacher's probabilities belong to its own tokens and its own form of a "
-            "conversation",
+            why=why,
             fix="use a teacher of the student's family; one of another family can still teach by "
             "its text: let it write the demonstrations",
+        )
+    what = _template_difference(teacher, student)
+    if what:
+        raise DataError(
+            f"their chat templates differ: {what}",
+            where=where,
+            why=why,
+            fix="copy chat_template.jinja and the special tokens of tokenizer_config.json from the "
+            "model that was trained on conversations into the other's folder; where both were, on "
+            "different forms, use another teacher",
         )
 
 
@@ -118,8 +131,7 @@ def tokenizer_fingerprint(tokenizer: PreTrainedTokenizerFast) -> str:
 
 def template_fingerprint(tokenizer: PreTrainedTokenizerFast) -> str:
     """Sixteen hex digits over the chat template and the names of its special tokens."""
-    names = {name: str(token) for name, token in tokenizer.special_tokens_map.items()}
-    return _digest([str(tokenizer.chat_template), names])
+    return _digest([str(tokenizer.chat_template), _special_tokens(tokenizer)])
 
 
 def vocabulary_of(tokenizer: PreTrainedTokenizerFast) -> int:
@@ -153,9 +165,30 @@ def _first_difference(teacher: PreTrainedTokenizerFast, student: PreTrainedToken
     for text, one, other in zip(_PROBES, _cut(teacher), _cut(student), strict=True):
         if one != other:
             return f"the vocabulary is the same, but the text {text!r} is cut into other tokens"
-    if template_fingerprint(teacher) != template_fingerprint(student):
-        return "their chat templates differ"
     return ""
+
+
+def _template_difference(teacher: PreTrainedTokenizerFast, student: PreTrainedTokenizerFast) -> str:
+    """The first line that is not the same, or the special token."""
+    lines = [str(each.chat_template).split("\n") for each in (teacher, student)]
+    for number, (one, other) in enumerate(zip_longest(*lines, fillvalue="<no such line>"), start=1):
+        if one != other:
+            same = sum(
+                1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(one, other, strict=False))
+            )
+            part = slice(max(same - 20, 0), same + 40)  # some templates are one long line
+            one, other = one[part], other[part]
+            return f"line {number} has {one!r} for the teacher and {other!r} for the student"
+    theirs, ours = (_special_tokens(each) for each in (teacher, student))
+    for name in sorted({*theirs, *ours}):
+        one, other = theirs.get(name), ours.get(name)
+        if one != other:
+            return f"{name} is {one!r} to the teacher and {other!r} to the student"
+    return ""
+
+
+def _special_tokens(tokenizer: PreTrainedTokenizerFast) -> dict[str, str]:
+    return {name: str(token) for name, token in tokenizer.special_tokens_map.items()}
 
 
 def _weights(teacher: str) -> str:

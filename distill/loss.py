@@ -96,20 +96,33 @@ def token_losses(
         targets: one entry per label; its first outcome is the label, unless it is `full`.
     """
     student_NO = _student(hidden_NH, head_weight_VH, targets, divergence.temperature)
-    teacher_NO = torch.cat([targets.logprobs_TK, targets.tail_T[:, None]], dim=1)
     if divergence.temperature != 1:
         hard_N = -token_logprobs(hidden_NH, head_weight_VH, labels_N)[0]
     elif targets.ids_TK is None:
         hard_N = -student_NO.gather(1, labels_N[:, None])[:, 0]
     else:
         hard_N = -student_NO[:, 0]
+    return hard_N, _soft(student_NO, targets, divergence)
+
+
+def soft_losses(
+    hidden_NH: Tensor, head_weight_VH: Tensor, targets: TeacherTargets, divergence: Divergence
+) -> Tensor:
+    """The distance alone, where there is no label to be true to; see `token_losses`."""
+    student_NO = _student(hidden_NH, head_weight_VH, targets, divergence.temperature)
+    return _soft(student_NO, targets, divergence)
+
+
+def _soft(student_NO: Tensor, targets: TeacherTargets, divergence: Divergence) -> Tensor:
+    """The distance of each token from its teacher, times the squared temperature."""
+    teacher_NO = torch.cat([targets.logprobs_TK, targets.tail_T[:, None]], dim=1)
     teacher_NO = teacher_NO.to(student_NO.dtype)
     soft_N = _distance(student_NO, teacher_NO, divergence)
     if targets.kind == "sampled":
         is_spoken_N = torch.isfinite(teacher_NO).any(-1)
         drawn_N = torch.special.entr(teacher_NO.exp()).sum(-1)
         soft_N = soft_N + (drawn_N - targets.entropy_T) * is_spoken_N
-    return hard_N, divergence.temperature**2 * soft_N
+    return divergence.temperature**2 * soft_N
 
 
 def _student(

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import FunctionCtx, once_differentiable
 
-from ground.logprobs import blocks, compute_dtype, tiles
+from ground.logprobs import HeadGradients, blocks, compute_dtype, tiles
 
 
 def outcome_logits(
@@ -67,9 +67,7 @@ class _OutcomeLogits(torch.autograd.Function):
         ctx: _Saved, picked_grad_NK: Tensor, rest_grad_N: Tensor
     ) -> tuple[Tensor | None, Tensor | None, None, None]:
         hidden_NH, weight_VH, ids_NK, rest_N = ctx.saved_tensors
-        wants_hidden, wants_weight = ctx.needs_input_grad[:2]
-        hidden_grad = torch.zeros_like(hidden_NH, dtype=rest_N.dtype) if wants_hidden else None
-        weight_grad = torch.zeros_like(weight_VH, dtype=rest_N.dtype) if wants_weight else None
+        gradients = HeadGradients(hidden_NH, weight_VH, ctx.needs_input_grad, rest_N.dtype)
         nothing_N = rest_N == -torch.inf
         rest_N, rest_grad_N = (
             rest_N.masked_fill(nothing_N, 0),
@@ -81,16 +79,9 @@ class _OutcomeLogits(torch.autograd.Function):
                 grad_CD[rows, columns] = -torch.inf
                 grad_CD.sub_(rest_N[part, None]).exp_().mul_(rest_grad_N[part, None])
                 grad_CD[rows, columns] = picked_grad_NK[part][rows, slots]
-                if hidden_grad is not None:
-                    hidden_grad[part].addmm_(grad_CD, weight_DH, alpha=1 / ctx.temperature)
-                if weight_grad is not None:
-                    weight_grad[span].addmm_(grad_CD.T, hidden_CH)
-        return (
-            None if hidden_grad is None else hidden_grad.to(hidden_NH.dtype),
-            None if weight_grad is None else weight_grad.to(weight_VH.dtype),
-            None,
-            None,
-        )
+                gradients.hidden_by(part, grad_CD, weight_DH, ctx.temperature)
+                gradients.weight_by(span, grad_CD, hidden_CH)
+        return (*gradients.whole(), None, None)
 
 
 def _forward_block(hidden_CH: Tensor, weight_VH: Tensor, ids_CK: Tensor) -> tuple[Tensor, Tensor]:

@@ -1,4 +1,4 @@
-"""What a recipe's `targets` section means for a run: whose word, on which rows, kept where."""
+"""What a recipe asks of a teacher: whose word, on which rows, kept where."""
 
 from __future__ import annotations
 
@@ -7,11 +7,12 @@ import os
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from distill.config import FormatKind, TargetsSection
+from distill.config import FormatKind, RolloutDistillSection, TargetsSection
 from distill.filling import require_vocabulary
 from distill.identity import Identity, identity_of, token_ids
 from distill.store import TargetStore, TokenRow
 from distill.targets import TargetFormat
+from distill.word import Teaching
 from ground.chat import ChatTemplate
 from ground.config import Data
 from ground.errors import DataError, RecipeError
@@ -57,16 +58,37 @@ def plan_targets(
         RecipeError: an input is missing, or longer than the teacher reads.
     """
     teacher, student = trail.teacher(), trail.model_before("targets")
-    _require_context(section.max_length, teacher)
+    _require_context(section.max_length, teacher, "targets.max_length")
     own, tokenizer = load_tokenizer(teacher), load_tokenizer(student)
     format = TargetFormat.of(section, token_ids(tokenizer, section.always))
     identity = identity_of(teacher, own, tokenizer, str(format))
-    require_vocabulary(format.kind, identity.vocabulary)
+    require_vocabulary(format.kind, identity.vocabulary, "targets.format")
     source = trail.demonstrations_before("sft")
     demonstrations = read_demonstrations(source, data, quarantine=quarantine)
     rows = encode_demonstrations(demonstrations, ChatTemplate(tokenizer), section.max_length)
     folder = section.store or trail.run.path / STORE
     return TargetsPlan(teacher, format, identity, folder, tuple(map(token_row, rows.rows)))
+
+
+def plan_teaching(
+    section: RolloutDistillSection, teacher: Path, student: Path, max_length: int
+) -> Teaching:
+    """Read tokenizers and config of both; no weights are loaded.
+
+    Args:
+        max_length: of prompt and answer together.
+
+    Raises:
+        DataError: teacher and student do not speak of the same tokens.
+        RecipeError: the teacher reads fewer tokens than the student may write, or the vocabulary is
+            too large for the format.
+    """
+    _require_context(max_length, teacher, "rl.engine.max_length")
+    own, tokenizer = load_tokenizer(teacher), load_tokenizer(student)
+    format = TargetFormat.of(section, token_ids(tokenizer, section.always))
+    identity = identity_of(teacher, own, tokenizer, str(format))
+    require_vocabulary(format.kind, identity.vocabulary, "rl.distill.format")
+    return Teaching(teacher.resolve(), identity, format.always)
 
 
 def token_row(row: TrainingRow) -> TokenRow:
@@ -134,12 +156,12 @@ def read_note(path: Path) -> Note:
         ) from None
 
 
-def _require_context(max_length: int, teacher: Path) -> None:
+def _require_context(max_length: int, teacher: Path, key: str) -> None:
     config = read_config(teacher)
     text_config = config.get("text_config", config)
     limit = text_config.get("max_position_embeddings") if isinstance(text_config, dict) else None
     if isinstance(limit, int) and max_length > limit:
         raise RecipeError(
-            f"targets.max_length must be at most the teacher's {limit} positions, got {max_length}",
-            fix=f"set targets.max_length to {limit}",
+            f"{key} must be at most the teacher's {limit} positions, got {max_length}",
+            fix=f"set {key} to {limit}",
         )

@@ -10,10 +10,9 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
-import threading
+import stat
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -27,8 +26,8 @@ from xxhash import xxh3_64
 from distill.config import FormatKind
 from distill.identity import Identity
 from distill.targets import TeacherTargets
-from ground.disk import disk_errors, fsync_directory, fsync_file
 from ground.errors import DataError
+from ground.storage import replace_file
 
 KEY_BYTES = 16
 SUFFIX = ".safetensors"
@@ -109,28 +108,22 @@ def write_shard(folder: Path, identity: Identity, rows: Sequence[StoredRow]) -> 
     columns["checksums"] = np.array([row.checksum for row in rows], dtype=np.uint64)
     name = hashlib.sha256(columns["keys"].tobytes() + columns["checksums"].tobytes()).hexdigest()
     path = folder / f"{name[:24]}{SUFFIX}"
-    with written_whole(path) as staging:
+    with shared_file(path) as staging:
         save_file(columns, staging, {"identity": json.dumps(asdict(identity), sort_keys=True)})
     return path
 
 
 @contextmanager
-def written_whole(path: Path) -> Iterator[Path]:
-    """Yield a path of this writer's own, which takes the place of `path` at the end.
+def shared_file(path: Path) -> Iterator[Path]:
+    """Yield a path to write to, which takes the place of `path`; whoever may enter the folder to
+    read or write it may do so with the file, whatever this process's umask.
 
     Raises:
         SetupError: the disk is full or not writable.
     """
-    staging = path.with_name(f".{path.name}.{os.getpid()}.{threading.get_ident()}.staging")
-    with disk_errors(path):
-        try:
-            yield staging
-            fsync_file(staging)
-            os.replace(staging, path)
-            fsync_directory(path.parent)
-        finally:
-            with suppress(OSError):
-                staging.unlink(missing_ok=True)
+    with replace_file(path, has_other_writers=True) as staging:
+        yield staging
+        staging.chmod(stat.S_IMODE(path.parent.stat().st_mode) & 0o666)
 
 
 class StrangerError(DataError):

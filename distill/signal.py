@@ -31,6 +31,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from distill.targets import TeacherTargets
+
 TILE_ELEMENTS = 1 << 22
 """Numbers in the largest intermediate result, but for one tile's share of every token."""
 RIDGE = 0.01
@@ -47,6 +49,9 @@ class HeadTokens:
     hidden_NH: Tensor
     """The head's input at the positions that predict the labels."""
     labels_N: Tensor
+    scales_N: Tensor | None = None
+    """Of held-out tokens: what each one's loss -log q(label) is multiplied with, 1 by default. With
+    rho A it is the policy's loss, and a gain is a rise of the reward."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,6 +70,15 @@ class SoftTokens:
     """Probability of everything that is not kept, together."""
     temperature: float = 1.0
     """That the targets were made at; the soft loss is KL times its square."""
+
+    @classmethod
+    def of(
+        cls, targets: TeacherTargets, chosen_N: Tensor, temperature: float, device: torch.device
+    ) -> SoftTokens:
+        """Some of the tokens that a teacher spoke to."""
+        ids_NK = None if targets.ids_TK is None else targets.ids_TK[chosen_N].to(device)
+        probs_NK = targets.logprobs_TK[chosen_N].exp().to(device)
+        return cls(ids_NK, probs_NK, targets.tail_T[chosen_N].exp().to(device), temperature)
 
 
 @dataclass(frozen=True, slots=True)
@@ -112,6 +126,8 @@ def token_gains(
     for span, weight_DH in _tiles(head_weight_VH, width):
         residual_MD = (heldout.hidden_NH.float() @ weight_DH.T - sum_M[:, None]).exp_()
         _add_labels(residual_MD, heldout.labels_N, span, -1.0)
+        if heldout.scales_N is not None:
+            residual_MD *= heldout.scales_N[:, None]
         push_ND = kernel_NM @ residual_MD
         logits_ND = trained.hidden_NH.float() @ weight_DH.T
         q_ND = (logits_ND / soft.temperature - softened_N[:, None]).exp_()
@@ -158,7 +174,9 @@ def _log_sum(hidden_NH: Tensor, head_weight_VH: Tensor) -> Tensor:
 def _kept(soft: SoftTokens, span: slice) -> tuple[Tensor, Tensor]:
     """The teacher's kept probabilities in a tile, 0 elsewhere, and where they stand; [N, D]."""
     if soft.ids_NK is None:
-        probs_ND = soft.probs_NK[:, span].float()
+        found = soft.probs_NK[:, span].float()
+        beyond = span.stop - span.start - found.shape[1]  # rows of the head that are no token's
+        probs_ND = torch.nn.functional.pad(found, (0, beyond))
         return probs_ND, torch.ones_like(probs_ND, dtype=torch.bool)
     probs_ND = soft.probs_NK.new_zeros(
         (len(soft.probs_NK), span.stop - span.start), dtype=torch.float32

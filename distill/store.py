@@ -9,6 +9,9 @@
 Rows are known before any packing, so that how they are batched later does not matter. Any number
 of processes may fill one store: shards are whole or absent, and a row that two have inserted is
 the same twice. A damaged shard is named and left out, as if its rows had never been there.
+
+Who may read and fill a store is said by the folder that holds it: what is made inside has that
+folder's permissions. A run's own store is as private as the run.
 """
 
 from __future__ import annotations
@@ -16,9 +19,10 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+import stat
 from array import array
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -30,8 +34,8 @@ from distill.shard import (
     Shard,
     StoredRow,
     StrangerError,
+    shared_file,
     write_shard,
-    written_whole,
 )
 from distill.targets import TeacherTargets
 from ground.disk import disk_errors
@@ -110,7 +114,7 @@ class TargetStore:
     def note_rate(self, tokens_per_second: float) -> None:
         """Remember how fast the teacher read, for the next estimate."""
         said = json.dumps({"tokens_per_second": tokens_per_second})
-        with written_whole(self.folder / _RATE) as staging:
+        with shared_file(self.folder / _RATE) as staging:
             staging.write_text(said + "\n", encoding="utf-8")
 
     @property
@@ -153,10 +157,10 @@ class TargetStore:
     def writer(self, tokens_per_shard: int = 1 << 18) -> Iterator[Writer]:
         """Insert rows; what was inserted is on the disk, and here, at the end at the latest."""
         with disk_errors(self.folder):
-            self.folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+            self._make_folder()
             if not (self.folder / _IDENTITY).is_file():
                 said = json.dumps(asdict(self.identity), indent=1, sort_keys=True)
-                with written_whole(self.folder / _IDENTITY) as staging:
+                with shared_file(self.folder / _IDENTITY) as staging:
                     staging.write_text(said + "\n", encoding="utf-8")
         writer = Writer(self, tokens_per_shard)
         try:
@@ -176,6 +180,13 @@ class TargetStore:
         self._shards.append(shard)
         for row, key in enumerate(shard.keys):
             self._places.setdefault(key, []).append((shard, row))
+
+    def _make_folder(self) -> None:
+        """As open to others as the folder that holds the store, whatever this process's umask."""
+        self.folder.parent.mkdir(parents=True, exist_ok=True)
+        with suppress(FileExistsError):
+            self.folder.mkdir()
+            self.folder.chmod(stat.S_IMODE(self.folder.parent.stat().st_mode))
 
     def _refuse_strangers(self) -> None:
         """The folder's own word on whose it is."""

@@ -4,11 +4,11 @@
     topk_tail   the K likeliest and the probability of all others together: K + 1 outcomes. Its KL
                 is never above the full KL, and the gradient of what is kept is not biased; that of
                 a renormalised top-k is, by 30 to 200 % where the teacher is flat
-    sampled     draws from the teacher, weighted by how often they came (arXiv 2503.16870): the
-                gradient's expectation is that of `full`
+    sampled     the likeliest as they are, and draws from the rest, weighted by how often they came
+                (arXiv 2503.16870 draws from all): the gradient's expectation is that of `full`
 
-The realised token always comes first, then the tokens that the format names; `sampled` keeps these
-exactly and draws from the rest.
+The realised token always comes first, then come the tokens that the format names; both are kept as
+they are.
 
 T tokens in place of which the teacher spoke, K outcomes that are kept of each, V vocabulary.
 """
@@ -21,7 +21,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from distill.config import FormatKind, TargetsSection
+from distill.config import FormatKind, WordSection
 
 NO_TOKEN = -1
 """Id of an outcome that is not used; its log-prob is -inf."""
@@ -64,6 +64,12 @@ class TeacherTargets:
         """Where the teacher gives the sequence's own token a probability."""
         return torch.isfinite(self.realised_T)
 
+    def to(self, device: torch.device) -> TeacherTargets:
+        """The same on a device."""
+        ids_TK = None if self.ids_TK is None else self.ids_TK.to(device)
+        rest = (self.logprobs_TK, self.tail_T, self.realised_T, self.entropy_T)
+        return TeacherTargets(self.kind, ids_TK, *(tensor.to(device) for tensor in rest))
+
     def slice(self, part: slice) -> TeacherTargets:
         """Some of the tokens."""
         ids_TK = None if self.ids_TK is None else self.ids_TK[part]
@@ -77,26 +83,31 @@ class TargetFormat:
 
     Example:
         TargetFormat("topk_tail", count=64, always=(200008,)): 66 outcomes and the tail
+        TargetFormat("sampled", count=32, exact=32): 33 outcomes as they are, and 32 draws
     """
 
     kind: FormatKind
     count: int = 0
     """Likeliest tokens of `topk_tail`, draws of `sampled`."""
+    exact: int = 0
+    """Likeliest tokens of `sampled`, which are not left to the draws."""
     always: tuple[int, ...] = ()
     """Tokens that are kept beside the realised one: end of turn, tool opener, refusal opener."""
     temperature: float = 1.0
     """The teacher's logits are divided by it, and so must the student's be."""
 
     @classmethod
-    def of(cls, section: TargetsSection, always: tuple[int, ...]) -> TargetFormat:
+    def of(cls, section: WordSection, always: tuple[int, ...]) -> TargetFormat:
         """The format that a recipe asks for, its tokens as ids."""
         counts = {"full": 0, "topk_tail": section.k, "sampled": section.draws}
         kept = () if section.format == "full" else tuple(sorted(set(always)))
-        return cls(section.format, counts[section.format], kept, section.temperature)
+        exact = section.k if section.format == "sampled" else 0
+        return cls(section.format, counts[section.format], exact, kept, section.temperature)
 
     def __str__(self) -> str:
         words = [self.kind]
         words += [f"{'k' if self.kind == 'topk_tail' else 'draws'}={self.count}"] * bool(self.count)
+        words += [f"k={self.exact}"] * bool(self.exact)
         words += [f"always={','.join(map(str, self.always))}"] * bool(self.always)
         words += [f"temperature={self.temperature:g}"] * (self.temperature != 1)
         return " ".join(words)
@@ -105,8 +116,9 @@ class TargetFormat:
         """K, the outcomes of a token."""
         if self.kind == "full":
             return vocabulary
-        wanted = 1 + len(self.always) + self.count
-        return min(wanted, vocabulary) if self.kind == "topk_tail" else wanted
+        if self.kind == "topk_tail":
+            return self._num_kept(self.count, vocabulary)
+        return self._num_kept(self.exact, vocabulary) + self.count
 
     def bytes_per_token(self, vocabulary: int) -> int:
         """What the store keeps for a token."""
@@ -131,48 +143,49 @@ class TargetFormat:
                 torch.full_like(logprobs_TV[:, 0], -torch.inf),
             )
         elif self.kind == "topk_tail":
-            ids_TK, kept_TK, tail_T = self._likeliest(logprobs_TV, realised_T)
+            ids_TK, kept_TK, tail_T = self._likeliest(logprobs_TV, realised_T, self.count)
         else:
             ids_TK, kept_TK, tail_T = self._drawn(logprobs_TV, realised_T, generator)
         realised_logprob_T = logprobs_TV.gather(1, realised_T[:, None])[:, 0]
         entropy_T = torch.special.entr(logprobs_TV.exp()).sum(-1)
         return TeacherTargets(self.kind, ids_TK, kept_TK, tail_T, realised_logprob_T, entropy_T)
 
-    def _likeliest(self, logprobs_TV: Tensor, realised_T: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def _num_kept(self, likeliest: int, vocabulary: int) -> int:
+        """Tokens that are kept as they are."""
+        return min(1 + len(self.always) + likeliest, vocabulary)
+
+    def _likeliest(
+        self, logprobs_TV: Tensor, realised_T: Tensor, likeliest: int
+    ) -> tuple[Tensor, Tensor, Tensor]:
         """The realised token, the named ones, the likeliest others; and the mass of the rest."""
         lowest = torch.finfo(logprobs_TV.dtype).min
         scores_TV = logprobs_TV.clamp(min=lowest)
         if self.always:
             scores_TV[:, list(self.always)] = torch.inf
         scores_TV.scatter_(1, realised_T[:, None], -torch.inf)
-        others_TK = scores_TV.topk(self.width(logprobs_TV.shape[1]) - 1, dim=-1).indices
-        ids_TK = torch.cat([realised_T[:, None], others_TK], dim=1)
+        others = self._num_kept(likeliest, logprobs_TV.shape[1]) - 1
+        ids_TK = torch.cat([realised_T[:, None], scores_TV.topk(others, dim=-1).indices], dim=1)
         tail_T = logprobs_TV.scatter(1, ids_TK, -torch.inf).logsumexp(-1)
         return ids_TK, logprobs_TV.gather(1, ids_TK), tail_T
 
     def _drawn(
         self, logprobs_TV: Tensor, realised_T: Tensor, generator: torch.Generator | None
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """The realised token and the named ones as they are, and draws from all others.
+        """What is kept as it is, and draws from all others.
 
         The draws share the mass of the others in equal parts, so that the expectation of every
         weight is the token's probability.
         """
         if generator is None:
             raise ValueError("sampled targets need a generator, so that they can be made again")
-        always_TA = torch.tensor(self.always, dtype=torch.long).expand(len(realised_T), -1)
-        exact_TE = torch.cat([realised_T[:, None], always_TA], dim=1)
+        exact_TE, exact_logprobs_TE, mass_T = self._likeliest(logprobs_TV, realised_T, self.exact)
         others_TV = logprobs_TV.scatter(1, exact_TE, -torch.inf)
-        mass_T = others_TV.logsumexp(-1)
         odds_TV = others_TV.softmax(-1).nan_to_num(1.0)  # where nothing is left the weight is 0
         draws_TD = torch.multinomial(odds_TV, self.count, replacement=True, generator=generator)
         drawn_TD, counts_TD = _counted(draws_TD)
         weights_TD = mass_T[:, None] + (counts_TD / self.count).log()
-        is_again_TE = torch.zeros_like(exact_TE, dtype=torch.bool)
-        is_again_TE[:, 1:] = always_TA == realised_T[:, None]
-        ids_TK = torch.cat([exact_TE.masked_fill(is_again_TE, NO_TOKEN), drawn_TD], dim=1)
-        exact_TE = logprobs_TV.gather(1, exact_TE).masked_fill(is_again_TE, -torch.inf)
-        logprobs_TK = torch.cat([exact_TE, weights_TD], dim=1)
+        ids_TK = torch.cat([exact_TE, drawn_TD], dim=1)
+        logprobs_TK = torch.cat([exact_logprobs_TE, weights_TD], dim=1)
         ids_TK = ids_TK.masked_fill(logprobs_TK == -torch.inf, NO_TOKEN)
         ids_TK[:, 0] = realised_T
         return ids_TK, logprobs_TK, torch.full_like(mass_T, -torch.inf)

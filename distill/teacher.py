@@ -20,7 +20,7 @@ from ground.errors import DataError
 from ground.logprobs import head_weight
 from ground.packing import hidden_states
 
-_LOGITS = 1 << 24
+LOGITS = 1 << 24
 """Elements of the largest tensor of logits that is made at once (64 MiB)."""
 
 
@@ -75,7 +75,7 @@ class Teacher:
         places = torch.tensor(row.places, dtype=torch.long)
         realised_T = torch.tensor(row.ids)[places]
         generator = torch.Generator().manual_seed(int.from_bytes(row.key[:7], "big"))
-        step, parts = max(_LOGITS // self._vocabulary, 1), []
+        step, parts = max(LOGITS // self._vocabulary, 1), []
         for start in range(0, max(len(places), 1), step):
             part = slice(start, start + step)
             logits_TV = (hidden_TH[places[part] - 1].float() @ weight_VH.T).cpu()

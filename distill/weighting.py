@@ -1,5 +1,7 @@
 """How soft and hard targets share a token: L = (1 - a) CE(label) + a KL(teacher || student).
 
+In RL there is no hard target, and a is the weight of the soft loss beside the policy's.
+
 Every rule answers with a for each token, [B, T]; 0 where the stored targets do not support the
 token's label. `aligned` alone learns: between steps it is told, per capability, what the tokens of
 the last batches gain from either target (distill/signal.py).
@@ -19,7 +21,9 @@ import torch
 from torch import Tensor
 
 from distill.config import (
+    AlignedCurve,
     AlignedShare,
+    AlignedWeight,
     EntropyShare,
     ScheduleShare,
     StaticShare,
@@ -73,7 +77,9 @@ class Weighting(Protocol):
         ...
 
 
-def weighting_of(section: WeightingSection, *, num_steps: int, vocab_size: int) -> Weighting:
+def weighting_of(
+    section: WeightingSection | AlignedWeight, *, num_steps: int, vocab_size: int
+) -> Weighting:
     """The rule that a recipe names, for a run of `num_steps` steps."""
     match section:
         case StaticShare():
@@ -83,6 +89,8 @@ def weighting_of(section: WeightingSection, *, num_steps: int, vocab_size: int) 
         case EntropyShare():
             return Entropy(section, vocab_size)
         case AlignedShare():
+            return Aligned(section, num_steps, section.labels_from)
+        case AlignedWeight():
             return Aligned(section, num_steps)
         case _:
             assert_never(section)
@@ -192,9 +200,9 @@ class Aligned:
         evidence -1 → share 0.56
     """
 
-    def __init__(self, section: AlignedShare, num_steps: int) -> None:
+    def __init__(self, section: AlignedCurve, num_steps: int, labels_from: float = 0.0) -> None:
         self._section = section
-        self._num_steps = num_steps
+        self._num_steps, self._labels_from = num_steps, labels_from
         self._seen: dict[str, _Seen] = {}
         nothing = (0.0,) * len(section.knots)
         self._fresh = _Seen((section.start,) * len(nothing), section.start, nothing, nothing, 0.0)
@@ -216,6 +224,7 @@ class Aligned:
         self, step: int, capability_B: Sequence[str], entropy_BT: Tensor, supported_BT: Tensor
     ) -> Tensor:
         curve_BK = torch.tensor([self._of(name).curve for name in capability_B])
+        curve_BK = curve_BK.reshape(len(capability_B), len(self._section.knots))
         parts_BTK = parts_of(entropy_BT, self._section.knots)
         share_BT = (parts_BTK * curve_BK.to(entropy_BT.device)[:, None, :]).sum(-1)
         return share_BT * supported_BT
@@ -225,7 +234,7 @@ class Aligned:
             return
         section, seen = self._section, self._of(capability)
         parts_NK = parts_of(entropy_N, section.knots).to(gains.soft_N.device)
-        labels = section.labels_from + (1 - section.labels_from) * min(step / self._num_steps, 1)
+        labels = self._labels_from + (1 - self._labels_from) * min(step / self._num_steps, 1)
         gain_NK = (gains.soft_N - labels * gains.hard_N)[:, None] * parts_NK
         mean_K = gain_NK.mean(0)
         square_K = mean_K.square() + gain_NK.var(0, correction=0) / len(gain_NK)
@@ -285,7 +294,7 @@ class _Seen:
             mass=memory * self.mass + new,
         )
 
-    def pushes(self, section: AlignedShare) -> Iterator[float]:
+    def pushes(self, section: AlignedCurve) -> Iterator[float]:
         """Where the share of each knot should go, from -1 to 1."""
         for total, square in zip(self.sums, self.squares, strict=True):
             evidence = total / math.sqrt(square * self.mass) if square > 0 else 0.0

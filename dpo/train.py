@@ -6,9 +6,8 @@ groups of the RL stage → pairs → trained → gate → model/ (or the RL mode
 from __future__ import annotations
 
 import logging
-import sys
+import os
 from collections.abc import Sequence
-from contextlib import nullcontext
 
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
@@ -22,7 +21,9 @@ from ground.adapter import Adapter, base_identity
 from ground.chat import ChatTemplate
 from ground.checkpoints import Checkpoints
 from ground.entry import Stage, stage_entry
-from ground.model import load_model, load_tokenizer
+from ground.launch import launch_of
+from ground.leaving import leave
+from ground.model import freeze_unreached, load_model, load_tokenizer
 from ground.ranks import Ranks, join_ranks
 from ground.stage_export import export_stage, stage_card
 from ground.tables import write_rows
@@ -33,9 +34,9 @@ logger = logging.getLogger(__name__)
 
 def train(stage: Stage[DpoSection]) -> dict[str, object]:
     """Prefer RL's best answers to its worst; leaves `pairs.parquet` and `model/`."""
-    ranks, base = join_ranks("dpo"), stage.trail.model_before("dpo")
     if stage.section.lora:
-        stage.section.lora.require_launch(ranks.launch, "dpo")
+        stage.section.lora.require_launch(launch_of(os.environ), "dpo")
+    ranks, base = join_ranks("dpo"), stage.trail.model_before("dpo")
     tokenizer = load_tokenizer(base)
     chat = ChatTemplate(tokenizer)
     files, version = stage.trail.groups()
@@ -92,10 +93,9 @@ def _prefer(
             scored, pairs, pad_id=chat.pad_id, rows_per_pass=2 * trainer.rows_per_pass
         )
 
-    with adapter.off() if adapter else nullcontext():
-        reference = score(model)  # of the RL model itself
+    reference = score(model)  # the RL model itself: a new adapter adds nothing, its B is zero
     identity = {"pairs": fingerprint(pairs), "template": chat.fingerprint}
-    identity |= {"layout": ranks.launch.layout}
+    identity |= {"layout": ranks.launch.layout} | freeze_unreached(model)
     identity |= base_identity(lora, base) if lora else {}
     checkpoints = Checkpoints(stage.directory / "checkpoints", trainer.keep_checkpoints, identity)
     fitted = run_dpo(
@@ -131,4 +131,4 @@ def _too_few(num_pairs: int, mined: Mined, section: DpoSection) -> str:
 
 
 if __name__ == "__main__":
-    sys.exit(stage_entry("dpo", DpoSection, train))
+    leave(stage_entry("dpo", DpoSection, train))

@@ -20,6 +20,8 @@ _MARKER = re.compile(
     re.IGNORECASE | re.MULTILINE,
 )
 _BOXED = r"\boxed{"
+_BOLD = "**"
+_EMPHASIS = re.compile(r"[ \t]*\*+")
 
 
 def final_answer(text: str) -> str | None:
@@ -37,6 +39,41 @@ def final_answer(text: str) -> str | None:
         return None
     answer = text[marker.end() :].strip()
     return answer.strip("*").strip() if marker["prose"] else answer
+
+
+def before_answer(text: str) -> str | None:
+    """What stands before the final answer, its marker included; None when there is no marker.
+
+    Asterisks behind a marker in prose belong to it.
+
+    Example:
+        "4;+5=9=>9" → "4;+5=9=>"; "so $\\\\boxed{4}$" → "so $\\\\boxed{"; "9" → None
+        "**Answer:** 4" → "**Answer:**"
+    """
+    boxed = text.rfind(_BOXED)
+    ends = [_with_asterisks(text, match) for match in _MARKER.finditer(text)]
+    ends += [boxed + len(_BOXED)] * (boxed >= 0)
+    return text[: max(ends)] if ends else None
+
+
+def closing_of(before: str) -> str:
+    """What has to follow an answer behind this; empty where an answer ends the text.
+
+    Example:
+        "so $\\\\boxed{" → "}"; "**Answer:" → "**"; "The answer is **" → "**"
+        "**Answer:**" → ""; "4;+5=9=>" → ""
+    """
+    if before.endswith(_BOXED):
+        return "}"
+    is_prose = not before.endswith((ANSWER_MARKER, "####"))
+    is_open = before.rpartition("\n")[2].count(_BOLD) % 2 == 1
+    return _BOLD if is_prose and is_open else ""
+
+
+def _with_asterisks(text: str, marker: re.Match[str]) -> int:
+    """Where a marker ends: as far as the emphasis that opens or closes right behind it."""
+    behind = _EMPHASIS.match(text, marker.end()) if marker["prose"] else None
+    return behind.end() if behind else marker.end()
 
 
 def _balanced(text: str) -> str | None:

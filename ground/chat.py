@@ -88,6 +88,10 @@ class ChatTemplate:
         self._specials = {
             token_id for token_id, token in tokenizer.added_tokens_decoder.items() if token.special
         }
+        self.special_texts: tuple[str, ...] = tuple(
+            token.content for token in tokenizer.added_tokens_decoder.values() if token.special
+        )
+        """The special tokens as they are written."""
         self._skeletons: dict[tuple[tuple[str, ...], bool], Skeleton] = {}
         self._bos_id = _added_bos(tokenizer)
         self.fingerprint = hashlib.sha256(

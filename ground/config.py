@@ -26,13 +26,16 @@ OPERATIONAL = frozenset(
             "reward_processes",
         ),
         "learner",
+        *("max_unjudged", "min_canaries", "max_canaries_failed", "canary_every"),
         *("max_restarts", "max_attempts", "backoff_seconds", "start_deadline_seconds"),
         *("rollout_deadline_seconds", "publish_deadline_seconds", "step_deadline_seconds"),
         *("ping_every_seconds", "ping_deadline_seconds", "suspect_after_seconds"),
         *("silent_seconds", "lease_seconds", "watchdog_seconds", "num_slots"),
         *("checkpoint_every", "checkpoints_kept", "save_every", "keep_checkpoints", "log_every"),
         "round_every",
-        "pass_tokens",
+        *("pass_tokens", "num_teachers", "cpus_per_teacher", "gpus_per_teacher"),
+        "speak_deadline_seconds",
+        *("replicas", "cpus_per_replica", "deadline_seconds"),
     }
 )
 """Keys of stages that say how one runs and not what it makes. They may be changed when a stopped
@@ -201,6 +204,67 @@ class SandboxSettings(Section):
     """Processes and threads that a program may have at once."""
 
 
+class JudgeSettings(Section):
+    """The model that scores answers against a reference, for prompts with `reward: judge`."""
+
+    model: ModelSource | None = None
+    """A model that follows instructions; left out, the recipe's teacher. Its folder is read where
+    the judge runs: on a cluster it has to be at the same path on every machine."""
+    read: typing.Literal["verdict", "likelihood"] = "verdict"
+    """`verdict`: how likely its reply begins with yes. `likelihood`, for models that can solve the
+    tasks but follow no instruction: how likely reference and conclusion are behind the answer's own
+    reasoning; weaker (docs/rewards.md)."""
+    kind: typing.Literal["hf", "vllm"] = "hf"
+    """Its engine, as in an `engine` section."""
+    max_length: int = Field(default=2048, ge=128)
+    """Tokens of question, reference, answer and our own words together."""
+    max_answer_tokens: int = Field(default=1024, ge=8)
+    """An answer is cut here, and the judge is told so."""
+    threads: int = Field(default=1, ge=1)
+    """CPU threads of a replica."""
+    tensor_parallel: int = Field(default=1, ge=1)
+    """GPUs of one machine that each `vllm` replica is cut over."""
+    replicas: int = Field(default=1, ge=1)
+    """Ray actors of `rl` with the judge's model in each. Other stages hold one beside the model
+    that they measure."""
+    cpus_per_replica: float = Field(default=1, gt=0)
+    """What Ray reserves for a replica."""
+    start_deadline_seconds: float = Field(default=120.0, gt=0)
+    """From a replica's birth until its model is loaded; a large one takes minutes."""
+    deadline_seconds: float = Field(default=300.0, gt=0)
+    """For judging one group in `rl`; then the replica is replaced."""
+    max_restarts: int = Field(default=3, ge=0)
+    """Restarts of one replica without a judged group in between, before it is given up."""
+    pass_at: float = Field(default=0.5, gt=0, lt=1)
+    """Probability of yes from which an answer counts as solved."""
+    both_orders: bool = True
+    """Ask with the reference first and with the answer first; the lower probability counts. Twice
+    the work, and nothing is gained from a judge that prefers a place."""
+    min_mass: float = Field(default=0.5, gt=0, le=1)
+    """Probability of yes and no together below which the judge has said something else, so that the
+    answer is unjudged."""
+    asks: int = Field(default=2, ge=1)
+    """Times that an answer is shown, each time behind other marks, before it stays unjudged."""
+    max_unjudged: float = Field(default=0.1, ge=0, lt=1)
+    """The stage stops when surely more than this share of the last answers stays unjudged."""
+    canary_every: int = Field(default=4, ge=1)
+    """One group in so many is judged together with two answers whose verdict is known."""
+    max_canaries_failed: float = Field(default=0.1, ge=0, lt=1)
+    """The stage stops when the judge surely errs on more than this share of canaries: of those that
+    are wrong, or of those that are right (docs/rewards.md)."""
+
+    @model_validator(mode="after")
+    def _answers_fit(self) -> typing.Self:
+        if self.max_answer_tokens >= self.max_length:
+            raise ValueError(
+                f"max_answer_tokens must be below max_length ({self.max_length}), which holds "
+                f"question and reference too, got {self.max_answer_tokens}"
+            )
+        if self.tensor_parallel > 1 and self.kind != "vllm":
+            raise ValueError(f"tensor_parallel belongs to kind: vllm, got kind: {self.kind}")
+        return self
+
+
 class Head(Section):
     """What a recipe says once for all its stages."""
 
@@ -215,6 +279,7 @@ class Head(Section):
     data: Data = Data()
     systems: Systems = Systems()
     sandbox: SandboxSettings = SandboxSettings()
+    judge: JudgeSettings | None = None
     rewards: list[Path] = Field(default_factory=list)
     """Python files of the user's own whose functions are marked `@reward("name")`."""
     sinks: list[typing.Literal["trackio", "wandb", "tensorboard"]] = Field(default_factory=list)

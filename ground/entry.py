@@ -3,7 +3,7 @@
 parsed → loaded → locked → begun → working → finished (manifest written last)
 
 if __name__ == "__main__":
-    sys.exit(stage_entry("sft", SftSection, train))
+    leave(stage_entry("sft", SftSection, train))
 """
 
 from __future__ import annotations

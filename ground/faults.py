@@ -45,6 +45,8 @@ POINTS: tuple[tuple[str, str], ...] = (
     ("rollout", "weights.loaded"),
     ("rollout", "ping"),
     ("reward", "score"),
+    ("judge", "judge.open"),
+    ("judge", "judge.score"),
     ("supervisor", "life.begin"),
     ("supervisor", "report"),
     ("supervisor", "sweep"),
@@ -284,7 +286,7 @@ def _plan() -> str:
 
 
 def _first(kind: str) -> str:
-    return f"{kind}/0" if kind == "rollout" else kind
+    return f"{kind}/0" if kind in ("rollout", "judge") else kind
 
 
 def _points_of(kind: str) -> list[str]:

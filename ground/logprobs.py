@@ -11,7 +11,7 @@ the model's own precision.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import cast
 
 import torch
@@ -74,12 +74,26 @@ def model_logprobs(
         wanted_BT: tokens whose numbers are needed; all by default.
     """
     hidden_BTH = hidden_states(model, tokens_BT, segments_BT)
+    return spoken_logprobs(
+        hidden_BTH, head_weight(model), tokens_BT, segments_BT, temperature, wanted_BT
+    )
+
+
+def spoken_logprobs(
+    hidden_BTH: Tensor,
+    head_weight_VH: Tensor,
+    tokens_BT: Tensor,
+    segments_BT: Tensor,
+    temperature: float,
+    wanted_BT: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    """`model_logprobs` from the last hidden states of the same tokens."""
     scored_BT = has_context(segments_BT)
     if wanted_BT is not None:
         scored_BT = scored_BT & wanted_BT[:, 1:].bool()
     logprobs_N, entropy_N = token_logprobs(
         hidden_BTH[:, :-1][scored_BT],
-        head_weight(model),
+        head_weight_VH,
         tokens_BT[:, 1:][scored_BT],
         temperature,
     )
@@ -161,10 +175,8 @@ class _TokenLogprobs(torch.autograd.Function):
         ctx: _Saved, logprob_grad_N: Tensor | None, entropy_grad_N: Tensor | None
     ) -> tuple[Tensor | None, Tensor | None, None, None]:
         hidden_NH, weight_VH, targets_N, denominator_N, entropy_N = ctx.saved_tensors
-        wants_hidden, wants_weight = ctx.needs_input_grad[:2]
         dtype = denominator_N.dtype
-        hidden_grad = torch.zeros_like(hidden_NH, dtype=dtype) if wants_hidden else None
-        weight_grad = torch.zeros_like(weight_VH, dtype=dtype) if wants_weight else None
+        gradients = HeadGradients(hidden_NH, weight_VH, ctx.needs_input_grad, dtype)
         if logprob_grad_N is None:
             logprob_grad_N = torch.zeros_like(denominator_N)
         for part, hidden_CH in blocks(hidden_NH, weight_VH, ctx.temperature):
@@ -175,16 +187,9 @@ class _TokenLogprobs(torch.autograd.Function):
                 logits_CD -= denominator_N[part, None]
                 grad_CD = _tile_gradient(logits_CD, upstream_C, inner_C, entropy_N[part])
                 _add_targets(grad_CD, targets_N[part], span, upstream_C)
-                if hidden_grad is not None:
-                    hidden_grad[part].addmm_(grad_CD, weight_DH, alpha=1 / ctx.temperature)
-                if weight_grad is not None:
-                    weight_grad[span].addmm_(grad_CD.T, hidden_CH)
-        return (
-            None if hidden_grad is None else hidden_grad.to(hidden_NH.dtype),
-            None if weight_grad is None else weight_grad.to(weight_VH.dtype),
-            None,
-            None,
-        )
+                gradients.hidden_by(part, grad_CD, weight_DH, ctx.temperature)
+                gradients.weight_by(span, grad_CD, hidden_CH)
+        return (*gradients.whole(), None, None)
 
 
 class _Saved(FunctionCtx):
@@ -245,6 +250,42 @@ def _place(targets_C: Tensor, span: slice) -> tuple[Tensor, Tensor]:
     columns_C = targets_C - span.start
     inside_C = (columns_C >= 0) & (columns_C < span.stop - span.start)
     return columns_C.clamp(0, span.stop - span.start - 1), inside_C
+
+
+class HeadGradients:
+    """Gradients of hidden states and head weight, summed up tile by tile where they are wanted."""
+
+    def __init__(
+        self, hidden_NH: Tensor, weight_VH: Tensor, wanted: Sequence[bool], dtype: torch.dtype
+    ) -> None:
+        """`wanted` is for hidden states and weight; sums are of `dtype`, results of their own."""
+        self._dtypes = hidden_NH.dtype, weight_VH.dtype
+        self._hidden_NH = torch.zeros_like(hidden_NH, dtype=dtype) if wanted[0] else None
+        self._weight_VH = torch.zeros_like(weight_VH, dtype=dtype) if wanted[1] else None
+
+    def hidden_by(
+        self, part: slice, grad_CD: Tensor, weight_DH: Tensor, temperature: float
+    ) -> None:
+        """Add what a tile's gradient says of the hidden states of its block."""
+        if self._hidden_NH is not None:
+            self._hidden_NH[part].addmm_(grad_CD, weight_DH, alpha=1 / temperature)
+
+    def weight_by(self, span: slice, grad_CD: Tensor, hidden_CH: Tensor) -> None:
+        """Add what it says of the weights of its part of the vocabulary.
+
+        Args:
+            hidden_CH: over the temperature, as `blocks` yields them.
+        """
+        if self._weight_VH is not None:
+            self._weight_VH[span].addmm_(grad_CD.T, hidden_CH)
+
+    def whole(self) -> tuple[Tensor | None, Tensor | None]:
+        """Of hidden states and weight, None where not wanted."""
+        hidden_NH, weight_VH = self._hidden_NH, self._weight_VH
+        return (
+            None if hidden_NH is None else hidden_NH.to(self._dtypes[0]),
+            None if weight_VH is None else weight_VH.to(self._dtypes[1]),
+        )
 
 
 def blocks(

@@ -189,6 +189,27 @@ def live_tensors(model: PreTrainedModel) -> dict[str, Tensor]:
     return tensors
 
 
+def freeze_unreached(model: PreTrainedModel) -> dict[str, str]:
+    """Freeze what training on text never reaches: an encoder of images and its projector.
+
+    Wrappers wait for a gradient of whatever is not frozen (DDP), or take one of zeros for it and
+    let weight decay shrink it (ZeRO). Call it before there is an optimizer or a wrapper.
+
+    Returns:
+        What a checkpoint must agree with, since moments are of what is not frozen; nothing where
+        text reaches all.
+    """
+    backbone, head = cast(nn.Module, model.base_model), model.get_output_embeddings()
+    reached = {
+        id(each) for part in (backbone, head) if part is not None for each in part.parameters()
+    }
+    unreached = [name for name, each in model.named_parameters() if id(each) not in reached]
+    for name in unreached:
+        model.get_parameter(name).requires_grad_(False)
+    parts = sorted({name.partition(".")[0] for name in unreached})
+    return {"frozen": ", ".join(parts)} if parts else {}
+
+
 def _typed_config(path: Path, config: dict[str, object]) -> PreTrainedConfig:
     kind = CONFIG_MAPPING[str(config.pop("model_type"))]
     try:

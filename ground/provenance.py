@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING
 
 import psutil
 
-from ground.config import OPERATIONAL, STAGES, Head
+from ground.config import OPERATIONAL, STAGES, Head, ModelSource
 from ground.manifest import MANIFEST, digest
 from ground.recipe import RecipeDocument
 
@@ -29,6 +29,8 @@ if TYPE_CHECKING:
     from ground.run import RunDir
 
 _SHARED = ("seed", "model", "teacher", "data", "systems", "rewards", "sandbox")
+_JUDGED = ("mine", "rl", "evaluate")
+"""Sections whose prompts may have `reward: judge`."""
 _WHOLE, _BLOCKS = 64 << 20, 256
 """Bytes up to which a model's file is hashed whole, and blocks that stand for a larger one."""
 _YOUNG_NS = 2_000_000_000
@@ -51,6 +53,9 @@ def stage_settings(document: RecipeDocument, run: RunDir, place: str) -> dict[st
     settings = {key: document.fingerprint(key) for key in _SHARED if document.has(key)}
     settings[section] = document.fingerprint(section, without=OPERATIONAL)
     settings |= _contents(head)
+    if document.has("judge") and section in _JUDGED:
+        settings["judge"] = document.fingerprint("judge", without=OPERATIONAL)
+        settings |= _folder("judge", head.judge.model if head.judge else None)
     for stage in _before(place):
         if document.has(stage) and run.is_done(stage):
             settings[f"stage {stage}"] = run.manifest(stage).content
@@ -102,10 +107,14 @@ def _contents(head: Head) -> dict[str, str]:
     for name, path in files.items():
         if path is not None and path.is_file():
             contents[f"file of {name}"] = _remembered(_whole, path)[:16]
-    for name, source in (("model", head.model), ("teacher", head.teacher)):
-        if source is not None and source.path.is_dir():
-            contents[f"folder of {name}"] = folder_fingerprint(source.path)
-    return contents
+    return contents | _folder("model", head.model) | _folder("teacher", head.teacher)
+
+
+def _folder(name: str, source: ModelSource | None) -> dict[str, str]:
+    """Hash of a model's folder, where there is one."""
+    if source is None or not source.path.is_dir():
+        return {}
+    return {f"folder of {name}": folder_fingerprint(source.path)}
 
 
 def folder_fingerprint(folder: Path) -> str:

@@ -12,6 +12,7 @@ import ctypes
 import os
 import re
 import shutil
+import threading
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path, PurePosixPath
@@ -40,13 +41,18 @@ def write_file(path: Path, content: bytes | str) -> None:
 
 
 @contextmanager
-def replace_file(path: Path) -> Iterator[Path]:
+def replace_file(path: Path, *, has_other_writers: bool = False) -> Iterator[Path]:
     """Yield a path beside `path` to write to; it takes the place of `path` at the end.
+
+    Args:
+        has_other_writers: others may write `path` at the same time; the last one stands. What a
+            crash leaves of such a writer nobody removes, for it could be another's.
 
     Raises:
         SetupError: the disk is full or not writable; what was there before is untouched.
     """
-    staging = path.with_name(f".{path.name}.staging")
+    writer = f".{os.getpid()}.{threading.get_ident()}" if has_other_writers else ""
+    staging = path.with_name(f".{path.name}{writer}.staging")
     with disk_errors(path):
         try:
             _remove(staging)

@@ -9,6 +9,7 @@ import json
 import logging
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import chain, islice
 from pathlib import Path
 from typing import Generic, TypeVar
 
@@ -28,6 +29,8 @@ R = TypeVar("R", bound=Prompt | Demonstration)
 _LOG = logging.getLogger("packtrain")
 _MAX_SHOWN = 20
 """Bad rows beyond the budget after which reading stops."""
+_BATCH = 32_768
+"""Rows that are written at a time, a row group of the file."""
 _MAX_RAW = 64 * 1024
 """Bytes of a bad row that its quarantine keeps."""
 
@@ -160,21 +163,21 @@ def read_rows(path: Path) -> list[dict[str, object]]:
 def write_rows(path: Path, rows: Iterable[Mapping[str, object]], schema: pa.Schema) -> None:
     """Write a parquet file in one step; equal rows and schema give equal bytes.
 
+    Rows are taken as they are written, so that a generator needs memory for a part of them only.
+
     Raises:
         DataError: a row has other columns than the schema, or a value of another type.
         SetupError: the disk is full or not writable; an older file is untouched.
     """
-    kept = list(rows)
-    for number, row in enumerate(kept, start=1):
-        for what in row_misfits(row, schema):
-            raise DataError(f"cannot write row {number}: {what}", where=str(path))
-    try:
-        table = pa.Table.from_pylist(kept, schema=schema)
-    except (pa.ArrowException, ValueError, TypeError, OverflowError) as error:
-        raise DataError(f"a value does not fit its column: {error}", where=str(path)) from None
     path.parent.mkdir(parents=True, exist_ok=True)
-    with replace_file(path) as staging:
-        pq.write_table(table, staging, compression="zstd", version="2.6")
+    remaining = iter(rows)
+    batches = iter(lambda: list(islice(remaining, _BATCH)), [])
+    with (
+        replace_file(path) as staging,
+        pq.ParquetWriter(staging, schema, compression="zstd", version="2.6") as file,
+    ):
+        for number, batch in enumerate(chain([next(batches, [])], batches)):
+            file.write_table(_columns(path, batch, schema, number * _BATCH))
 
 
 def write_jsonl(path: Path, rows: Iterable[Mapping[str, object]]) -> None:
@@ -191,6 +194,18 @@ def write_records(path: Path, records: Sequence[Prompt] | Sequence[Demonstration
         write_rows(path, rows, ROW_SCHEMA)
     else:
         write_jsonl(path, rows)
+
+
+def _columns(
+    path: Path, batch: Sequence[Mapping[str, object]], schema: pa.Schema, start: int
+) -> pa.Table:
+    for number, row in enumerate(batch, start=start + 1):
+        for what in row_misfits(row, schema):
+            raise DataError(f"cannot write row {number}: {what}", where=str(path))
+    try:
+        return pa.Table.from_pylist(list(batch), schema=schema)
+    except (pa.ArrowException, ValueError, TypeError, OverflowError) as error:
+        raise DataError(f"a value does not fit its column: {error}", where=str(path)) from None
 
 
 def _take(

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import importlib
+import os
 import re
 import sys
 import traceback
@@ -15,9 +16,11 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from difflib import get_close_matches
 from pathlib import Path
+from types import ModuleType
 from typing import NoReturn
 
 from ground.errors import PacktrainError, RecipeError
+from ground.imports import without_collection
 from ground.logs import redact
 
 EXIT_CODES = """\
@@ -45,7 +48,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         arguments = parse(words)
         command = next(each for each in COMMANDS if each.name == arguments.command)
-        return int(importlib.import_module(command.module).command(arguments))
+        return int(_imported(command.module).command(arguments))
     except PacktrainError as error:
         sys.stderr.write(f"packtrain: {error}\n")
         return error.exit_code
@@ -57,6 +60,17 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 0
     except Exception:
         return _report_defect()
+
+
+def _imported(module: str) -> ModuleType:
+    """The module of a command, quickly: most of the time of a light one goes into importing.
+
+    Plugins of pydantic, which would be looked for in the metadata of every installed library, have
+    no business here.
+    """
+    os.environ.setdefault("PYDANTIC_DISABLE_PLUGINS", "__all__")
+    with without_collection():
+        return importlib.import_module(module)
 
 
 def parse(words: Sequence[str]) -> argparse.Namespace:

@@ -9,7 +9,8 @@ from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
 
-from curation.artefacts import Row, draw_rows, read_batches, round_rows, shown
+from curation.artefacts import Row, calibration_rows, draw_rows, read_batches, round_rows, shown
+from curation.calibration import Agreement, agreements
 from curation.config import PRESETS
 from curation.tallies import group_of, quotas_at, round_sums
 from ground.errors import DataError
@@ -18,10 +19,13 @@ from packtrain import charts
 from packtrain.figures import Figure
 
 UNJUDGED = "unjudged"
+UNLABELLED = "no label"
+"""Of judges that give scores only."""
 _STATUS = {"active": "active", "retired": "solved", "deferred": "never solved"}
 _RATES = {
     "mean": "believed, whole pool",
     "target": "believed, what is drawn",
+    "aim": "aimed at",
     "pass_rate": "shown by what was drawn",
 }
 _MOST_DRAWN = 4
@@ -71,13 +75,14 @@ def labels_left(found: Sequence[Cut]) -> list[Figure]:
         for (_, label), count in cut.left.items():
             by_label[label] += count
         total = sum(by_label.values())
-        parts = tuple((label, by_label[label] / total) for label in (*LABELS, UNJUDGED))
+        names = (*LABELS, *((UNLABELLED,) if by_label[UNLABELLED] else ()), UNJUDGED)
+        parts = tuple((name, by_label[name] / total) for name in names)
         bars.append(charts.Bar(cut.name, parts))
         ends.append(f"{total:,} rows")
     svg = charts.bar_chart(bars, title="labels left by fraction", unit="of the rows", ends=ends)
     caption = (
-        "What is left of the judged rows at each fraction, by the judge's label. Rows without a "
-        "judgement are never taken for easy, so a deep cut is rich in them."
+        "What is left of the rows at each fraction, by the judge's label. Rows without a judgement "
+        "are never taken for easy; prune.unjudged says what becomes of them."
     )
     return [Figure("What another fraction would keep", svg, caption)] if svg else []
 
@@ -86,6 +91,17 @@ def cut_table(found: Sequence[Cut]) -> list[tuple[str, list[int]]]:
     """Rows of each capability in the whole set and at each fraction."""
     names = sorted({capability for cut in found for capability, _ in cut.left})
     return [(name, [cut.of(name) for cut in found]) for name in names]
+
+
+def agreement(run: Path) -> list[Agreement]:
+    """How far the kinds of judges agree that were asked about the same rows."""
+    capabilities: dict[str, str] = {}
+    scores: dict[str, dict[str, float | None]] = {}
+    for row in calibration_rows(run):
+        capabilities[row["id"]] = row["capability"]
+        scores.setdefault(row["kind"], {})[row["id"]] = row["score"]
+    by_kind = {kind: [own.get(each) for each in capabilities] for kind, own in scores.items()}
+    return agreements(list(capabilities.values()), by_kind) if scores else []
 
 
 def curriculum(run: Path) -> list[Figure]:
@@ -120,12 +136,11 @@ def curriculum(run: Path) -> list[Figure]:
 
 
 def _lines(sums: Sequence[Row], names: Mapping[str, str]) -> list[charts.Series]:
-    return [
-        charts.Series(
-            name, tuple((row["version"], row[key]) for row in sums if row[key] is not None)
-        )
+    points = {
+        name: tuple((row["version"], row[key]) for row in sums if row[key] is not None)
         for key, name in names.items()
-    ]
+    }
+    return [charts.Series(name, each) for name, each in points.items() if each]
 
 
 def _most_drawn(run: Path) -> list[charts.Series]:
@@ -149,10 +164,12 @@ def _ranked(run: Path) -> Iterator[Row]:
     columns = ("capability", "difficulty", "meta_rank", "meta_rule", "meta_kept")
     for name in ("kept", "dropped"):
         for row in read_batches(run / "prune" / f"{name}.parquet", columns):
+            difficulty = row["difficulty"] or {}
+            wordless = UNJUDGED if difficulty.get("score") is None else UNLABELLED
             if row["meta_rank"] is not None and row["meta_rule"]:
                 yield {
                     "capability": shown(row["capability"]),
-                    "label": (row["difficulty"] or {}).get("label") or UNJUDGED,
+                    "label": difficulty.get("label") or wordless,
                     "rank": row["meta_rank"],
                     "rule": row["meta_rule"],
                     "kept": row["meta_kept"],

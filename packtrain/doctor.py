@@ -26,7 +26,7 @@ from rollout.sandbox_probe import Probed, probe
 from rollout.sandbox_tiers import TIER_FIX, TIERS, Tier
 
 GIB = 1 << 30
-ROOMS = ("ground", "rollout", "curation", "sft", "dpo", "rl", "packtrain")
+ROOMS = ("ground", "rollout", "distill", "curation", "sft", "dpo", "rl", "packtrain")
 TESTED = {
     "torch": "2.13",
     "transformers": "5.19",
@@ -34,6 +34,7 @@ TESTED = {
     "accelerate": "1.15",
     "datasets": "5.2",
     "ray": "2.60",
+    "peft": "0.21",
     "pydantic": "2.14",
     "reasoning-gym": "0.1.25",
 }

@@ -26,8 +26,12 @@ SHARES = {"kept_share": "trained on", "flat_share": "flat"}
 ERRORS = {"error_share": "errors"}
 GAPS = {"fresh_gap_mean": "mean", "fresh_gap_max": "largest"}
 IDLE = {"learner_idle_share": "trainer", "rollout_idle_share": "rollout workers"}
+WEIGHT = "distill_weight/"
 FINAL = ("trained", "filtered", "withdrawn")
-REASONS = {"all-0": "all wrong", "all-1": "all right", "flat": "equal rewards", "broken": "broken"}
+REASONS = {
+    **{"all-0": "all wrong", "all-1": "all right", "flat": "equal rewards", "broken": "broken"},
+    "surveyed": "only surveyed",
+}
 FOLD_LIMIT = 400
 """Blocks of a timeline row; gaps shorter than 1/FOLD_LIMIT of the whole are closed."""
 
@@ -120,6 +124,7 @@ def training(run: Path) -> list[Figure]:
     return _drawn(
         [
             _lines("SFT loss", sft, {"loss": "training"}, "nats per token"),
+            _lines("SFT: share of the teacher", sft, by_capability(sft, "alpha/"), "share"),
             _lines("RL: reward and pass rate", rl, {"reward": "reward", **solved}, "mean"),
             _lines("RL: pass rate on its validation slice", looks, solved, "mean"),
             _lines("RL: entropy", rl, {"entropy": "entropy"}, "nats per token"),
@@ -129,9 +134,21 @@ def training(run: Path) -> list[Figure]:
             _lines("RL: shares of the drawn groups", rl, SHARES, "share of the draws"),
             _lines("RL: answers that ended in an error", rl, ERRORS, "share of the answers"),
             _lines("RL: idle time", rl, IDLE, "share of the step"),
+            _lines("RL: weight of the teacher", rl, by_capability(rl, WEIGHT), "mean"),
+            _lines("RL: distance from the teacher", rl, by_capability(rl, "teacher_kl/"), "nats"),
             _lines("DPO loss", dpo, {"loss": "training"}, "loss"),
         ]
     )
+
+
+def by_capability(rows: Iterable[Mapping[str, object]], prefix: str) -> dict[str, str]:
+    """The metrics of a family that rows have, and the capability of each.
+
+    Example:
+        rows with alpha/chat and alpha/math → {"alpha/chat": "chat", "alpha/math": "math"}
+    """
+    keys = {key for row in rows for key in row if key.startswith(prefix)}
+    return {key: key.removeprefix(prefix) for key in sorted(keys)}
 
 
 def steps(run: Path, stage: str, phase: str | None = None) -> list[dict[str, object]]:

@@ -10,7 +10,9 @@ import argparse
 import importlib
 import os
 from collections.abc import Iterator
+from pathlib import Path
 
+from ground.config import ModelSource
 from ground.console import say
 from ground.errors import DataError, RecipeError, SetupError
 from ground.lora import LoraSection
@@ -28,8 +30,8 @@ from rl.hardware import DEVICES, Device
 from rl.roofline import Workload, workload_of
 from rl.room import PlacementError
 
-_HERD = FOLDER / "tiny" / "herd" / "student"
-"""The student that `herd` puts into place."""
+_HERD = FOLDER / "tiny" / "herd"
+"""The student and the teacher that `herd` puts into place."""
 
 
 def command(arguments: argparse.Namespace) -> int:
@@ -48,7 +50,8 @@ def command(arguments: argparse.Namespace) -> int:
         say(line)
     for line in plan_text.step_lines(section, load):
         say(line)
-    planned = forecast(shape, section, device, count, load=load)
+    teacher = _teacher(document, recipe) if section.distill else None
+    planned = forecast(shape, section, device, count, load=load, teacher=teacher)
     for line in _lines(section, shape, device, count, planned, load):
         say(line)
     if arguments.simulate:
@@ -90,16 +93,26 @@ def _section(document: RecipeDocument, recipe: Recipe) -> RlSection:
 
 def _shape(document: RecipeDocument, recipe: Recipe) -> tuple[ModelShape, str]:
     """The model's own config.json, or the one that stands in for it."""
-    model = recipe.model
-    folders = [_HERD] if model is None else [model.path, *([model.shape] if model.shape else [])]
+    return _shape_of("model", recipe.model, _HERD / "student", document)
+
+
+def _teacher(document: RecipeDocument, recipe: Recipe) -> ModelShape:
+    """The same of the teacher."""
+    return _shape_of("teacher", recipe.teacher, _HERD / "teacher", document)[0]
+
+
+def _shape_of(
+    key: str, model: ModelSource | None, made: Path, document: RecipeDocument
+) -> tuple[ModelShape, str]:
+    folders = [made] if model is None else [model.path, *([model.shape] if model.shape else [])]
     for folder in folders:
         if (folder / "config.json").is_file():
             return read_shape(folder), os.path.relpath(folder / "config.json")
     raise DataError(
-        "a plan needs the model's config.json, there is none",
+        f"a plan needs the {key}'s config.json, there is none",
         where=document.shown,
         why=f"looked in {', '.join(map(str, folders))}",
-        fix="copy the model's config.json alone into a folder and name it as model.shape",
+        fix=f"copy the {key}'s config.json alone into a folder and name it as {key}.shape",
     )
 
 

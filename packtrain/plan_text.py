@@ -121,7 +121,7 @@ def memory_lines(
     room = device.memory * Efficiency().memory
     yield ""
     yield f"memory of one device, GiB of {room / _GIB:.1f} that may be filled"
-    for name in (LEARNER, ROLLOUT):
+    for name in (each.name for each in plan.consumers):
         parts = plan.memory(name)
         told = ", ".join(f"{part} {_gib(size)}" for part, size in parts.items())
         yield f"  {name:8} {_gib(sum(parts.values())):>6}: {told}"

@@ -46,7 +46,8 @@ def copy(name: str, target: Path) -> Path:
     """
     known = recipes()
     if name not in known:
-        within = [path for path in known if path.startswith(f"{name}/")]
+        main = f"{name}/recipe.yaml"
+        within = [main] if main in known else [p for p in known if p.startswith(f"{name}/")]
         hint = f"; did you mean '{within[0]}'?" if within else suggest(name, known)
         raise RecipeError(f"'{name}' is not a recipe{hint}", fix="packtrain recipes ls")
     if target.is_dir():

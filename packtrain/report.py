@@ -94,6 +94,7 @@ def contents(run: Path) -> dict[str, object]:
         "prune_figures": figures.pruning(run) + curation_figures.labels_left(cuts),
         "cuts": [cut.name for cut in cuts],
         "cut_table": curation_figures.cut_table(cuts),
+        "agreement": curation_figures.agreement(run),
         "comparisons": comparisons(run),
         "ledger": _ledger(run),
         "environment": _flat(read_json(run / "env.json")),

@@ -31,9 +31,9 @@ from ground.storage import remove_directory, write_file
 from ground.validation import suggest
 from packtrain.child import Child, exit_name
 from packtrain.doctor import shadows
-from packtrain.launch_file import check_launch_file
+from packtrain.launch_file import check_launch_file, require_launchable
 from packtrain.panel import LivePanel, Panel, open_panel
-from packtrain.recipe import read_recipe
+from packtrain.recipe import Recipe, read_recipe
 from packtrain.report import write_report
 from packtrain.steps import STARTS, Step, folders_from, launch_line, start_of, steps_of
 from packtrain.validate import check_inputs
@@ -112,7 +112,7 @@ def run_recipe(document: RecipeDocument, wish: Wish) -> int:
         )
     steps = tuple(steps_of(document))
     start = STARTS[0] if wish.overwrite else wish.start
-    check_words(steps, wish.start, wish.accelerate)
+    check_words(recipe, steps, wish.start, wish.accelerate)
     discarded = folders_from(start) if start else ()
     order = Order(document, run, steps, wish.accelerate, discarded)
     check_inputs(document, recipe)
@@ -126,16 +126,16 @@ def run_recipe(document: RecipeDocument, wish: Wish) -> int:
     return code
 
 
-def check_words(steps: Sequence[Step], start: str, accelerate: Path | None) -> None:
+def check_words(recipe: Recipe, steps: Sequence[Step], start: str, accelerate: Path | None) -> None:
     """Refuse words of the command line that cannot be followed, before anything is touched.
 
     Raises:
         RecipeError: `--accelerate` names no launch file, or `--from` nothing that the recipe turns
             on.
-        SetupError: the launch file asks for DeepSpeed, which is not installed.
+        SetupError: a stage of the recipe cannot be started with the launch file.
     """
     if accelerate is not None:
-        check_launch_file(accelerate)
+        require_launchable(check_launch_file(accelerate), recipe)
     names = {step.stage for step in steps} | {"evaluate" for step in steps if step.is_evaluation}
     if start and start not in names:
         known = [name for name in STARTS if name in names]

@@ -25,7 +25,7 @@ NEEDS = {
     "evaluate": ("model.path", "data.heldout"),
 }
 """Section → what must be given when no `herd` makes it."""
-MODELS = ("model.path", "teacher.path")
+MODELS = ("model.path", "teacher.path", "judge.model.path")
 
 
 def command(arguments: argparse.Namespace) -> int:
@@ -58,6 +58,8 @@ def require_engines(recipe: Recipe) -> None:
     """
     for key, engine in _engines(recipe).items():
         require_engine(engine.kind, f"{key}.kind")
+    if recipe.judge:
+        require_engine(recipe.judge.kind, "judge.kind")
 
 
 def require_files(document: RecipeDocument, recipe: Recipe) -> None:
@@ -107,6 +109,7 @@ def _given(head: Head) -> dict[str, Path | None]:
     return {
         "model.path": head.model.path if head.model else None,
         "teacher.path": head.teacher.path if head.teacher else None,
+        "judge.model.path": head.judge.model.path if head.judge and head.judge.model else None,
         "data.sft": head.data.sft,
         "data.prompts": head.data.prompts,
         "data.heldout": head.data.heldout,
@@ -116,6 +119,8 @@ def _given(head: Head) -> dict[str, Path | None]:
 def _useless(recipe: Recipe) -> list[str]:
     """Stages that could only fail, or do nothing, once those before them are through."""
     problems = _useless_distillation(recipe)
+    if recipe.rl and recipe.rl.distill and not recipe.herd and recipe.teacher is None:
+        problems.append("rl.distill needs teacher.path")
     if recipe.dpo and not recipe.rl:
         problems.append("dpo needs rl: its pairs are mined from the groups that rl sampled")
     if recipe.herd and recipe.rl and recipe.rl.validation.prompts >= recipe.herd.num_prompts:

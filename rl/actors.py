@@ -5,7 +5,8 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import Awaitable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
+from itertools import chain
 from typing import cast
 
 import ray
@@ -17,18 +18,24 @@ from ground.logs import setup_logging
 from ground.records import Prompt
 from ground.roles import enter_role
 from rl.balance import Balance
-from rl.books import Books, Plan
-from rl.buffer import Outcome
+from rl.books import Books
+from rl.buffer import Outcome, Plan
 from rl.controller import Controller
 from rl.job import Job
 from rl.journal import Journal
 from rl.pool import Pool
 from rl.rounds import Rounds
+from rl.teacher_worker import TeacherConfig
+from rl.teachers import RayTeacher, Teachers
 from rollout.fleet import Fleet
-from rollout.ray_worker import RayWorker, fleet_of
+from rollout.judge_fleet import JUDGES, JudgedFleet, as_judge_event
+from rollout.judge_worker import IN_HAND, JudgeConfig, JudgeWorker
+from rollout.ray_machines import RayMachines
+from rollout.ray_worker import RayWorker, fleet_of, worker_bundle
+from rollout.roster import Event
 from rollout.systems import draw_system
 from rollout.task import WorkerConfig
-from rollout.weights import Published, WeightKeeper, on_this_machine, start_keeper
+from rollout.weights import Published, WeightKeeper, on_this_machine, start_keeper, this_node
 
 
 class ControllerActor:
@@ -59,19 +66,25 @@ class ControllerActor:
             incarnation=job.incarnation,
             lease_seconds=section.lease_seconds,
         )
+        self._machines = machines = RayMachines(worker_bundle(config))
         self._fleet = Fleet(
             fleet_of(config),
-            lambda: RayWorker(config),
+            lambda: RayWorker(config, avoided=machines.avoided),
             self._events.append,
+            machines,
             full_at=section.engine.num_slots / section.group_size,
         )
+        self._judged = self._with_judge(job)
+        self._teachers = _teachers(job, self._events.append)
         overlaps = section.max_staleness > 0
-        self._balance = Balance(self._fleet, section.fleet, overlaps=overlaps)
+        self._balance = Balance(
+            self._fleet, section.fleet, overlaps=overlaps, teachers=self._teachers
+        )
         self._keeper = start_keeper()
         self._keeper_check = KeeperCheck(self._keeper, section.silent_seconds)
         self._controller = Controller(
             self._books,
-            self._fleet,
+            self._judged or self._fleet,
             section,
             seed=job.seed,
             validation=pool.validation,
@@ -84,6 +97,7 @@ class ControllerActor:
             ),
             in_flight=section.groups_in_flight,
             note=self._events.append,
+            teachers=self._teachers,
         )
 
     async def keeper(self) -> ActorProxy[WeightKeeper]:
@@ -91,8 +105,9 @@ class ControllerActor:
         return self._keeper
 
     async def start(self) -> None:
-        """Bring the workers up; weights come with `begin`."""
-        await self._fleet.start()
+        """Bring workers, judges and teachers up; weights come with `begin`."""
+        others = [each.start() for each in (self._judged, self._teachers) if each]
+        await asyncio.gather(self._fleet.start(), *others)
 
     async def begin(
         self,
@@ -121,7 +136,8 @@ class ControllerActor:
         """
         self._fence.check(incarnation)
         plan, gauges = await self._controller.next_batch(step)
-        return plan, gauges | self._balance.turn(step_seconds, plan.rollouts)
+        judge = self._judged.gauges() if self._judged else {}
+        return plan, gauges | self._balance.turn(step_seconds, plan.rollouts) | judge
 
     async def publish(self, incarnation: int, version: int, evaluate: bool) -> float | None:
         """See `Controller.publish`; the weights lie with the keeper."""
@@ -151,16 +167,38 @@ class ControllerActor:
         self._fence.check(incarnation)
         self._lease.renew()
         self._keeper_check.look()
-        return {**self._controller.status(), "fleet": self._fleet.stats()}
+        is_taken_away = this_node() in self._machines.leaving
+        status = {**self._controller.status(), "is_taken_away": is_taken_away}
+        others = [each.stats() for each in (self._judged, self._teachers) if each]
+        return {**status, "fleet": self._fleet.stats(), "others": list(chain(*others))}
 
     async def close(self, incarnation: int, reason: str) -> dict[str, int]:
         """End sampling and fleet; returns the ledger's closing sums."""
         self._fence.check(incarnation)
         sums = await self._controller.close(reason)
-        await self._fleet.close()
+        others = [each.close() for each in (self._judged, self._teachers) if each]
+        await asyncio.gather(self._fleet.close(), *others)
         self._ledger.close()
         self._events.close()
         return sums
+
+    def _with_judge(self, job: Job) -> JudgedFleet | None:
+        """The fleet with judges behind it, where a prompt wants one."""
+        if job.judge is None:
+            return None
+        config = JudgeConfig.of(
+            job.judge, incarnation=job.incarnation, lease_seconds=job.section.lease_seconds
+        )
+        machines = RayMachines(worker_bundle(config))
+        judges = Fleet(
+            config.fleet,
+            lambda: RayWorker(config, JudgeWorker, machines.avoided),
+            lambda event: self._events.append(as_judge_event(event)),
+            machines,
+            crew=JUDGES,
+            most_each=IN_HAND,
+        )
+        return JudgedFleet(self._fleet, judges, job.judge.settings)
 
     async def _weights(self, version: int) -> Published:
         answer = cast(Awaitable[tuple[int, Published]], self._keeper.current.remote())
@@ -168,6 +206,20 @@ class ControllerActor:
         if current != version:
             raise DataError(f"the keeper must have version {version}, it has {current}", where="rl")
         return published
+
+
+def _teachers(job: Job, note: Callable[[Event], None]) -> Teachers | None:
+    """Those that the recipe wants; none come up before `start`."""
+    section, teaching = job.section, job.teaching
+    if section.distill is None or teaching is None:
+        return None
+    config = TeacherConfig(section.distill, teaching, job.incarnation, section.lease_seconds)
+    machines = RayMachines(config.bundle)
+
+    def spawn() -> RayTeacher:
+        return RayTeacher(config, machines.avoided)
+
+    return Teachers(section.distill, section.fleet, spawn, note, machines)
 
 
 class KeeperCheck:

@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from math import comb, fsum, hypot, isfinite, nan, sqrt
 
 from ground.records import Group
-from rl.config import AdvantageSection, PassAtKAdvantages
+from rl.objective_config import AdvantageSection, PassAtKAdvantages
 
 
 def group_advantages(group: Group, section: AdvantageSection) -> tuple[float, ...]:

@@ -20,8 +20,9 @@ from ground.errors import DataError
 from rl.config import RlSection
 from rl.journal import read_journal
 from rl.ledger import audit_ledger
+from rollout.judge_reward import JUDGE
 
-_COLUMNS = ("id", "prompt_id", "state", "draw", "slot", "attempt", "opened_at", "is_again")
+_COLUMNS = "id", "prompt_id", "reward", "state", "draw", "slot", "attempt", "opened_at", "is_again"
 _FINAL = ("trained", "filtered", "withdrawn")
 
 
@@ -111,7 +112,8 @@ def _faults_of_group(
     path: Path, row: Mapping, step: int, section: RlSection, seen: _Seen
 ) -> Iterator[str]:
     """Each sample is new, whole, and of an age that the bound allows."""
-    if len(row["segments"]) != section.group_size:
+    least = 2 if row["reward"] == JUDGE else section.group_size  # unjudged answers leave a group
+    if not least <= len(row["segments"]) <= section.group_size:
         yield f"group {row['id']} must have {section.group_size} rollouts"
     oldest_allowed = max(row["opened_at"], step - section.max_staleness)
     for index, segments in enumerate(row["segments"]):

@@ -19,6 +19,7 @@ import logging
 from typing import Protocol
 
 from rl.speeds import SpeedMeter, Speeds, wanted
+from rl.teacher_use import TeacherUse
 from rollout.config import FleetSection
 from rollout.fleet import FleetUse
 
@@ -41,6 +42,18 @@ class Resizable(Protocol):
         ...
 
 
+class Used(Protocol):
+    """What the balance needs of rl/teachers.py."""
+
+    def use(self) -> TeacherUse:
+        """What they have done since they began.
+
+        Raises:
+            PacktrainError: what they failed with.
+        """
+        ...
+
+
 class Balance:
     """Measures at every plan that is handed out, and resizes the fleet if the recipe allows it.
 
@@ -49,10 +62,19 @@ class Balance:
 
     Args:
         overlaps: whether fleet and learner work side by side, or in turns (`max_staleness: 0`).
+        teachers: measured too, where there are any; their number stays as it is.
     """
 
-    def __init__(self, fleet: Resizable, section: FleetSection, *, overlaps: bool) -> None:
+    def __init__(
+        self,
+        fleet: Resizable,
+        section: FleetSection,
+        *,
+        overlaps: bool,
+        teachers: Used | None = None,
+    ) -> None:
         self._fleet, self._section, self._overlaps = fleet, section, overlaps
+        self._teachers, self._taught = teachers, TeacherUse(0, 0.0, 0)
         self._meter = SpeedMeter()
         self._rollouts = 0
         self._before: FleetUse | None = None
@@ -66,7 +88,7 @@ class Balance:
         Raises:
             PacktrainError: what the fleet failed with.
         """
-        use = self._fleet.use()
+        use, teacher = self._fleet.use(), self._teacher_seconds(rollouts)
         trained, before = self._rollouts, self._before
         self._rollouts, self._before = rollouts, use
         sampled = use.rollouts - before.rollouts if before else 0
@@ -76,6 +98,7 @@ class Balance:
                     step_seconds / trained,
                     (use.filled_seconds - before.filled_seconds) / sampled,
                     (use.reward_seconds - before.reward_seconds) / sampled,
+                    teacher,
                 )
             )
         return self._balanced(use.workers, rollouts)
@@ -86,7 +109,12 @@ class Balance:
             return gauges
         if self._section.max_workers is not None and self._meter.is_settled:
             self._follow(speeds, workers, self._section.max_workers)
-        predicted = speeds.step_seconds(workers, rollouts, overlaps=self._overlaps)
+        teachers = self._taught.teachers
+        predicted = speeds.step_seconds(
+            workers, rollouts, overlaps=self._overlaps, teachers=teachers
+        )
+        if self._teachers:
+            gauges |= {"teachers": teachers, "teacher_seconds_per_sample": speeds.teacher}
         return gauges | {
             "overlaps": float(self._overlaps),
             "learner_seconds_per_sample": speeds.learner,
@@ -94,6 +122,14 @@ class Balance:
             "reward_seconds_per_sample": speeds.reward,
             "predicted_seconds": predicted,
         }
+
+    def _teacher_seconds(self, rollouts: int) -> float:
+        """Since the last plan, over the rollouts of this one: flat groups cost a teacher nothing,
+        and so a sample of a step costs less than one that it speaks to."""
+        if self._teachers is None:
+            return 0.0
+        before, self._taught = self._taught, self._teachers.use()
+        return (self._taught.seconds - before.seconds) / max(rollouts, 1)
 
     def _follow(self, speeds: Speeds, workers: int, most: int) -> None:
         least = self._section.min_workers

@@ -7,16 +7,18 @@ B sequences, T tokens of the longest one, R rows (one rollout each). Index t spe
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
+from types import MappingProxyType
 
 import torch
 from torch import Tensor
 
+from distill.word import Word
 from ground.packing import positions_of
 from ground.records import Group, Rollout
 from rl.advantages import batch_advantages
-from rl.config import AdvantageSection
+from rl.objective_config import AdvantageSection
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,6 +38,12 @@ class Row:
     """Versions between sampling and the step, of trained tokens; 0 elsewhere."""
     advantage: float
     capability: str = ""
+    group: str = ""
+    """Whose answer it is: `Group.id`."""
+    word: Word | None = None
+    """What the teacher said to the group; None where nobody teaches."""
+    index: int = 0
+    """Of the answer in its group, and of what was said to it."""
 
     def __len__(self) -> int:
         """Tokens, context included."""
@@ -81,6 +89,12 @@ class Batch:
         """Tokens that carry a gradient; a step divides by their sum over all its micro-batches."""
         return int(self.loss_mask_BT.sum())
 
+    @property
+    def capabilities_of_trained(self) -> list[str]:
+        """The capability of each trained token, in the order of the mask."""
+        rows_N = (self.segments_BT[self.loss_mask_BT] - 1).tolist()
+        return [self.capability_R[row] for row in rows_N]
+
     def tensors(self) -> dict[str, Tensor]:
         """Field by field, for a file."""
         values = {field.name: getattr(self, field.name) for field in fields(self)}
@@ -97,16 +111,22 @@ class Batch:
         return Batch(**idle, capability_R=self.capability_R)
 
 
-def rows_of(groups: Sequence[Group], section: AdvantageSection, version: int) -> list[Row]:
+def rows_of(
+    groups: Sequence[Group],
+    section: AdvantageSection,
+    version: int,
+    words: Mapping[str, Word] = MappingProxyType({}),
+) -> list[Row]:
     """The rows of a whole step; a rollout without policy tokens gives none.
 
     Advantages are made here, before any split, since some look at the whole batch.
 
     Args:
         version: of the weights that are about to be trained.
+        words: what the teacher said, by the group's id.
     """
     rows = [
-        _row(group, rollout, advantage, version)
+        _row(group, rollout, advantage, version, words.get(group.id))
         for group, advantages in zip(groups, batch_advantages(groups, section), strict=True)
         for rollout, advantage in zip(group.rollouts, advantages, strict=True)
     ]
@@ -184,16 +204,24 @@ def _length(sequence: Sequenced) -> int:
     return sum(map(len, sequence))
 
 
-def _row(group: Group, rollout: Rollout, advantage: float, version: int) -> Row:
+def written_by(group: Group, rollout: Rollout) -> tuple[list[int], list[bool]]:
+    """Prompt and segments, token by token, and which of these the policy wrote."""
     tokens = list(group.prompt_ids)
-    trained, behavior, ages = [False] * len(tokens), [0.0] * len(tokens), [0] * len(tokens)
+    trained = [False] * len(tokens)
+    for segment in rollout.segments:
+        tokens += segment.token_ids
+        trained += [segment.source == "policy"] * len(segment.token_ids)
+    return tokens, trained
+
+
+def _row(group: Group, rollout: Rollout, advantage: float, version: int, word: Word | None) -> Row:
+    tokens, trained = written_by(group, rollout)
+    behavior, ages = [0.0] * len(group.prompt_ids), [0] * len(group.prompt_ids)
     for segment in rollout.segments:
         is_policy, length = segment.source == "policy", len(segment.token_ids)
-        tokens += segment.token_ids
-        trained += [is_policy] * length
         behavior += segment.logprobs if is_policy else [0.0] * length
         ages += [version - span.version for span in segment.versions for _ in range(span.length)]
-        ages += [0] * (len(tokens) - len(ages))
+        ages += [0] * (len(behavior) - len(ages))
     return Row(
         tuple(tokens),
         tuple(trained),
@@ -201,4 +229,7 @@ def _row(group: Group, rollout: Rollout, advantage: float, version: int) -> Row:
         tuple(ages),
         advantage,
         group.prompt.capability,
+        group.id,
+        word,
+        rollout.index,
     )

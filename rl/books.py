@@ -22,82 +22,24 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
-from typing import Literal, TypedDict, cast
+from dataclasses import replace
+from typing import cast
 
-from curation.bands import Band, band
-from curation.curriculum import Curriculum, Observation
+from curation.curriculum import Curriculum
 from curation.mixture import Mixture, MixtureState, require_quotas
 from ground.errors import DataError
 from ground.records import Group, Prompt
-from rl.advantages import group_advantages
-from rl.buffer import LATE, Buffer, Outcome, Slot
-from rl.config import AdvantageSection, BaselineAdvantages, RlSection
-from rl.groups import outcome_of, row_of
+from rl.buffer import LATE, Buffer, Outcome, Plan, Slot
+from rl.config import RlSection
+from rl.groups import outcome_of
 from rl.ledger import Ledger, State
+from rl.objective_config import AdvantageSection, BaselineAdvantages
+from rl.saved import SavedDraw, SavedSlot, saved_draw, saved_slot
 from rl.source import Draw, Source
-
-Broken = Literal["broken", "refused"]
-"""Why a draw has no group: the machinery could not finish it, or the prompt does not fit the engine
-and leaves the pool. Neither says anything about how hard the prompt is."""
-MISVERSIONED = "misversioned"
-"""Reason of a group with a token of a version that it cannot have been sampled with: older than its
-slot, or newer than what was handed out. A worker errs about its weights."""
+from rl.survey import NO_SLOT, SURVEYED, Survey, SurveyState
+from rl.verdicts import Broken, verdict
 
 _CENTERED = BaselineAdvantages()
-
-
-@dataclass(frozen=True, slots=True)
-class Plan:
-    """What a step trains on, and why the other slots give nothing.
-
-    Example:
-        Plan(step=3, groups=(group,), filtered={"all-1": 2}, …)    # one slot kept, 2 flat draws
-    """
-
-    step: int
-    groups: tuple[Group, ...]
-    filtered: dict[str, int]
-    """Draws of the step's slots that were filtered, by reason."""
-    rollouts: int
-    """Answers that the step's slots cost, those of filtered groups included."""
-    reward: float
-    """Mean reward of all those answers."""
-    pass_rate: float
-    """Share of them that the verifier accepted."""
-    outcomes: tuple[Outcome, ...] = ()
-    """What became of every draw of the step's slots, in slot order: what the journal keeps."""
-
-    @staticmethod
-    def of(step: int, outcomes: Sequence[Outcome]) -> Plan:
-        """The plan that follows from what became of the draws."""
-        answers = [r for outcome in outcomes if outcome.group for r in outcome.group.rollouts]
-        return Plan(
-            step=step,
-            groups=tuple(o.group for o in outcomes if o.group and not o.reason),
-            filtered=dict(Counter(outcome.reason for outcome in outcomes if outcome.reason)),
-            rollouts=len(answers),
-            reward=sum(answer.reward for answer in answers) / max(len(answers), 1),
-            pass_rate=sum(answer.passed for answer in answers) / max(len(answers), 1),
-            outcomes=tuple(outcomes),
-        )
-
-
-class _SavedDraw(TypedDict):
-    number: int
-    slot: int
-    version: int
-    prompt: str
-
-
-class _SavedSlot(TypedDict):
-    slot: int
-    prompts: list[str]
-    version: int
-    again: int | None
-    """Number of its first draw when that one is asked again."""
-    outcomes: list[dict[str, object]]
-    """Rows of rl/groups.py: what its earlier draws came to belongs to the step's record."""
 
 
 class Books:
@@ -111,8 +53,10 @@ class Books:
         advantages: AdvantageSection = _CENTERED,
         late_floor: float = 1.0,
         max_empty_steps: int = 3,
+        survey: Survey | None = None,
     ) -> None:
         self.source, self.buffer, self.ledger = source, buffer, Ledger(write)
+        self.survey = survey
         self._advantages, self._late_floor = advantages, late_floor
         self._max_empty_steps, self._empty_steps = max_empty_steps, 0
         self._late: list[Draw] = []
@@ -134,7 +78,11 @@ class Books:
             write: receives the ledger's records.
         """
         curriculum = Curriculum(
-            prompts, section.curriculum, seed=seed, group_size=section.group_size
+            prompts,
+            section.curriculum,
+            seed=seed,
+            group_size=section.group_size,
+            steps=section.steps,
         )
         mixture = None
         if section.quotas:
@@ -153,8 +101,12 @@ class Books:
         buffer = Buffer(
             groups_per_step=section.groups_per_step, max_staleness=section.max_staleness
         )
+        survey = None
+        if groups := section.curriculum.survey_groups:
+            survey = Survey(prompts, groups=groups, max_staleness=section.max_staleness, seed=seed)
         floor = section.late_floor if section.late == "drop" else 1.0
-        return Books(source, buffer, write, section.advantages, floor, section.max_empty_steps)
+        empty = section.max_empty_steps
+        return Books(source, buffer, write, section.advantages, floor, empty, survey)
 
     @property
     def curriculum(self) -> Curriculum:
@@ -173,6 +125,9 @@ class Books:
         for slot in slots:
             if not slot.draw.is_again:
                 self.ledger.admit(slot.draw)
+        if self.survey and self.source.opens(self.version + self.buffer.max_staleness + 1):
+            for asking in self.survey.open(self.version):
+                self.ledger.admit(asking)
         return [slot.draw for slot in slots]
 
     def send(self, draw: Draw) -> None:
@@ -181,10 +136,31 @@ class Books:
 
     def settle(self, draw: Draw, group: Group | Broken) -> Draw | None:
         """A group came back, or why there is none; returns the draw that replaces it."""
-        return self._record(_outcome(draw, group, self._advantages, self.version + 1))
+        return self.record(self.outcome_of(draw, group))
+
+    def outcome_of(self, draw: Draw, group: Group | Broken) -> Outcome:
+        """What a group means for its draw; nothing is written down yet."""
+        return verdict(draw, group, self._advantages, self.version + 1)
+
+    def record(self, outcome: Outcome) -> Draw | None:
+        """Write down what became of a draw; returns the draw that replaces it."""
+        if outcome.draw.slot == NO_SLOT:
+            return self._record_asking(outcome)
+        number, refill = outcome.draw.number, self.buffer.put(outcome)
+        if not outcome.reason:
+            self.ledger.move(number, State.BUFFERED)
+        elif outcome.reason == LATE:
+            self.ledger.move(number, State.READMITTED, LATE)
+        else:
+            self.ledger.move(number, State.FILTERED, outcome.reason)
+        if refill is not None:
+            self.ledger.admit(refill)
+        return refill
 
     def waits_for(self, draw: Draw) -> bool:
         """Whether a draw's group is still wanted; not when it was given up as late."""
+        if draw.slot == NO_SLOT:
+            return self.survey is not None and self.survey.waits_for(draw)
         return self.buffer.waits_for(draw)
 
     def is_ready(self, step: int) -> bool:
@@ -192,24 +168,33 @@ class Books:
         return self.buffer.has(step) and self._may_go_on(step)
 
     def drop_late(self, step: int) -> list[Draw]:
-        """Give up the slots of a ready step that are not settled; returns their draws."""
+        """Give up what of a ready step is not settled, askings included; returns the draws."""
         late = [slot.draw for slot in self.buffer.waiting(step)]
         for draw in late:
-            self._record(Outcome(draw, LATE))
-        return late
+            self.record(Outcome(draw, LATE))
+        unanswered = self.survey.waiting(step) if self.survey else []
+        for asking in unanswered:
+            self.record(Outcome(asking, LATE))
+        return late + unanswered
+
+    def put_off(self, asking: Draw) -> None:
+        """An asking makes room for a draw, and waits again."""
+        self.ledger.move(asking.number, State.READMITTED, "put off")
 
     def describe_waiting(self, step: int) -> str:
         """What a step still waits for, in words."""
         if not self.buffer.has(step):
             return f"version {step - self.buffer.max_staleness} to be published"
         draws = [slot.draw for slot in self.buffer.waiting(step)]
+        draws += self.survey.waiting(step) if self.survey and not draws else []
         names = ", ".join(f"slot {draw.slot} (group {draw.group_id})" for draw in draws[:3])
         return names + (f" and {len(draws) - 3} more" if len(draws) > 3 else "")
 
     def plan(self, step: int) -> Plan:
         """What a settled step trains on; asking twice gives the same."""
         slots = self.buffer.take(step)
-        return Plan.of(step, [outcome for slot in slots for outcome in slot.outcomes])
+        surveyed = self.survey.take(step) if self.survey else []
+        return Plan.of(step, [outcome for slot in slots for outcome in slot.outcomes], surveyed)
 
     def publish(self, version: int) -> list[Draw]:
         """Version `version` is out: its step's slots are trained and freed, new ones opened.
@@ -223,8 +208,12 @@ class Books:
             self.ledger.move(draw.number, State.TRAINED)
         self.version = version
         self._late += [outcome.draw for outcome in outcomes if outcome.reason == LATE]
+        outcomes += self.survey.free(version - 1) if self.survey else []
         told = [each.observation for each in outcomes if each.observation]
         refused = [each.draw.prompt.id for each in outcomes if each.reason == "refused"]
+        if self.survey:
+            self.survey.see(each.prompt_id for each in told)
+            self.survey.leave_out(refused)
         self._empty_steps = 0 if trained else self._empty_steps + 1
         self.curriculum.observe(version, told, refused, wide=self._starved(slots))
         return self.open()
@@ -240,18 +229,11 @@ class Books:
         for outcome in outcomes:
             draw, turn = outcome.draw, seen[outcome.draw.slot]
             seen[draw.slot] += 1
-            own = self._draw_at(draw.slot, turn)
-            if own is None or _identity(own) != _identity(draw):
-                raise DataError(
-                    f"step {step} must have consumed draw {own and _identity(own)} of slot "
-                    f"{draw.slot}, the journal has {_identity(draw)}",
-                    where="rl/groups",
-                    fix="give the prompts it began with, or start the stage again (--from rl)",
-                )
-            if self.buffer.waits_for(own):
+            own = _same(self._draw_at(draw, turn), draw, step)
+            if self.waits_for(own):
                 self.send(own)
-                self._record(replace(outcome, draw=own))
-        if not self.buffer.is_ready(step):
+                self.record(replace(outcome, draw=own))
+        if self.buffer.num_waiting(step) or (self.survey and self.survey.waiting(step)):
             raise DataError(f"the journal of step {step} is not whole", where="rl/groups")
         self.publish(step + 1)
 
@@ -266,12 +248,10 @@ class Books:
             "empty_steps": self._empty_steps,
             "mixture": self.mixture and self.mixture.state_dict(),
             "curriculum": self.curriculum.state_dict(),
+            "survey": self.survey and self.survey.state_dict(),
             "ledger": self.ledger.state_dict(),
-            "slots": [_saved(slot) for slot in self.buffer.slots()],
-            "late": [
-                {"number": d.number, "slot": d.slot, "version": d.version, "prompt": d.prompt.id}
-                for d in self._late
-            ],
+            "slots": [saved_slot(slot) for slot in self.buffer.slots()],
+            "late": [saved_draw(draw) for draw in self._late],
         }
 
     def load_state_dict(self, state: Mapping[str, object], pool: Mapping[str, Prompt]) -> None:
@@ -285,13 +265,15 @@ class Books:
         self.curriculum.load_state_dict(**cast(dict, state["curriculum"]))
         if self.mixture:
             self.mixture.load_state_dict(cast(MixtureState, state["mixture"]))
+        if self.survey:
+            self.survey.load_state_dict(cast(SurveyState, state["survey"]), pool)
         ledger = cast(dict, state["ledger"])
         self.ledger.load_state_dict(ledger["drawn"], ledger["open"], ledger["closed"])
-        for saved in cast(Sequence[_SavedSlot], state["slots"]):
+        for saved in cast(Sequence[SavedSlot], state["slots"]):
             self._restore(saved, pool)
         self._late = [
             Draw(late["number"], late["slot"], 0, late["version"], pool[late["prompt"]])
-            for late in cast(Sequence[_SavedDraw], state["late"])
+            for late in cast(Sequence[SavedDraw], state["late"])
         ]
         self.ledger.readmit_all("resumed")
 
@@ -299,18 +281,17 @@ class Books:
         """The draws that are to be sent after a restart, oldest slot first."""
         return [slot.draw for slot in self.buffer.slots() if not slot.is_settled]
 
-    def _record(self, outcome: Outcome) -> Draw | None:
-        """Write down what became of a draw; returns the draw that replaces it."""
-        number, refill = outcome.draw.number, self.buffer.put(outcome)
-        if not outcome.reason:
-            self.ledger.move(number, State.BUFFERED)
-        elif outcome.reason == LATE:
-            self.ledger.move(number, State.READMITTED, LATE)
-        else:
-            self.ledger.move(number, State.FILTERED, outcome.reason)
-        if refill is not None:
-            self.ledger.admit(refill)
-        return refill
+    def askings(self) -> list[Draw]:
+        """Those of the survey that are not answered, oldest first."""
+        return self.survey.waiting() if self.survey else []
+
+    def _record_asking(self, outcome: Outcome) -> None:
+        """Write down what became of an asking: whatever its group shows, nobody trains on it."""
+        reason = SURVEYED if outcome.observation else outcome.reason
+        assert self.survey
+        self.survey.put(replace(outcome, reason=reason, group=None))
+        end = State.WITHDRAWN if reason == LATE else State.FILTERED
+        self.ledger.move(outcome.draw.number, end, reason)
 
     def _starved(self, slots: Sequence[Slot]) -> frozenset[str]:
         """Capabilities that need a wider band, after slots that are through."""
@@ -326,17 +307,20 @@ class Books:
 
     def _may_go_on(self, step: int) -> bool:
         if not (num_waiting := self.buffer.num_waiting(step)):
-            return True
+            is_due = self._late_floor == 1 and not self.buffer.max_staleness
+            return not (is_due and self.survey and self.survey.waiting(step))
         share = 1 - num_waiting / self.buffer.groups_per_step
         is_dropping = share >= self._late_floor and self.source.opens(step + 1)
         return is_dropping and not any(slot.draw.is_again for slot in self.buffer.waiting(step))
 
-    def _draw_at(self, slot: int, turn: int) -> Draw | None:
-        """A slot's draw by the order in which they are asked."""
-        found = next((s for s in self.buffer.take(self.version) if s.number == slot), None)
+    def _draw_at(self, draw: Draw, turn: int) -> Draw | None:
+        """What these books have drawn in its place: by number, or as its slot's turn comes."""
+        if draw.slot == NO_SLOT:
+            return self.survey and self.survey.of_step(self.version).get(draw.number)
+        found = next((s for s in self.buffer.take(self.version) if s.number == draw.slot), None)
         return found.draws[turn] if found and turn < len(found.draws) else None
 
-    def _restore(self, saved: _SavedSlot, pool: Mapping[str, Prompt]) -> None:
+    def _restore(self, saved: SavedSlot, pool: Mapping[str, Prompt]) -> None:
         prompts = [pool[prompt_id] for prompt_id in saved["prompts"]]
         first = None
         if saved["again"] is not None:
@@ -346,33 +330,21 @@ class Books:
         self.buffer.open(draws, [replace(outcome_of(row), draw=draw) for draw, row in spent])
 
 
-def _outcome(
-    draw: Draw, group: Group | Broken, advantages: AdvantageSection, newest: int
-) -> Outcome:
-    if not isinstance(group, Group):
-        return Outcome(draw, group)
-    versions = group.versions
-    if len(group.rollouts) < 2 or not versions:
-        return Outcome(draw, "broken")
-    passed = sum(rollout.passed for rollout in group.rollouts)
-    observation = Observation(draw.prompt.id, passed, len(group.rollouts))
-    if min(versions) < draw.version or max(versions) > newest:
-        return Outcome(draw, MISVERSIONED, None, group)
-    kind = band(group, group_advantages(group, advantages))
-    return Outcome(draw, "" if kind is Band.MIXED else kind, observation, group)
+def _same(own: Draw | None, draw: Draw, step: int) -> Draw:
+    """The draw that these books have made where the journal has that one.
+
+    Raises:
+        DataError: they are not the same.
+    """
+    if own is None or _identity(own) != _identity(draw):
+        raise DataError(
+            f"step {step} must have consumed draw {own and _identity(own)} of slot {draw.slot}, "
+            f"the journal has {_identity(draw)}",
+            where="rl/groups",
+            fix="give the prompts it began with, or start the stage again (--from rl)",
+        )
+    return own
 
 
 def _identity(draw: Draw) -> tuple[int, str, int]:
     return draw.number, draw.prompt.id, draw.version
-
-
-def _saved(slot: Slot) -> _SavedSlot:
-    kept = [outcome for outcome in slot.outcomes if outcome.reason not in ("", LATE)]
-    first = slot.draws[0]
-    return {
-        "slot": slot.number,
-        "prompts": [draw.prompt.id for draw in slot.draws],
-        "version": first.version,
-        "again": first.number if first.is_again else None,
-        "outcomes": [row_of(outcome, ()) for outcome in kept],
-    }

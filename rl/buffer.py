@@ -24,11 +24,14 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
 
 from curation.curriculum import Observation
+from distill.word import Word
 from ground.records import Group
 from rl.source import Draw
 
 LATE = "late"
 """Reason of a draw whose step went on without it; it is asked again in another slot."""
+UNTAUGHT = "untaught"
+"""Reason of a group that the teacher could not speak to: it is not trained on without its word."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,11 +49,13 @@ class Outcome:
     """What it tells the curriculum; None when the group is broken or late."""
     group: Group | None = None
     """None when broken or late, or when the outcome was restored from a checkpoint."""
+    word: Word | None = None
+    """What the teacher said to a group that teaches; None where there is no teacher."""
 
     @property
     def without_group(self) -> Outcome:
-        """The same without what was sampled: all that the books need."""
-        return replace(self, group=None)
+        """The same without what was sampled and said: all that the books need."""
+        return replace(self, group=None, word=None)
 
 
 @dataclass(slots=True)
@@ -82,6 +87,55 @@ class Slot:
     def draw(self) -> Draw:
         """The draw that an unsettled slot waits for."""
         return self.draws[len(self.outcomes)]
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """What a step trains on, and why the other slots give nothing.
+
+    Example:
+        Plan(step=3, groups=(group,), filtered={"all-1": 2}, …)    # one slot kept, 2 flat draws
+    """
+
+    step: int
+    groups: tuple[Group, ...]
+    filtered: dict[str, int]
+    """Draws of the step's slots that were filtered, by reason."""
+    rollouts: int
+    """Answers that the step's slots cost, those of filtered groups included."""
+    reward: float
+    """Mean reward of all those answers."""
+    pass_rate: float
+    """Share of them that the verifier accepted."""
+    outcomes: tuple[Outcome, ...] = ()
+    """What became of every draw of the step's slots, in slot order: what the journal keeps."""
+    surveyed: tuple[Outcome, ...] = ()
+    """What became of its askings (rl/survey.py), without their answers: the journal's as well."""
+
+    @property
+    def told(self) -> list[Outcome]:
+        """Everything that the books need to do the step again, askings last."""
+        return [outcome.without_group for outcome in (*self.outcomes, *self.surveyed)]
+
+    @property
+    def words(self) -> dict[str, Word]:
+        """What the teacher said to the groups, by their ids."""
+        return {o.group.id: o.word for o in self.outcomes if o.group and o.word}
+
+    @staticmethod
+    def of(step: int, outcomes: Sequence[Outcome], surveyed: Sequence[Outcome] = ()) -> Plan:
+        """The plan that follows from what became of the draws."""
+        answers = [r for outcome in outcomes if outcome.group for r in outcome.group.rollouts]
+        return Plan(
+            step=step,
+            groups=tuple(o.group for o in outcomes if o.group and not o.reason),
+            filtered=dict(Counter(outcome.reason for outcome in outcomes if outcome.reason)),
+            rollouts=len(answers),
+            reward=sum(answer.reward for answer in answers) / max(len(answers), 1),
+            pass_rate=sum(answer.passed for answer in answers) / max(len(answers), 1),
+            outcomes=tuple(outcomes),
+            surveyed=tuple(surveyed),
+        )
 
 
 class Buffer:

@@ -5,102 +5,20 @@ from __future__ import annotations
 import math
 from typing import Annotated, Literal, Self
 
-from pydantic import BeforeValidator, Field, model_validator
+from pydantic import Field, model_validator
 
 from curation.config import CurriculumSection
+from distill.config import RolloutDistillSection
 from ground.config import Section
 from ground.lora import LoraSection
+from rl.objective_config import (
+    AdvantageSection,
+    AipoLoss,
+    BaselineAdvantages,
+    LossSection,
+    PassAtKAdvantages,
+)
 from rollout.config import EngineSection, FleetSection, SamplingSection
-
-
-def _kind(default: str) -> BeforeValidator:
-    """A section without `kind` is of the default kind; the keys are then checked for that one."""
-    return BeforeValidator(
-        lambda value: {"kind": default, **value} if isinstance(value, dict) else value
-    )
-
-
-class BaselineAdvantages(Section):
-    """Reward compared with its group's mean (rl/advantages.py)."""
-
-    kind: Literal["centered", "batch_std", "group_std", "leave_one_out"] = "centered"
-    """centered: no division (Dr.GRPO); batch_std: over the step's deviation (ScaleRL); group_std:
-    over the group's own (GRPO); leave_one_out: against the mean of the others (RLOO)."""
-
-
-class PassAtKAdvantages(Section):
-    """What an answer adds to a set of k of which one must be right; from verdicts, not rewards."""
-
-    kind: Literal["pass_at_k"]
-    k: int = Field(default=4, ge=1)
-    """Below group_size; 1 equals group_std of the verdicts."""
-
-
-AdvantageSection = Annotated[
-    BaselineAdvantages | PassAtKAdvantages, Field(discriminator="kind"), _kind("centered")
-]
-
-
-class IcePop(Section):
-    """Drop tokens on which learner and sampler disagree too much (IcePop)."""
-
-    low: float = Field(default=0.5, ge=0, lt=1)
-    high: float = Field(default=5.0, gt=1)
-    """Tokens with pi / mu outside low…high teach nothing."""
-
-
-class PolicyLoss(Section):
-    """What every policy loss can be combined with; all off by default."""
-
-    icepop: IcePop | None = None
-    sequence_mask: float | None = Field(default=None, gt=0)
-    """Drop answers with a negative advantage whose mean log(mu / pi) is above this, e.g. 0.5."""
-    reference_kl: float = Field(default=0.0, ge=0)
-    """Weight of the KL to the model that the stage began with; above 0 the learner keeps a copy."""
-
-
-class AipoLoss(PolicyLoss):
-    """Truncated importance weights on every token (LlamaRL)."""
-
-    kind: Literal["aipo"] = "aipo"
-    rho_max: float = Field(default=4.0, ge=1)
-    """Truncation of pi / mu; LlamaRL uses 2 to 10."""
-
-
-class CispoLoss(PolicyLoss):
-    """Importance weights clipped, not the tokens (MiniMax-M1)."""
-
-    kind: Literal["cispo"]
-    rho_max: float = Field(default=5.0, ge=1)
-    rho_min: float = Field(default=0.0, ge=0, le=1)
-    """Lower bound of pi / mu; 0 is none."""
-
-
-class ClipLoss(PolicyLoss):
-    """PPO's clip with two widths (DAPO); a clipped token has no gradient."""
-
-    kind: Literal["clip"]
-    low: float = Field(default=0.2, gt=0, le=1)
-    high: float = Field(default=0.28, gt=0)
-
-
-class DecoupledLoss(PolicyLoss):
-    """PPO's clip around a proximal policy, weighted by proximal over sampler (AReaL)."""
-
-    kind: Literal["decoupled"]
-    low: float = Field(default=0.2, gt=0, le=1)
-    high: float = Field(default=0.2, gt=0)
-    weight_max: float = Field(default=2.0, ge=1)
-    """Truncation of pi_prox / mu."""
-    proximal: Literal["recompute", "interpolate"] = "recompute"
-    """recompute: the learner at the start of the step, which takes one update, so that the clip
-    never binds and the gradient is aipo's with rho_max = weight_max; interpolate: between sampler
-    and learner by the token's age (A-3PO)."""
-
-
-LossSection = Annotated[
-    AipoLoss | CispoLoss | ClipLoss | DecoupledLoss, Field(discriminator="kind"), _kind("aipo")
-]
 
 
 class OptimizerSection(Section):
@@ -208,6 +126,9 @@ class RlSection(Section):
     lora: LoraSection | None = None
     """Train a low-rank adapter: it alone is handed over, and each worker adds it to the base that
     it got at the beginning. Left out, all weights are trained and handed over."""
+    distill: RolloutDistillSection | None = None
+    """Learn from the recipe's teacher too, who speaks to each group that teaches; left out, from
+    the rewards alone."""
     curriculum: CurriculumSection = CurriculumSection()
     validation: ValidationSection = ValidationSection()
     micro_batch_tokens: int = Field(default=8192, ge=1)
@@ -236,8 +157,7 @@ class RlSection(Section):
     loop goes on from its last checkpoint. Signs come every second or two from threads of their own,
     also in the middle of a long step, since kernels run without the interpreter's lock."""
     lease_seconds: float = Field(default=150.0, gt=0)
-    """Workers and controller end themselves when their owner is silent for so long. Longer than
-    any load of weights, during which a worker is not asked for signs of life."""
+    """Workers and controller end themselves when their owner is silent for so long."""
     watchdog_seconds: float = Field(default=120.0, gt=0)
     """When nothing moves for so long, the log says what is waited for and where everybody stands
     (log/stacks); nothing is killed for it."""
@@ -280,11 +200,10 @@ class RlSection(Section):
 
     @model_validator(mode="after")
     def _lease_outlasts_silence(self) -> Self:
-        longest = max(self.silent_seconds, self.fleet.publish_deadline_seconds)
-        if self.lease_seconds <= longest:
+        if self.lease_seconds <= self.silent_seconds:
             raise ValueError(
-                f"lease_seconds must be above silent_seconds and fleet.publish_deadline_seconds "
-                f"({longest:g}), got {self.lease_seconds:g}"
+                f"lease_seconds must be above silent_seconds ({self.silent_seconds:g}), got "
+                f"{self.lease_seconds:g}"
             )
         return self
 
@@ -338,6 +257,15 @@ class RlSection(Section):
             raise ValueError(
                 "lora goes with learner.spread: ddp alone (an adapter's gradients and moments are "
                 f"small, and its base is read whole), got {self.learner.spread}"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _teachers_speak_to_whole_weights(self) -> Self:
+        if self.distill and self.learner.spread == "zero3":
+            raise ValueError(
+                "distill needs the whole model on each rank, for its loss reads the LM head's "
+                "weights: set learner.spread to ddp or zero2, got zero3"
             )
         return self
 

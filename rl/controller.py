@@ -4,13 +4,15 @@
  Curriculum ◀──────────────── Controller ────────────────────────────────────────────┐
      │ open                                                                          │
      └──────▶ admit ──▶ fleet.rollout(task) ──▶ Group ──▶ settle ──▶ buffer ─────────┘
-                 ▲                                             │ next_batch(step)
+                 ▲                        └─ classroom ─┘      │ next_batch(step)
                  └────────────── publish(version) ◀─ learner ◀─┘
 
 `rl/books.py` decides everything; this only carries: it keeps as many groups in flight as the fleet
 can decode (the oldest slot first, so that a refill overtakes younger slots), hands out plans, and
-makes a version known. With `late: drop` it also calls off what a step no longer waits for. Every
-wait has a deadline and says what it waits for; a background task that fails fails the run.
+makes a version known. With `late: drop` it also calls off what a step no longer waits for. Askings
+of the survey (rl/survey.py) go to the fleet where draws leave places free, and are put off as soon
+as a draw comes that needs one. Every wait has a deadline and says what it waits for; a background
+task that fails fails the run.
 """
 
 from __future__ import annotations
@@ -20,33 +22,27 @@ import logging
 import time
 from collections.abc import Callable, Coroutine, Mapping, Sequence
 from dataclasses import replace
-from typing import Protocol
 
 from ground import faults
 from ground.errors import InfraError, WorkersLostError
 from ground.records import Group, Prompt
-from rl.books import Books, Broken, Plan
+from rl.books import Books
+from rl.buffer import Outcome, Plan
+from rl.busy import BusyClock
+from rl.classroom import Classroom, Speakers
 from rl.config import RlSection
 from rl.droughts import Droughts
+from rl.fleet import Fleet
 from rl.source import Draw
+from rl.survey import NO_SLOT
+from rl.verdicts import Broken
 from rollout.engine import PromptTooLong
+from rollout.judge_fleet import Unjudged
 from rollout.seeds import sample_seed
 from rollout.systems import SystemInstruction
 from rollout.task import GroupTask
 
 logger = logging.getLogger("packtrain")
-
-
-class Fleet(Protocol):
-    """What the controller needs of rollout/fleet.py."""
-
-    async def rollout(self, task: GroupTask) -> Group:
-        """Sample and score one group."""
-        ...
-
-    async def publish(self, version: int, weights: object) -> None:
-        """Return once every worker that serves has these weights."""
-        ...
 
 
 class Controller:
@@ -58,8 +54,9 @@ class Controller:
 
     Args:
         books: opened, or restored and replayed.
-        in_flight: groups that the fleet is given at a time.
+        in_flight: groups that the fleet is given at a time, twice what it has places for.
         note: receives an event for the timeline.
+        teachers: who speak to each group that teaches, where the recipe wants that.
         now: the clock by which the fleet's idle share is measured.
     """
 
@@ -74,18 +71,21 @@ class Controller:
         system_of: Callable[[Prompt, int], SystemInstruction],
         in_flight: int,
         note: Callable[[Mapping[str, object]], None],
+        teachers: Speakers | None = None,
         now: Callable[[], float] = time.monotonic,
     ) -> None:
         self._books, self._fleet, self._section, self._seed = books, fleet, section, seed
         self._validation, self._system_of = validation, system_of
         self._in_flight, self._note = in_flight, note
+        self._places = max(in_flight // 2, 1)
         self._queue: asyncio.PriorityQueue[tuple[int, int, Draw]] = asyncio.PriorityQueue()
         self._changed = asyncio.Condition()
         self._tasks: list[asyncio.Task[None]] = []
-        self._running: dict[str, asyncio.Task[Group | Broken]] = {}
+        self._running: dict[str, tuple[Draw, asyncio.Task[Group | Broken]]] = {}
         self._failure: BaseException | None = None
         self._busy = BusyClock(now)
         self._droughts = Droughts(books, section.max_empty_steps, note)
+        self._classroom = Classroom(teachers, books.waits_for, self._record) if teachers else None
         self._asked: int | None = None
         self._since, self._moves = 0.0, 0
 
@@ -96,6 +96,12 @@ class Controller:
         self._admit(self._books.waiting())
         for number in range(self._in_flight):
             self._tasks.append(asyncio.create_task(self._guarded(self._sample(), f"s{number}")))
+        askings = self._section.curriculum.survey_groups * (self._section.max_staleness + 1)
+        for number in range(min(self._places, askings)):
+            self._tasks.append(asyncio.create_task(self._guarded(self._look(), f"l{number}")))
+        if room := self._classroom:
+            works = [self._guarded(room.run(), f"t{number}") for number in range(room.places)]
+            self._tasks += map(asyncio.create_task, works)
 
     async def next_batch(self, step: int) -> tuple[Plan, dict[str, float]]:
         """The plan of a step once its slots are settled, and how the fleet did meanwhile.
@@ -113,7 +119,7 @@ class Controller:
         except TimeoutError:
             raise InfraError(
                 f"step {step} must have its groups within {seconds:g} s, it waits for "
-                f"{self._books.describe_waiting(step)}",
+                f"{self._waited_for(step)}",
                 where="controller",
                 fix="look at the workers' log, or raise rl.step_deadline_seconds",
             ) from None
@@ -139,6 +145,8 @@ class Controller:
         self._admit(self._books.publish(version))
         self._droughts.tell(version)
         self._moves += 1
+        async with self._changed:
+            self._changed.notify_all()
         faults.point("publish.freed")
         score = await self.evaluate(version) if evaluate else None
         self._raise_failure()
@@ -159,7 +167,7 @@ class Controller:
             async with turns:
                 try:
                     return (await self._fleet.rollout(task)).pass_rate
-                except PromptTooLong:
+                except (PromptTooLong, Unjudged):
                     return None
 
         try:
@@ -186,10 +194,11 @@ class Controller:
         return {
             "version": self._books.version,
             "step": step,
-            "waits_for": "" if step is None else self._books.describe_waiting(step),
+            "waits_for": "" if step is None else self._waited_for(step),
             "since": None if step is None else self._since,
             "buffered": self._books.buffer.num_settled,
             "in_flight": len(self._running),
+            **self._at_school("at_teacher"),
             "settled": self._moves,
         }
 
@@ -204,6 +213,10 @@ class Controller:
     def _admit(self, draws: Sequence[Draw]) -> None:
         for draw in draws:
             self._queue.put_nowait((draw.slot, draw.attempt, draw))
+        excess = max(self._wanted - self._places, 0)
+        askings = [task for draw, task in self._running.values() if draw.slot == NO_SLOT]
+        for task in askings[::-1][:excess]:
+            task.cancel()
 
     async def _sample(self) -> None:
         """One of `in_flight` loops: take the oldest waiting draw, have it sampled, settle it."""
@@ -215,29 +228,69 @@ class Controller:
             self._books.send(draw)
             with self._busy:
                 group = await self._group_unless_late(draw)
-            if group is None:
+            if group is not None:
+                faults.point("settle")
+                outcome = self._books.outcome_of(draw, group)
+                if not self._classroom or outcome.reason:
+                    await self._record(outcome)
+                    continue
+                self._classroom.put(outcome)
+            async with self._changed:
+                self._changed.notify_all()  # a place is free
+
+    async def _record(self, outcome: Outcome) -> None:
+        """A draw is through: its slot goes on, and whoever waits for it looks again."""
+        refill = self._books.record(outcome)
+        self._admit([refill] if refill else [])
+        self._moves += 1
+        async with self._changed:
+            self._changed.notify_all()
+
+    async def _look(self) -> None:
+        """One of the loops that answer the survey while draws leave places free."""
+        while True:
+            async with self._changed:
+                await self._changed.wait_for(lambda: self._next_asking() is not None)
+            if (asking := self._next_asking()) is None:
                 continue
-            faults.point("settle")
-            refill = self._books.settle(draw, group)
-            self._admit([refill] if refill else [])
-            self._moves += 1
+            self._books.send(asking)
+            with self._busy:
+                group = await self._group_unless_late(asking)
+            if group is not None:
+                self._books.settle(asking, group)
+                self._moves += 1
+            elif self._books.waits_for(asking):
+                self._books.put_off(asking)
             async with self._changed:
                 self._changed.notify_all()
 
+    def _next_asking(self) -> Draw | None:
+        """The oldest one that nobody samples, if there is a place for it."""
+        if self._wanted >= self._places:
+            return None
+        askings = self._books.askings()
+        return next((each for each in askings if each.task_id not in self._running), None)
+
+    @property
+    def _wanted(self) -> int:
+        """Groups that are sampled or wait for it."""
+        return self._queue.qsize() + len(self._running)
+
     async def _group_unless_late(self, draw: Draw) -> Group | Broken | None:
         """What came of a draw; None when it was called off, or came in just after that."""
-        task = self._running[draw.task_id] = asyncio.create_task(self._group_of(draw))
+        task = asyncio.create_task(self._group_of(draw))
+        self._running[draw.task_id] = draw, task
         try:
             await asyncio.wait({task})
         finally:
             del self._running[draw.task_id]
             task.cancel()
-        return task.result() if self._books.waits_for(draw) else None
+        return task.result() if self._books.waits_for(draw) and not task.cancelled() else None
 
     def _call_off(self, draw: Draw) -> None:
         """Stop sampling a draw; cancelling the fleet's task aborts its requests."""
-        if task := self._running.get(draw.task_id):
-            task.cancel()
+        if running := self._running.get(draw.task_id):
+            running[1].cancel()
 
     async def _group_of(self, draw: Draw) -> Group | Broken:
         task = self._task(draw.prompt, draw.task_id, draw.number, self._section.group_size)
@@ -266,8 +319,18 @@ class Controller:
         )
 
     async def _hand_over(self, version: int, weights: object) -> None:
-        start = time.time()
-        await self._fleet.publish(version, weights)
+        start, seconds = time.time(), self._section.step_deadline_seconds
+        try:
+            async with asyncio.timeout(seconds):
+                await self._fleet.publish(version, weights)
+        except TimeoutError:
+            raise InfraError(
+                f"version {version} must be with all workers within {seconds:g} s",
+                where="controller",
+                why="a link is too slow for the weights, or workers still come up; "
+                "log/rl.controller.log says who waits for what",
+                fix="raise rl.step_deadline_seconds, or leave out machines behind slow links",
+            ) from None
         self._timeline("handover", start, version)
 
     def _gauges(self) -> dict[str, float]:
@@ -275,9 +338,20 @@ class Controller:
         return {
             "rollout_idle_share": 1 - self._busy.share(),
             "buffered": float(self._books.buffer.num_settled),
+            **self._books.curriculum.gauges(),
             **self._droughts.gauges(),
+            **self._at_school("groups_at_teacher"),
             **{f"prompts_{name}": float(count) for name, count in counts.items()},
         }
+
+    def _waited_for(self, step: int) -> str:
+        """What a step lacks, in words; what the teacher has of it is named too."""
+        number = self._classroom.num_groups if self._classroom else 0
+        told = f"; {number} groups wait for the teacher's word" if number else ""
+        return self._books.describe_waiting(step) + told
+
+    def _at_school(self, name: str) -> dict[str, float]:
+        return {name: float(self._classroom.num_groups)} if self._classroom else {}
 
     def _timeline(self, kind: str, start: float, version: int) -> None:
         now = time.time()
@@ -299,37 +373,3 @@ class Controller:
     def _raise_failure(self) -> None:
         if self._failure is not None:
             raise self._failure
-
-
-class BusyClock:
-    """Measures the share of the time in which at least one body is inside.
-
-    Example:
-        with clock: …;  clock.share() → 0.8 since the last share()
-    """
-
-    def __init__(self, now: Callable[[], float] = time.monotonic) -> None:
-        self._now = now
-        self._inside, self._busy_seconds = 0, 0.0
-        self._since = self._asked = now()
-
-    def __enter__(self) -> None:
-        self._tick()
-        self._inside += 1
-
-    def __exit__(self, *error: object) -> None:
-        self._tick()
-        self._inside -= 1
-
-    def share(self) -> float:
-        """Busy share since the last call, or since the beginning."""
-        self._tick()
-        elapsed, busy = self._since - self._asked, self._busy_seconds
-        self._asked, self._busy_seconds = self._since, 0.0
-        return busy / elapsed if elapsed > 0 else 0.0
-
-    def _tick(self) -> None:
-        now = self._now()
-        if self._inside:
-            self._busy_seconds += now - self._since
-        self._since = now

@@ -19,12 +19,12 @@ from torch import Tensor
 from ground.errors import DivergedError
 from ground.ranks import Ranks, lost_ranks
 from ground.records import Group
-from rl.books import Plan
+from rl.buffer import Plan
 from rl.learner import Learner
 from rl.prober import Prober
 from rollout.weights import Probes
 
-_Word = Literal["step", "load", "brake", "weights", "moments", "live", "probes", "end"]
+_Word = Literal["step", "load", "brake", "lesson", "weights", "moments", "live", "probes", "end"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,6 +66,15 @@ class Ensemble:
     def go_on_braking(self, steps: int) -> None:
         """Count braked steps from where a cut was made."""
         self._together(_Order("brake", steps))
+
+    @property
+    def lesson_state(self) -> dict[str, object]:
+        """The weights of the soft term, which a cut keeps; empty without a teacher."""
+        return self._learner.lesson.state_dict() if self._learner.lesson else {}
+
+    def go_on_with_lesson(self, state: Mapping[str, object]) -> None:
+        """Weigh the soft term from where a cut was made."""
+        self._together(_Order("lesson", state))
 
     def model_tensors(self) -> dict[str, Tensor]:
         """See `Learner.model_tensors`."""
@@ -129,6 +138,8 @@ class Ensemble:
                 return learner.load(*order.subject)
             case "brake":
                 learner.brake.steps = order.subject
+            case "lesson" if learner.lesson:
+                learner.lesson.load_state_dict(order.subject)
             case "weights":
                 return learner.model_tensors()
             case "moments":

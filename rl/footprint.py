@@ -1,4 +1,4 @@
-"""What lies in a device's memory, part by part: the learner's side and an engine's.
+"""What lies in a device's memory, part by part: the learner's side, an engine's, a teacher's.
 
 The learner holds weights, gradients and two moments in FP32, 16 bytes a parameter, sharded over all
 its devices (FSDP2 or ZeRO-3), and activations of one micro-batch: what enters each layer in BF16,
@@ -12,6 +12,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+from distill.config import RolloutDistillSection
 from ground.errors import RecipeError
 from ground.lora import LoraSection
 from ground.shape import ModelShape
@@ -23,6 +24,8 @@ from rl.room import Want, require_room
 _FULL = 4
 """Bytes of the learner's numbers: it computes in FP32 where it sums."""
 _HALF = 2
+TEACHER_LOGITS = 1 << 24
+"""Elements of a teacher's largest tensor of logits, as distill/teacher.py has it."""
 _GIB = 2**30
 _VERSIONS = 3
 _WORKING_SET = 34
@@ -84,6 +87,19 @@ def learner_footprint(
     if section.loss.reference_kl:
         shared["reference"] = size
     return Footprint(shared, {}, own)
+
+
+def teacher_footprint(
+    shape: ModelShape, device: Device, section: RolloutDistillSection
+) -> Footprint:
+    """A teacher is whole on each of its devices, in FP32: weights, what one layer of a pass makes,
+    and the logits of a part of it (distill/teacher.py)."""
+    parts = {
+        "weights": float(shape.parameters * _FULL),
+        "activations": float(section.pass_tokens * shape.hidden * _WORKING_SET),
+        "logits chunk": float(_TILES * TEACHER_LOGITS * _FULL),
+    }
+    return Footprint({}, {}, parts)
 
 
 def engine_footprint(shape: ModelShape, device: Device, section: RlSection) -> Footprint:

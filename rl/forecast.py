@@ -20,6 +20,7 @@ from rl.footprint import (
     engine_width,
     learner_footprint,
     learner_width,
+    teacher_footprint,
 )
 from rl.hardware import Device, Efficiency
 from rl.placement import Placement, plan
@@ -29,10 +30,11 @@ from rl.roofline import (
     handover_seconds,
     learner_seconds,
     rollout_seconds,
+    teacher_seconds,
 )
 from rl.room import Consumer, Devices
 
-LEARNER, ROLLOUT = "learner", "rollout"
+LEARNER, ROLLOUT, TEACHER = "learner", "rollout", "teacher"
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,14 +82,18 @@ def forecast(
     *,
     load: Workload,
     counted: Efficiency | None = None,
+    teacher: ModelShape | None = None,
 ) -> Forecast:
     """Place a recipe on so many devices and estimate its step.
+
+    Args:
+        teacher: where the recipe has `distill`; its replicas are as many as that says.
 
     Raises:
         PlacementError: it does not fit; with want and have.
     """
     counted = counted or Efficiency()
-    consumers, footprints = wanted(shape, section, device, load, counted)
+    consumers, footprints = wanted(shape, section, device, load, counted, teacher)
     room = Devices.of(
         count, per_machine=device.per_machine, bytes_each=device.memory * counted.memory
     )
@@ -105,9 +111,14 @@ def forecast(
 
 
 def wanted(
-    shape: ModelShape, section: RlSection, device: Device, load: Workload, counted: Efficiency
-) -> tuple[tuple[Consumer, Consumer], dict[str, Footprint]]:
-    """Learner and rollout as plan() takes them, and their memory by part."""
+    shape: ModelShape,
+    section: RlSection,
+    device: Device,
+    load: Workload,
+    counted: Efficiency,
+    teacher: ModelShape | None = None,
+) -> tuple[tuple[Consumer, ...], dict[str, Footprint]]:
+    """Learner, rollout and perhaps teacher as plan() takes them, and their memory by part."""
     across = learner_width(shape, device, section, counted)
     width = engine_width(shape, device, section, counted)
     training = learner_footprint(shape, device, section, across)
@@ -127,7 +138,18 @@ def wanted(
         least=section.fleet.min_workers,
         most=useful_engines(section),
     )
-    return (learner, rollout), {LEARNER: training, ROLLOUT: engine}
+    footprints = {LEARNER: training, ROLLOUT: engine}
+    if section.distill is None or teacher is None:
+        return (learner, rollout), footprints
+    reading = teacher_footprint(teacher, device, section.distill)
+    speaker = Consumer(
+        TEACHER,
+        teacher_seconds(teacher, device, load, counted),
+        device_bytes=sum(reading.device.values()),
+        least=section.distill.num_teachers,
+        most=section.distill.num_teachers,
+    )
+    return (learner, rollout, speaker), footprints | {TEACHER: reading}
 
 
 def useful_engines(section: RlSection) -> int:

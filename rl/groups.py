@@ -14,6 +14,7 @@ from pathlib import Path
 import pyarrow as pa
 
 from curation.curriculum import Observation
+from distill.word import SaidRow, Word
 from ground.records import Difficulty, Group, Message, Prompt, Rollout, Segment, Span
 from rl.buffer import LATE, Outcome
 from rl.source import Draw
@@ -38,6 +39,7 @@ _DIFFICULTY = pa.struct(
         ("version", pa.int64()),
     ]
 )
+_SAID = pa.struct([("key", pa.binary()), ("num_tokens", pa.int64()), ("content", pa.binary())])
 SCHEMA = pa.schema(
     [
         pa.field("id", pa.string(), nullable=False),
@@ -70,9 +72,12 @@ SCHEMA = pa.schema(
         pa.field("prompt_ids", pa.list_(pa.int32())),
         pa.field("segments", pa.list_(pa.list_(_SEGMENT))),
         pa.field("reward_parts", pa.list_(pa.list_(_PART))),
+        pa.field("taught_by", pa.string()),
+        pa.field("said", pa.list_(_SAID)),
     ]
 )
-"""`version` is that of the oldest token; `opened_at` the version at which the slot was opened."""
+"""`version` is that of the oldest token; `opened_at` the version at which the slot was opened;
+`taught_by` the identity of the teacher whose word `said` is."""
 
 _STATES = {"": "trained", LATE: "re-admitted"}
 
@@ -123,6 +128,8 @@ def row_of(outcome: Outcome, advantages: Sequence[float]) -> dict[str, object]:
             [{"name": name, "value": value} for name, value in rollout.reward_parts.items()]
             for rollout in rollouts
         ],
+        "taught_by": outcome.word.identity if outcome.word else None,
+        "said": [asdict(said) for said in outcome.word.rows] if outcome.word else [],
     }
 
 
@@ -153,7 +160,10 @@ def outcome_of(row: Mapping) -> Outcome:
     if row["prompt_ids"] is not None:
         rollouts = tuple(_rollout(row, index) for index in range(len(row["texts"])))
         group = Group(row["id"], prompt, tuple(row["prompt_ids"]), rollouts, row["system"])
-    return Outcome(draw, row["reason"], observation, group)
+    word = None
+    if row["said"] and (identity := row["taught_by"]) is not None:
+        word = Word(identity, tuple(SaidRow(**each) for each in row["said"]))
+    return Outcome(draw, row["reason"], observation, group, word)
 
 
 def _rollout(row: Mapping, index: int) -> Rollout:

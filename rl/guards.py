@@ -13,7 +13,7 @@ from collections import Counter
 from collections.abc import Callable
 
 from ground.errors import DivergedError
-from rl.books import Plan
+from rl.buffer import Plan
 
 Check = Callable[[float | None], None]
 """Takes a gradient's norm, None for one that is not known yet, and raises where that, or the loss
@@ -26,6 +26,7 @@ _FIXES = {
     "broken": "workers that finish their groups: look at the run's log folder",
     "refused": "prompts that fit the engine: raise rl.engine.max_length",
     "late": "more time: all groups were late; set rl.late to wait, or raise rl.late_floor",
+    "untaught": "teachers that live: look at the run's log folder, and at rl.distill.pass_tokens",
     "misversioned": "workers with the right weights: look at the run's log folder",
 }
 

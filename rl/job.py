@@ -7,8 +7,10 @@ from typing import Literal, Protocol
 
 from pydantic import BaseModel, ConfigDict, Field
 
+from distill.word import Teaching
 from ground.config import SandboxSettings, Section, Systems
 from rl.config import RlSection
+from rollout.judge_source import JudgeSource
 
 
 class Job(Section):
@@ -24,7 +26,8 @@ class Job(Section):
     namespace: str = "packtrain"
     """Of our actors in Ray; no other run of the same cluster has it."""
     incarnation: int
-    """Lives of the loop in this stage so far; names the actors, so that no old one is met."""
+    """Lives of the loop since this process of the stage began; part of the actors' names, so that
+    nobody meets those of an older life."""
     model: Path
     """The policy to start from."""
     directory: Path
@@ -35,8 +38,12 @@ class Job(Section):
     """Files with the user's own reward functions."""
     sandbox: SandboxSettings = SandboxSettings()
     """Where programs of the `code` reward run."""
+    judge: JudgeSource | None = None
+    """The model behind `reward: judge`, where a prompt asks for it."""
     logs_end_in: Path | None = None
     """Where what is written into `log_directory` is brought in the end, if not left there."""
+    teaching: Teaching | None = None
+    """Whose word is learned from beside the rewards, if the section wants any."""
     receives_weights: bool = False
     """A rank that reads none from `model`, whose folder may not be whole here: rank 0 gives its."""
 

@@ -1,4 +1,4 @@
-"""The learner's process: `python -m rl.learn`, told by lines on stdin, telling by lines on stdout.
+"""The learner's process, told by lines on stdin, telling by lines on stdout.
 
 in:  Job (at once: imports and loading go on while Ray starts) → Ray's address → end of file: leave
 out: Report, one per step and validation, and one at the end
@@ -43,7 +43,7 @@ from ground.roles import enter_role
 from ground.signals import Interrupted, held_signals
 from ground.storage import commit_directory
 from rl.batch import collate, rows_of
-from rl.books import Plan
+from rl.buffer import Plan
 from rl.config import RlSection
 from rl.consumed import Consumed
 from rl.ensemble import Ensemble
@@ -105,7 +105,7 @@ def learn(job: Job, speaker: Voice, join: Callable[[Job], Loop]) -> dict[str, ob
     pad_id = ChatTemplate(tokenizer).pad_id
     lora = job.section.lora
     adapter = Adapter(model, lora, seed=job.seed, stage="rl") if lora else None
-    learner = Learner(model, ranks.accelerator(), job.section, pad_id, adapter)
+    learner = Learner(model, ranks.accelerator(), job.section, pad_id, adapter, job.teaching)
     ranks.check(ranks.num_ranks, learner.update.module)
     prober = Prober(
         model,
@@ -276,7 +276,3 @@ def keep_batch(job: Job, plan: Plan) -> None:
     tensors = {name.removesuffix("_BT"): tensor for name, tensor in batch.tensors().items()}
     with commit_directory(job.directory / "diverged", {"step": plan.step}) as staging:
         save_file(tensors, staging / "batch.safetensors")
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -3,12 +3,16 @@
     rows_of ─▶ pack ─▶ this rank's micro-batches ─▶ log-probs ─▶ policy_loss ─▶ backward (each)
             ─▶ numbers of all ranks ─▶ guards ─▶ update
 
+Where a teacher speaks (rl/lesson.py) its term is added to each pass's loss, with a denominator of
+its own.
+
 N trained tokens of the whole step, over all micro-batches and ranks.
 """
 
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Sequence
 from contextlib import nullcontext
 from functools import partial
@@ -19,18 +23,25 @@ from accelerate import Accelerator
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from distill.student import TaughtModel
+from distill.targets import TeacherTargets
+from distill.word import Teaching
 from ground import faults
 from ground.adapter import Adapter
 from ground.logprobs import LogprobModel
 from ground.model import copied, live_tensors
 from rl.batch import Batch, Row, Sequenced, collate, micro_batches, pack, rows_of
-from rl.books import Plan
+from rl.buffer import Plan
 from rl.config import RlSection
 from rl.guards import EssBrake, check_finite
+from rl.lesson import Lesson
 from rl.loss import effective_share, fresh_gap, mismatch, oldest_of_rows
 from rl.objective import Tokens, policy_loss
 from rl.routing import RouterLoad
 from rl.update import make_update
+
+_MEASURED = 9
+"""Numbers of a token that are there with or without a teacher."""
 
 
 class Learner:
@@ -48,15 +59,19 @@ class Learner:
         section: RlSection,
         pad_id: int,
         adapter: Adapter | None = None,
+        teaching: Teaching | None = None,
     ) -> None:
         self.model, self._accelerator, self._section = model, accelerator, section
         self._pad_id, self.adapter = pad_id, adapter
+        self.lesson = Lesson(section, teaching) if teaching else None
         self._reference = None
         if section.loss.reference_kl:
             self._reference = _Reference(model, accelerator, adapter)
         self._routers = RouterLoad(model)
         self.brake = EssBrake(section.ess_floor, section.max_braked_steps)
-        self.update = make_update(model, accelerator, section.optimizer, adapter)
+        model.train()
+        module = TaughtModel(model, self.lesson.divergence) if self.lesson else LogprobModel(model)
+        self.update = make_update(module, accelerator, section.optimizer, adapter)
 
     def step(self, plan: Plan) -> dict[str, float]:
         """Take one optimizer step on a plan's groups; without groups nothing moves.
@@ -65,12 +80,16 @@ class Learner:
             DivergedError: loss or gradient is not finite, or too many steps in a row were braked;
                 the weights are left as they were.
         """
-        rows = rows_of(plan.groups, self._section.advantages, plan.step)
+        rows = rows_of(plan.groups, self._section.advantages, plan.step, plan.words)
         num_tokens = sum(row.num_trained for row in rows)
         if not num_tokens:
             return {}
+        if self.lesson:
+            self.lesson.begin(rows, plan.step)
         with self.update.stepping():
             loss, measured = self._accumulate(rows, num_tokens)
+            if self.lesson and math.isfinite(loss):
+                self.lesson.observe(self.model, rows)
             check = partial(check_finite, loss, step=plan.step, num_rows=len(rows))
             brakes: list[float] = []
 
@@ -114,29 +133,38 @@ class Learner:
         seen: list[Tensor] = []
         for number in range(passes):
             # Every rank makes as many passes as the busiest one, and reduces in the last.
-            batch = self._batch(cuts[rank], number, spare=cuts[0])
+            batch, said = self._pass(cuts[rank], number, spare=cuts[0])
             with self.update.passing(is_last=number == passes - 1):
-                seen.append(self._backward(batch, accelerator.num_processes / num_tokens))
+                seen.append(self._backward(batch, said, num_tokens))
         counts = [_num_trained(share) for share in shares]
         numbers = self._gathered(torch.cat(seen, dim=1), counts)
-        return numbers[0].sum().item() / num_tokens, self._measured(numbers)
+        loss, measured = numbers[0].sum().item() / num_tokens, self._measured(numbers[:_MEASURED])
+        if self.lesson:
+            misfits = self._added_up(torch.tensor(float(self.lesson.misfits))).item()
+            measured |= self.lesson.metrics(numbers[_MEASURED:], misfits)
+            loss += measured["distill_loss"]
+        return loss, measured
 
-    def _batch(
+    def _pass(
         self, cut: Sequence[list[Sequenced]], number: int, spare: Sequence[list[Sequenced]]
-    ) -> Batch:
-        """A pass of this rank, or one without loss when its rows are through."""
-        if number < len(cut):
-            return collate(cut[number], self._pad_id).to(self._accelerator.device)
-        shortest = spare[-1][-1:]
-        return collate(shortest, self._pad_id).without_loss().to(self._accelerator.device)
+    ) -> tuple[Batch, TeacherTargets | None]:
+        """A pass of this rank, or one without loss when its rows are through; and what the teacher
+        said to its tokens."""
+        is_idle, device = number >= len(cut), self._accelerator.device
+        sequences = spare[-1][-1:] if is_idle else cut[number]
+        batch = collate(sequences, self._pad_id).to(device)
+        said = self.lesson.said(sequences, is_idle=is_idle).to(device) if self.lesson else None
+        return batch.without_loss() if is_idle else batch, said
 
-    def _backward(self, batch: Batch, scale: float) -> Tensor:
-        """One pass; returns the numbers of its tokens, [9, N]."""
+    def _backward(self, batch: Batch, said: TeacherTargets | None, num_tokens: int) -> Tensor:
+        """One pass; returns the numbers of its tokens, [9, N], and where there is a teacher four
+        rows more."""
         mask_BT, temperature = batch.loss_mask_BT, self._section.sampling.temperature
         inputs = (batch.tokens_BT, batch.segments_BT, mask_BT, temperature)
         faults.point("step.forward")
         with self._routers.counting((batch.segments_BT != 0) & mask_BT.any()):
-            logprobs_BT, entropy_BT = self.update.module(*inputs)
+            asked = inputs if said is None else (*inputs, said)
+            logprobs_BT, entropy_BT, *soft = self.update.module(*asked)
         reference_N = None
         if self._reference is not None:
             reference_N = self._reference.logprobs(*inputs)[mask_BT]
@@ -150,7 +178,13 @@ class Learner:
         )
         losses = policy_loss(self._section.loss, tokens)
         faults.point("step.backward")
-        self.update.backward(losses.loss_N.sum() * scale)
+        num_ranks = self._accelerator.num_processes
+        loss, taught = losses.loss_N.sum() * (num_ranks / num_tokens), list[Tensor]()
+        if self.lesson and said is not None:
+            taught_N, numbers_4N = self.lesson.term(said, soft[0], batch.capabilities_of_trained)
+            loss = loss + taught_N.sum() * (num_ranks / max(self.lesson.num_taught, 1))
+            taught.append(numbers_4N)
+        self.update.backward(loss)
         numbers = (
             losses.loss_N,
             tokens.logprobs_N,
@@ -162,7 +196,7 @@ class Learner:
             losses.kept_N,
             oldest_of_rows(tokens.ages_N, tokens.rows_N),
         )
-        return torch.stack([number.detach().double() for number in numbers])
+        return torch.cat([torch.stack([each.detach().double() for each in numbers]), *taught])
 
     def _measured(self, numbers: Tensor) -> dict[str, float]:
         """The metrics of a step from the numbers of all its tokens."""

@@ -46,7 +46,7 @@ class LearnerProcess:
         self._silent_seconds, self._on_silence = job.section.silent_seconds, on_silence
         with log.open("ab") as errors:
             self._process = subprocess.Popen(
-                [sys.executable, "-m", "rl.learn"],
+                [sys.executable, "-m", "ground.imports", "rl.learn"],
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 stderr=errors,

@@ -21,8 +21,7 @@ from ground import faults
 from ground.errors import DataError, DivergedError
 from ground.records import Group, Rollout
 from ground.signals import Pending
-from rl.books import MISVERSIONED, Plan
-from rl.buffer import LATE, Outcome
+from rl.buffer import LATE, UNTAUGHT, Outcome, Plan
 from rl.config import RlSection
 from rl.consumed import Consumed
 from rl.ensemble import Ensemble
@@ -31,6 +30,7 @@ from rl.job import Report, phase
 from rl.publisher import Loop as Publications
 from rl.publisher import Publisher
 from rl.snapshot import Snapshot
+from rl.verdicts import MISVERSIONED
 from rollout.compliance import compliance_rates
 from rollout.weights import Probes
 
@@ -115,13 +115,21 @@ class LearnerLoop:
         self._step_seconds = 0.0
 
     def guards(self) -> dict[str, Any]:
-        """What the guards have counted so far, as JSON types: part of a cut."""
-        return {"braked_steps": self._learner.braked_steps, "no_signal": self._guard.state_dict()}
+        """What the guards have counted and the soft term weighs so far, as JSON types: part of a
+        cut."""
+        counted = {
+            "braked_steps": self._learner.braked_steps,
+            "no_signal": self._guard.state_dict(),
+        }
+        lesson = self._learner.lesson_state
+        return counted | ({"lesson": lesson} if lesson else {})
 
     def load_guards(self, saved: Mapping[str, Any]) -> None:
         """Go on counting where a cut was made."""
         self._learner.go_on_braking(saved["braked_steps"])
         self._guard.load_state_dict(**saved["no_signal"])
+        if lesson := saved.get("lesson"):
+            self._learner.go_on_with_lesson(lesson)
 
     def repeat(self, cut: int) -> tuple[int, list[list[Outcome]]]:
         """Take the journaled steps since a cut again; returns the version that they lead to.
@@ -134,7 +142,7 @@ class LearnerLoop:
         while (plan := self._journaled(version)) is not None:
             numbers = self._step(plan)
             version += 1
-            replayed.append([outcome.without_group for outcome in plan.outcomes])
+            replayed.append(plan.told)
             is_same = self._publisher.repeat(version, self._learner.model_tensors)
             if not is_same:
                 logger.warning(_NOT_THE_SAME, version)
@@ -260,14 +268,15 @@ def _of_plan(plan: Plan) -> dict[str, float]:
     """Reward and the fate of the step's draws."""
     flat = sum(plan.filtered.get(reason, 0) for reason in ("all-0", "all-1", "flat"))
     draws = len(plan.groups) + sum(plan.filtered.values())
-    late, refused, misversioned = (
-        plan.filtered.get(reason, 0) for reason in (LATE, "refused", MISVERSIONED)
+    late, refused, misversioned, untaught = (
+        plan.filtered.get(reason, 0) for reason in (LATE, "refused", MISVERSIONED, UNTAUGHT)
     )
-    named = flat + late + refused + misversioned + len(plan.groups)
+    named = flat + late + refused + misversioned + untaught + len(plan.groups)
     return {
         "reward": plan.reward,
         "pass_rate": plan.pass_rate,
         "rollouts": plan.rollouts,
+        "survey_rollouts": sum(seen.trials for o in plan.surveyed if (seen := o.observation)),
         "groups": len(plan.groups),
         "kept_share": len(plan.groups) / draws,
         "flat_share": flat / draws,
@@ -276,6 +285,7 @@ def _of_plan(plan: Plan) -> dict[str, float]:
         "late_share": late / draws,
         "refused_share": refused / draws,
         "misversioned_share": misversioned / draws,
+        "untaught_share": untaught / draws,
         "broken_share": (draws - named) / draws,
         **compliance_rates(answer.reward_parts for answer in _answers(plan)),
     }

@@ -10,7 +10,6 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from rl.config import AipoLoss, CispoLoss, ClipLoss, LossSection
 from rl.loss import (
     aipo,
     cispo,
@@ -21,6 +20,7 @@ from rl.loss import (
     reference_kl,
     sequence_mask,
 )
+from rl.objective_config import AipoLoss, CispoLoss, ClipLoss, LossSection
 
 
 @dataclass(frozen=True, slots=True)

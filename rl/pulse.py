@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from typing import cast
 
@@ -12,7 +12,7 @@ from ray.exceptions import GetTimeoutError, RayError, RayTaskError
 
 from ground.errors import InfraError
 from rl.watchdog import Pulse
-from rollout.fleet import FleetStats
+from rollout.fleet import FleetStats, WorkerStats
 
 
 def remote_pulse(controller: ActorHandle, incarnation: int) -> Pulse:
@@ -35,6 +35,8 @@ def remote_pulse(controller: ActorHandle, incarnation: int) -> Pulse:
                 why=(str(error).strip().splitlines() or [""])[-1],
             ) from None
         fleet = cast(FleetStats, status.pop("fleet"))
-        return {**status, **asdict(fleet)}
+        others = cast(Sequence[WorkerStats], status.pop("others"))
+        seats = [asdict(each) for each in (*fleet.workers, *others)]
+        return {**status, **asdict(fleet), "workers": seats}
 
     return pulse

@@ -14,7 +14,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from ground.shape import ModelShape
-from rl.books import Plan
+from rl.buffer import Plan
 from rl.config import RlSection
 from rl.hardware import Device, Efficiency
 from rl.roofline import Workload, decoding_step, learner_seconds

@@ -15,8 +15,7 @@ from torch import Tensor
 
 from ground import faults
 from ground.errors import InfraError, PacktrainError
-from rl.books import Plan
-from rl.buffer import Outcome
+from rl.buffer import Outcome, Plan
 from rl.job import Job
 from rollout.handover import Outbox, Parcel
 from rollout.weights import Probes, Published, this_node

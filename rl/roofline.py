@@ -123,6 +123,17 @@ def rollout_seconds(
     return load.sampled_per_slot * (width * load.new_tokens * step / rows + prefill)
 
 
+def teacher_seconds(
+    shape: ModelShape, device: Device, load: Workload, counted: Efficiency
+) -> float:
+    """Device-seconds of the teachers for a sample: a forward pass over those of groups that teach.
+
+    transformers computes every expert on every token.
+    """
+    flops = load.tokens * shape.flops(load.tokens / 2, is_routed=False)
+    return load.trained_per_slot * flops / (device.flops * counted.prefill)
+
+
 def handover_seconds(
     shape: ModelShape,
     device: Device,

@@ -124,6 +124,29 @@ class Want:
     because: str = ""
 
 
+@dataclass(frozen=True, slots=True)
+class Places:
+    """So many equal bundles, each of one machine, of which others are to have what is left.
+
+    Example:
+        Places("teachers", 1, {"CPU": 1, "GPU": 1})
+    """
+
+    name: str
+    count: int
+    bundle: Mapping[str, float]
+
+    def taken_from(self, nodes: Sequence[Mapping[str, float]]) -> list[dict[str, float]]:
+        """What is left of machines, the last ones given first; what does not fit takes nothing."""
+        left, wanted = [dict(node) for node in nodes], self.count
+        for node in reversed(left):
+            while wanted and places(self.bundle, [node])[0]:
+                for name, amount in self.bundle.items():
+                    node[name] = node.get(name, 0) - amount
+                wanted -= 1
+        return left
+
+
 def require_room(wants: Sequence[Want], have: float, unit: str, *, where: str, fix: str) -> None:
     """Refuse at once what would otherwise wait for resources for ever.
 
@@ -160,19 +183,36 @@ def wait_for_room(check: Callable[[], Value], seconds: float) -> Value:
 
 
 def require_places(
-    count: int, bundle: Mapping[str, float], nodes: Sequence[Mapping[str, float]], *, fix: str
+    count: int,
+    bundle: Mapping[str, float],
+    nodes: Sequence[Mapping[str, float]],
+    *,
+    fix: str,
+    besides: Sequence[Places] = (),
 ) -> None:
     """Refuse a fleet for whose workers the machines of a cluster have not room at once.
+
+    Args:
+        besides: who else needs places; they are seated first.
 
     Raises:
         PlacementError: with want and have, machine by machine.
     """
-    room = places(bundle, nodes)
+    wants = [Want("rollout workers", count, f"each {in_words(bundle)} of one machine")]
+    left, seated = [dict(node) for node in nodes], 0
+    for other in besides:
+        seated += min(other.count, sum(places(other.bundle, left)))
+        left = other.taken_from(left)
+        because = f"each {in_words(other.bundle)} of one machine"
+        wants.append(Want(other.name, other.count, because))
+    room = places(bundle, left)
     each = zip(nodes, room, strict=True)
     have = "; ".join(f"{in_words(node)}: {number}" for node, number in each)
+    # Room for more workers is none for a teacher: each side counts up to what it wants.
+    free = sum(room) if not besides else min(sum(room), count)
     require_room(
-        [Want("rollout workers", count, f"each {in_words(bundle)} of one machine")],
-        sum(room),
+        wants,
+        seated + free,
         f"places ({have})",
         where="rl.fleet",
         fix=fix,

@@ -31,9 +31,10 @@ SCHEMA = pa.schema(
         pa.field("deviation", pa.float64(), nullable=False),
         pa.field("status", pa.string(), nullable=False),
         pa.field("share", pa.float64(), nullable=False),
+        pa.field("aim", pa.float64()),
     ]
 )
-"""The fields of `curation.curriculum.Known`."""
+"""The fields of `curation.known.Known`, and the pass rate that the version's draws aim at."""
 
 
 class Rounds:
@@ -55,7 +56,7 @@ class Rounds:
         """
         if curriculum.version % self._every:
             return
-        rows = [asdict(known) for known in curriculum.known()]
+        rows = [asdict(known) | {"aim": curriculum.aim} for known in curriculum.known()]
         path = self._directory / f"round_{curriculum.version:06d}.parquet"
         with disk_errors(path):
             self._directory.mkdir(parents=True, exist_ok=True)

@@ -20,7 +20,8 @@ from pathlib import Path
 
 from ground.records import Difficulty, Message, Prompt
 from rl.balance import Balance
-from rl.books import Books, Plan
+from rl.books import Books
+from rl.buffer import Plan
 from rl.config import RlSection
 from rl.controller import Controller
 from rl.journal import Journal

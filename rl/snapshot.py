@@ -15,6 +15,8 @@ from ground.errors import DataError
 
 _MODEL, _OPTIMIZER = "model.safetensors", "optimizer.safetensors"
 _GUARDS, _BOOKS = "guards.json", "books.json"
+MOMENTS = ("exp_avg", "exp_avg_sq")
+"""AdamW's, each of its parameter's shape; beside them stands the count `step`."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,6 +83,26 @@ def restore(model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
             fix="use the model this run began with, or start the stage again (--from rl)",
         )
     model.load_state_dict(dict(tensors), strict=False)
+
+
+def require_moments(moments: Mapping[str, Tensor], num_trained: int) -> None:
+    """Refuse saved moments of other parameters than those that are trained; none are in order.
+
+    Raises:
+        DataError: naming what is missing or unknown.
+    """
+    if not moments:
+        return
+    wanted = {f"{n}.{name}" for n in range(num_trained) for name in ("step", *MOMENTS)}
+    if wrong := sorted(wanted ^ moments.keys()):
+        raise DataError(
+            f"saved moments must be those of the {num_trained} parameters that are trained, "
+            f"{len(wrong)} are missing or unknown: {', '.join(wrong[:3])}",
+            where="rl checkpoint",
+            why="the cut is of another model, or of a packtrain that gave numbers to an encoder of "
+            "images too",
+            fix="use the model this run began with, or start the stage again (--from rl)",
+        )
 
 
 def write_weights(folder: Path, model: Mapping[str, Tensor]) -> None:

@@ -31,10 +31,15 @@ class Speeds:
     """Of a worker."""
     reward: float
     """Of a worker's verifiers."""
+    teacher: float = 0.0
+    """Of a teacher; 0 without any."""
 
-    def step_seconds(self, workers: int, rollouts: float, *, overlaps: bool = True) -> float:
+    def step_seconds(
+        self, workers: int, rollouts: float, *, overlaps: bool = True, teachers: int = 1
+    ) -> float:
         """Predicted seconds of a step of so many rollouts, side by side or in turns."""
-        return rollouts * (max if overlaps else sum)((self.learner, self.rollout / workers))
+        paces = (self.learner, self.rollout / workers, self.teacher / max(teachers, 1))
+        return rollouts * (max if overlaps else sum)(paces)
 
 
 class SpeedMeter:
@@ -61,6 +66,7 @@ class SpeedMeter:
             statistics.median(each.learner for each in self._seen),
             statistics.median(each.rollout for each in self._seen),
             statistics.median(each.reward for each in self._seen),
+            statistics.median(each.teacher for each in self._seen),
         )
 
     def forget(self) -> None:

@@ -176,6 +176,8 @@ def _live(
         job.section.engine,
         job.model,
         learner=job.section.learner,
+        distill=job.section.distill,
+        judge=job.judge,
         namespace=job.namespace,
         is_first=job.incarnation == 0,
     )

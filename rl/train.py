@@ -7,7 +7,6 @@ supervisor as well and does all that one process alone does.
 from __future__ import annotations
 
 import os
-import sys
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -18,6 +17,7 @@ from ground.console import progress
 from ground.entry import Stage, stage_entry
 from ground.errors import SetupError
 from ground.launch import Launch, launch_of, of_launcher
+from ground.leaving import leave
 from ground.tables import read_prompts
 from rl.audit import audit_run
 from rl.config import LearnerSection, RlSection
@@ -26,9 +26,11 @@ from rl.journal import Journal, read_journal
 from rl.ledger import audit_ledger
 from rl.pool import split_pool
 from rl.processes import Reserved, reserved
+from rollout.judge_source import JudgeSource, judge_of
 from rollout.sandbox_probe import sandbox_facts
 
 if TYPE_CHECKING:
+    from distill.word import Teaching
     from ground.roll import Roll
     from rl.hosts import Hosts
     from rl.ranks import Ranks
@@ -41,6 +43,8 @@ def train(stage: Stage[RlSection]) -> dict[str, object]:
     require_one_starter(launch, stage.section.learner)
     if stage.section.lora:
         stage.section.lora.require_launch(launch, "rl")
+    if stage.section.distill:
+        require_whole_weights(launch)
     for name in environment:  # our learner is a rank; Ray's processes are none
         os.environ.pop(name, None)
     if not launch.is_main:
@@ -52,17 +56,19 @@ def train(stage: Stage[RlSection]) -> dict[str, object]:
     with _hosts(launch, environment) as hosts, reserved(record) as ours:
         prompts = read_prompts(stage.trail.prompts_before("rl"), stage.head.data, stage.directory)
         sandbox = sandbox_facts(prompts, stage.head.sandbox)
+        judge = judge_of(prompts, stage.trail)
         pool = split_pool(prompts, stage.section.validation.prompts, stage.head.seed)
         if stage.section.quotas:  # the controller would refuse them too, but life after life
             require_quotas(stage.section.quotas, {prompt.capability for prompt in pool.training})
         # Ray reads its authentication mode from the environment when it is imported.
         from rl.supervisor import supervise
 
+        teaching = _teaching(stage)
         timeline = Journal(stage.directory / "events.jsonl")
         if sandbox:
             timeline.append({"time": time.time(), "kind": "sandbox", **sandbox})
         facts = supervise(
-            lambda life: _job(stage, life, ours),
+            lambda life: _job(stage, life, ours, teaching, judge),
             pool,
             ours,
             on_report=lambda report: _tell(stage, timeline, report),
@@ -72,7 +78,8 @@ def train(stage: Stage[RlSection]) -> dict[str, object]:
         timeline.close()
     audited = audit_ledger(read_journal(stage.directory / "ledger.jsonl"))
     consumed = audit_run(stage.directory, stage.section)
-    return {**facts, **sandbox, "audited": audited, "consumed": consumed}
+    taught = {"teacher": teaching.identity.teacher} if teaching else {}
+    return {**facts, **sandbox, **taught, "audited": audited, "consumed": consumed}
 
 
 def require_known(launch: Launch) -> None:
@@ -95,6 +102,21 @@ def require_known(launch: Launch) -> None:
             why="cuts read moments where DeepSpeed keeps them on the device",
             fix="set offload_optimizer_device and offload_param_device to none, as in "
             "recipes/accelerate/zero3.yaml, and use more ranks",
+        )
+
+
+def require_whole_weights(launch: Launch) -> None:
+    """Refuse ranks that hold parts of a model, where a teacher speaks.
+
+    Raises:
+        SetupError: the soft loss reads the LM head's weights as they are.
+    """
+    if launch.kind == "zero3":
+        raise SetupError(
+            f"rl.distill needs the whole model on each rank, got {launch}",
+            where="accelerate launch",
+            why="its loss reads the LM head's weights, of which each rank would hold a part",
+            fix="use recipes/accelerate/ddp.yaml or zero2.yaml",
         )
 
 
@@ -143,7 +165,24 @@ def _roll(environment: Mapping[str, str]) -> Roll:
     return Roll(environment)
 
 
-def _job(stage: Stage[RlSection], life: int, ours: Reserved) -> Job:
+def _teaching(stage: Stage[RlSection]) -> Teaching | None:
+    """Whose word is learned from; tokenizers and templates are compared before anything starts."""
+    section = stage.section
+    if section.distill is None:
+        return None
+    from distill.plan import plan_teaching  # it brings transformers along
+
+    teacher, student = stage.trail.teacher(), stage.trail.model_before("rl")
+    return plan_teaching(section.distill, teacher, student, section.engine.max_length)
+
+
+def _job(
+    stage: Stage[RlSection],
+    life: int,
+    ours: Reserved,
+    teaching: Teaching | None,
+    judge: JudgeSource | None,
+) -> Job:
     return Job(
         section=stage.section,
         seed=stage.head.seed,
@@ -156,6 +195,8 @@ def _job(stage: Stage[RlSection], life: int, ours: Reserved) -> Job:
         systems=stage.head.systems,
         rewards=tuple(path.resolve() for path in stage.head.rewards),
         sandbox=stage.head.sandbox,
+        teaching=teaching,
+        judge=judge,
     )
 
 
@@ -184,4 +225,4 @@ def _tell(stage: Stage[RlSection], timeline: Journal, report: Report) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(stage_entry("rl", RlSection, train))
+    leave(stage_entry("rl", RlSection, train))

@@ -25,7 +25,7 @@ import os
 import pickle
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -33,22 +33,23 @@ from typing import cast
 
 import psutil
 import ray
-from ray.train import ControllerError, WorkerGroupError, get_context
+from ray.train import get_context
 from ray.train.v2.api.data_parallel_trainer import DataParallelTrainer
 
-from ground.errors import InfraError, PacktrainError
+from ground.errors import FailureKind, InfraError, PacktrainError
 from ground.launch import HELD, Launch, variables_of
 from ground.roll import Roll
-from rl.cluster import machines
+from rl.cluster import Others, free_machines, machines, seats_beside
 from rl.hosts import Hosts, host_life
 from rl.job import Job
 from rl.learner_process import LearnerProcess, learner_process
 from rl.preflight import ClusterStartError
-from rl.ray_train import seated_trainer
-from rl.room import wait_for_room
-from rl.seats import Wanted, seats
+from rl.ray_train import own_error, seated_trainer
+from rl.room import in_words, wait_for_room
+from rl.seats import Machine
+from rl.speaker import facts_of
 from rl.watchdog import dump_stacks
-from rollout.bundle import bundle_of
+from rollout.failures import sorted_failures
 from rollout.luggage import Luggage, own_folder
 
 _DEVICES = "CUDA_VISIBLE_DEVICES"
@@ -61,20 +62,15 @@ _LOGS_SECONDS = 3.0
 _LOG_BYTES = 256 << 10
 """The end of each of its files that goes back."""
 _POLL_SECONDS = 0.1
-_FEWER = (
-    "lower rl.learner.num_ranks or cpus_per_rank, rl.fleet.num_workers (or max_workers) or "
-    "cpus_per_worker, or add machines"
-)
-
 logger = logging.getLogger("packtrain")
 
 
 @dataclass(frozen=True, slots=True)
-class _Order:
+class Order:
     """What a worker has to know.
 
     Example:
-        _Order(Launch("ddp", 0, 2), "10.0.0.7", 40123, life=0, luggage=Luggage.pack(model))
+        Order(Launch("ddp", 0, 2), "10.0.0.7", 40123, life=0, luggage=Luggage.pack(model))
     """
 
     launch: Launch
@@ -89,7 +85,7 @@ class _Order:
     def environment(self, rank: int, devices: str) -> dict[str, str]:
         """What makes a process that rank's learner on this machine."""
         launch = replace(self.launch, rank=rank)
-        given = variables_of(launch, self.host, self.port, attempt=self.life) | _transport()
+        given = variables_of(launch, self.host, self.port, attempt=self.life) | transport()
         return {**given, _DEVICES: devices if self.has_gpus else ""}
 
     def of_leader(self, devices: str) -> dict[str, str]:
@@ -116,16 +112,20 @@ class TrainRanks:
         self, job: Job, joined: AbstractContextManager[str]
     ) -> Iterator[tuple[LearnerProcess, str]]:
         """See `Ranks.begun`; rank 0's learner begins when it is known which devices it has."""
-        with joined as address, _held(job) as (roll, order):
+        with (
+            joined as address,
+            _held(job) as (roll, order),
+            self._group(job, order, roll) as group,
+            Hosts(roll, _rank_lost) as hosts,
+        ):
+            given = order.of_leader(group.devices())
             try:
-                with self._group(job, order, roll) as group, Hosts(roll, _rank_lost) as hosts:
-                    given = order.of_leader(group.devices())
-                    with (
-                        learner_process(job, lambda: dump_stacks(job), given) as learner,
-                        group.followed(learner),
-                        hosts.life(job, learner.give_up),
-                    ):
-                        yield learner, address
+                with (
+                    learner_process(job, lambda: dump_stacks(job), given) as learner,
+                    group.followed(learner),
+                    hosts.life(job, learner.give_up),
+                ):
+                    yield learner, address
             finally:
                 _bring_logs_home(job, roll)
 
@@ -133,13 +133,15 @@ class TrainRanks:
         """No launcher tells us to leave because of another rank."""
 
     @contextmanager
-    def _group(self, job: Job, order: _Order, roll: Roll) -> Iterator[_Group]:
+    def _group(self, job: Job, order: Order, roll: Roll) -> Iterator[_Group]:
         """The workers, until all have left."""
         section = job.section.learner
         bundle = {"CPU": section.cpus_per_rank, "GPU": section.gpus_per_rank}
         bundle = {name: amount for name, amount in bundle.items() if amount}
+        others = Others(job.section.distill, job.judge)
         places = wait_for_room(
-            lambda: _seats(job, bundle), section.room_seconds if job.incarnation else 0.0
+            lambda: seats_beside(others, job.section, bundle, machines()),
+            section.room_seconds if job.incarnation else 0.0,
         )
         logger.info("the learner's ranks sit on %d machines", len(set(places)))
         trainer = seated_trainer(
@@ -153,6 +155,9 @@ class TrainRanks:
         group = _Group(trainer, roll, order.life)
         try:
             yield group
+        except ClusterStartError as error:
+            error.why = "; ".join(filter(None, (error.why, _wanted_and_free(bundle))))
+            raise
         finally:
             group.leave()
 
@@ -213,10 +218,32 @@ class _Group:
 
 def work(settings: dict[str, object]) -> None:
     """What a worker does: it keeps its devices and hosts its rank's learner, for one life."""
-    order: _Order = pickle.loads(cast(bytes, settings["order"]))
+    order: Order = pickle.loads(cast(bytes, settings["order"]))
     rank = get_context().get_world_rank()
     environment = order.environment(rank, os.environ.get(_DEVICES, ""))
     roll = Roll(environment)
+    with told_home(roll, order.life):
+        _work(order, roll, environment)
+
+
+@contextmanager
+def told_home(roll: Roll, life: int) -> Iterator[None]:
+    """What would end the next life just as well is told to rank 0's supervisor (rl/hosts.py).
+
+    Its own learner sees only that a rank is gone, and may be faster to say so than Ray Train.
+    """
+    rank = roll.launch.rank
+    try:
+        with sorted_failures("hosting the learner"):
+            yield
+    except PacktrainError as error:
+        error.where = ", ".join(filter(None, (f"rank {rank}", error.where)))
+        if error.kind is not FailureKind.INFRA:
+            roll.tell(f"lost/{life}/{rank}", json.dumps(facts_of(error)))
+        raise
+
+
+def _work(order: Order, roll: Roll, environment: dict[str, str]) -> None:
     if roll.launch.is_main:
         roll.tell(f"devices/{order.life}", environment[_DEVICES])
         while roll.heard(f"over/{order.life}") is None:
@@ -234,13 +261,13 @@ def work(settings: dict[str, object]) -> None:
             try:
                 host_life(roll, order.life, at_home, environment)
             finally:
-                roll.tell(_logs(order.life, rank), json.dumps(_ends_of_files(folder)))
+                roll.tell(_logs(order.life, roll.launch.rank), json.dumps(_ends_of_files(folder)))
     finally:
         unpacked.remove()
 
 
 @contextmanager
-def _held(job: Job) -> Iterator[tuple[Roll, _Order]]:
+def _held(job: Job) -> Iterator[tuple[Roll, Order]]:
     """The ranks' store of a life, in this process, and what the workers are told."""
     section = job.section.learner
     launch, host = Launch(section.spread, 0, section.num_ranks), ray.util.get_node_ip_address()
@@ -249,17 +276,23 @@ def _held(job: Job) -> Iterator[tuple[Roll, _Order]]:
     luggage = Luggage.pack(job.model)
     yield (
         roll,
-        _Order(launch, host, roll.port, job.incarnation, luggage, bool(section.gpus_per_rank)),
+        Order(launch, host, roll.port, job.incarnation, luggage, bool(section.gpus_per_rank)),
     )
 
 
-def _seats(job: Job, bundle: Mapping[str, float]) -> list[str]:
-    here, fleet = machines(), job.section.fleet
-    each = bundle_of(
-        job.section.engine, fleet.cpus_per_worker, [machine.resources for machine in here]
-    )
-    ranks = Wanted(job.section.learner.num_ranks, bundle)
-    return seats(ranks, Wanted(fleet.most_workers, each), here, fix=_FEWER)
+def _wanted_and_free(bundle: Mapping[str, float]) -> str:
+    """What Ray Train may have waited for: `seats` compares with all that machines have, of which
+    others may have taken some."""
+    try:
+        return wanted_and_free(bundle, free_machines())
+    except Exception:  # Ray's own: a cluster that is gone has nothing to say, the first error has
+        return ""
+
+
+def wanted_and_free(bundle: Mapping[str, float], free: Sequence[Machine]) -> str:
+    """In words, the run's own machine first."""
+    each = "; ".join(in_words(machine.resources) for machine in free)
+    return f"a rank wants {in_words(bundle)}, free are now, this machine first: {each}"
 
 
 def interface_of(ip: str, addresses: Mapping[str, list[str]]) -> str:
@@ -271,7 +304,7 @@ def interface_of(ip: str, addresses: Mapping[str, list[str]]) -> str:
     return next((name for name, own in addresses.items() if ip in own), "")
 
 
-def _transport() -> dict[str, str]:
+def transport() -> dict[str, str]:
     """Have gloo and NCCL speak over the network that Ray speaks over on this machine.
 
     Left alone gloo takes the one that the machine's own name leads to, often the loopback.
@@ -287,18 +320,6 @@ def _rank_lost(rank: int, seconds: float) -> PacktrainError:
         f"rank {rank}'s Ray Train worker must go on, it gave no sign of life for {seconds:g} s",
         where="rl.learner",
     )
-
-
-def own_error(error: Exception) -> PacktrainError:
-    """Ray Train's failure as one of ours: an attempt that was lost."""
-    why = (str(error).strip().splitlines() or [""])[-1][:300]
-    if isinstance(error, ControllerError):
-        what = "Ray Train must bring the learner's ranks up"
-        return ClusterStartError(what, where="rl.learner", why=why)
-    failed = sorted(error.worker_failures) if isinstance(error, WorkerGroupError) else []
-    who = ", ".join(f"rank {rank}" for rank in failed) or "the learner's ranks"
-    lost = f"{who} must go on, the Ray Train worker is lost"
-    return InfraError(lost, where="rl.learner", why=why)
 
 
 def _bring_logs_home(job: Job, roll: Roll) -> None:

@@ -10,7 +10,7 @@ moments in one format, so that a cut fits any number of ranks and either kind.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
 from typing import Protocol, cast
@@ -18,13 +18,13 @@ from typing import Protocol, cast
 import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
-from transformers import PreTrainedModel
 
 from ground.adapter import Adapter
 from ground.logprobs import LogprobModel
+from ground.model import freeze_unreached
 from rl.config import OptimizerSection
 from rl.guards import Check
-from rl.snapshot import restore
+from rl.snapshot import require_moments, restore
 from rl.zero import ZeroUpdate
 
 
@@ -73,16 +73,23 @@ class Update(Protocol):
         ...
 
     def moments(self) -> dict[str, Tensor]:
-        """CPU copies of AdamW's state, `<parameter number>.<name>`; none before the first step."""
+        """CPU copies of AdamW's state, `<number>.<name>`; none before the first step.
+
+        Numbers count the parameters that are trained, in the model's order, from 0.
+        """
         ...
 
     def load(self, weights: Mapping[str, Tensor], moments: Mapping[str, Tensor]) -> None:
-        """Go back to saved weights and moments."""
+        """Go back to saved weights and moments.
+
+        Raises:
+            DataError: they are not of what this model trains.
+        """
         ...
 
 
 def make_update(
-    model: PreTrainedModel,
+    logprobs: LogprobModel,
     accelerator: Accelerator,
     section: OptimizerSection,
     adapter: Adapter | None = None,
@@ -90,10 +97,14 @@ def make_update(
     """Wrap a model as accelerate was told to; only what is not frozen has moments.
 
     Args:
+        logprobs: the model as it is trained; whatever of it text does not reach is frozen here.
         adapter: what is trained of it, if that is not all.
     """
+    model = logprobs.model
+    freeze_unreached(model)
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(
-        [parameter for parameter in model.parameters() if parameter.requires_grad],
+        trained,
         lr=section.learning_rate,
         betas=section.betas,
         weight_decay=section.weight_decay,
@@ -105,11 +116,11 @@ def make_update(
             "gradient_accumulation_steps": 1,
             "gradient_clipping": section.max_grad_norm,
         }
-    module, wrapped = accelerator.prepare(LogprobModel(model.train()), optimizer)
+    module, wrapped = accelerator.prepare(logprobs, optimizer)
     if plugin is not None:
-        return ZeroUpdate(module, model)
+        return ZeroUpdate(module, model, trained)
     back = adapter.restore if adapter else partial(restore, model)
-    return PlainUpdate(module, wrapped, back, accelerator, section.max_grad_norm)
+    return PlainUpdate(module, wrapped, trained, back, accelerator, section.max_grad_norm)
 
 
 class PlainUpdate:
@@ -121,11 +132,13 @@ class PlainUpdate:
         self,
         module: nn.Module,
         optimizer: torch.optim.Optimizer,
+        trained: Sequence[nn.Parameter],
         restore: Callable[[Mapping[str, Tensor]], None],
         accelerator: Accelerator,
         max_norm: float,
     ) -> None:
         self.module, self._optimizer, self._restore = module, optimizer, restore
+        self._trained = trained
         self._accelerator, self._max_norm = accelerator, max_norm
 
     @contextmanager
@@ -172,6 +185,7 @@ class PlainUpdate:
 
     def load(self, weights: Mapping[str, Tensor], moments: Mapping[str, Tensor]) -> None:
         """See `Update.load`."""
+        require_moments(moments, len(self._trained))
         self._restore(weights)
         groups = self._optimizer.state_dict()["param_groups"]
         self._optimizer.load_state_dict({"state": by_number(moments), "param_groups": groups})

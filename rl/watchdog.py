@@ -3,6 +3,7 @@
     every second: pulse ─ answered ─▶ rl/loop.json
                     └ none for `silent_seconds` ─▶ stacks of all roles, the life is given up
     nothing moves for `watchdog_seconds` ─▶ the log names what is waited for, stacks of all roles
+    our own machine is taken away ─▶ the run is asked to save and leave, as by SIGTERM
 
 The pulse is a call to the controller, which renews its lease; a thread named `watchdog` makes it.
 """
@@ -12,6 +13,7 @@ from __future__ import annotations
 import json
 import logging
 import os
+import signal
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -58,12 +60,19 @@ class Watchdog:
 
     Args:
         now: a clock that never jumps.
+        leave: asks the run to save and end; called once, if ever.
     """
 
     def __init__(
-        self, job: Job, pulse: Pulse, learner: Learner, now: Callable[[], float] = time.monotonic
+        self,
+        job: Job,
+        pulse: Pulse,
+        learner: Learner,
+        now: Callable[[], float] = time.monotonic,
+        leave: Callable[[], None] = lambda: os.kill(os.getpid(), signal.SIGTERM),
     ) -> None:
         self._job, self._pulse, self._learner, self._now = job, pulse, learner, now
+        self._leave, self._is_leaving = leave, False
         self._stopped = threading.Event()
         self._status: Mapping[str, object] = {}
         self._heard = self._moved = now()
@@ -92,9 +101,19 @@ class Watchdog:
                 )
         except InfraError as error:
             return self._give_up(error)
+        self._check_machine()
         self._check_motion()
         self._write()
         return True
+
+    def _check_machine(self) -> None:
+        if self._status.get("is_taken_away") and not self._is_leaving:
+            logger.warning(
+                "the machine that learner and controller are on is taken away: the run saves and "
+                "ends; go on with --resume where the run's folder is"
+            )
+            self._is_leaving = True
+            self._leave()
 
     def _check_motion(self) -> None:
         numbers = {key: value for key, value in self._status.items() if key != "since"}

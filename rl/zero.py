@@ -15,9 +15,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from rl.guards import Check
-from rl.snapshot import restore
-
-_MOMENTS = ("exp_avg", "exp_avg_sq")
+from rl.snapshot import MOMENTS, require_moments, restore
 
 
 class _Split(Protocol):
@@ -54,12 +52,14 @@ class ZeroUpdate:
 
     splits_moments = True
 
-    def __init__(self, engine: nn.Module, model: PreTrainedModel) -> None:
+    def __init__(
+        self, engine: nn.Module, model: PreTrainedModel, trained: Sequence[nn.Parameter]
+    ) -> None:
         from deepspeed import DeepSpeedEngine
 
         assert isinstance(engine, DeepSpeedEngine)
         self.module: nn.Module = engine
-        self._engine, self._model = engine, model
+        self._engine, self._model, self._trained = engine, model, trained
         self._zero = cast(_Optimizer, engine.optimizer)
         self.splits_weights = engine.zero_optimization_stage() == 3
 
@@ -107,25 +107,26 @@ class ZeroUpdate:
             return {}
         step = next(iter(state.values()))["step"]
         tensors: dict[str, Tensor] = {}
-        for number, parameter in enumerate(self._model.parameters()):
+        for number, parameter in enumerate(self._trained):
             tensors[f"{number}.step"] = step.detach().to("cpu", copy=True)
-            for name in _MOMENTS:
+            for name in MOMENTS:
                 full = cast(Tensor, safe_get_full_optimizer_state(parameter, name))
                 tensors[f"{number}.{name}"] = full.detach().to("cpu", copy=True)
         return tensors
 
     def load(self, weights: Mapping[str, Tensor], moments: Mapping[str, Tensor]) -> None:
         """See `Update.load`."""
+        require_moments(moments, len(self._trained))
         self._load_weights(weights)
         if not moments:
             return
         for flat in self._flat_parts():
-            zeros = {name: torch.zeros_like(flat) for name in _MOMENTS}
+            zeros = {name: torch.zeros_like(flat) for name in MOMENTS}
             self._zero.optimizer.state[flat] = {"step": moments["0.step"].clone(), **zeros}
         if not self.splits_weights:
             self._zero._lazy_init_hp_params_optimizer_state()
-        for number, parameter in enumerate(self._model.parameters()):
-            for name in _MOMENTS:
+        for number, parameter in enumerate(self._trained):
+            for name in MOMENTS:
                 self._set(parameter, moments[f"{number}.{name}"], name)
 
     def _load_weights(self, weights: Mapping[str, Tensor]) -> None:
@@ -139,7 +140,7 @@ class ZeroUpdate:
         parameters = list(self._model.parameters())
         with deepspeed.zero.GatheredParameters(parameters, modifier_rank=0):
             restore(self._model, weights)
-            for parameter in parameters:
+            for parameter in self._trained:
                 self._set(parameter, parameter.detach())
 
     def _set(self, parameter: nn.Parameter, value: Tensor, name: str | None = None) -> None:

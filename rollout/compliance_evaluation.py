@@ -16,7 +16,7 @@ from rollout.config import EvaluateSection
 from rollout.engine import Engine
 from rollout.evaluation import Measured, measure
 from rollout.passk import wilson
-from rollout.reward_pool import RewardPool
+from rollout.reward_pool import Verifier
 from rollout.systems import Among, SystemInstruction, draw_system
 
 if TYPE_CHECKING:
@@ -29,7 +29,7 @@ def measure_compliance(
     engine: Engine,
     chat: ChatTemplate,
     prompts: Sequence[Prompt],
-    pool: RewardPool,
+    pool: Verifier,
     section: EvaluateSection,
     systems: Systems,
     seed: int,

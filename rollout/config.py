@@ -121,7 +121,8 @@ class FleetSection(Section):
     """For sampling one group on one worker, from its first place in the engine; then the worker is
     replaced. Verifiers have `reward_deadline_seconds` besides."""
     publish_deadline_seconds: float = Field(default=120.0, gt=0)
-    """From handing over weights to a worker's acknowledgement; then the worker is replaced."""
+    """From handing over weights to a worker's acknowledgement; then the worker is replaced. Weights
+    that come from another machine have as long again whenever a part of them has come."""
     ping_every_seconds: float = Field(default=1.0, gt=0)
     """How often a worker is asked whether it lives."""
     suspect_after_seconds: float = Field(default=1.0, gt=0)
@@ -145,6 +146,18 @@ class FleetSection(Section):
     def most_workers(self) -> int:
         """Workers that there may be at a time."""
         return self.num_workers if self.max_workers is None else self.max_workers
+
+    @property
+    def room_seconds(self) -> float:
+        """How long a fleet that is too small to go on waits for a machine with room."""
+        return (self.max_restarts + 1) * self.start_deadline_seconds
+
+    @property
+    def patience_seconds(self) -> float:
+        """Longest time that a worker may spend on coming up, over all its lives."""
+        lives = self.max_restarts + 1
+        life = self.start_deadline_seconds + self.publish_deadline_seconds
+        return lives * life + self.backoff_seconds * 2**lives
 
     @model_validator(mode="after")
     def _grows_from_where_it_begins(self) -> Self:

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import json
 import logging
-import sys
 import time
 
 from ground.console import reporter
 from ground.entry import Stage, stage_entry
+from ground.leaving import leave
 from ground.storage import write_file
 from ground.tables import write_rows
 from rollout.compliance_evaluation import measure_compliance
@@ -23,6 +23,8 @@ from rollout.evaluation import (
     summarise,
 )
 from rollout.heldout import read_heldout
+from rollout.judge_pool import beside_judge
+from rollout.judge_source import judge_of
 from rollout.reward_pool import RewardPool
 from rollout.sandbox_probe import sandbox_facts
 
@@ -36,15 +38,19 @@ def evaluate(stage: Stage[EvaluateSection]) -> dict[str, object]:
     prompts = read_heldout(stage.trail, stage.head.data, quarantine=stage.directory)
     prompts = choose_prompts(prompts, section.max_prompts, seed)
     sandbox = sandbox_facts(prompts, stage.head.sandbox)
+    judge = judge_of(prompts, stage.trail)
     start = time.monotonic()
     engine, chat = open_engine(model, section.engine)
     try:
-        with RewardPool(
-            section.reward_processes,
-            section.reward_deadline_seconds,
-            stage.head.rewards,
-            sandbox=stage.head.sandbox,
-        ) as pool:
+        with (
+            RewardPool(
+                section.reward_processes,
+                section.reward_deadline_seconds,
+                stage.head.rewards,
+                sandbox=stage.head.sandbox,
+            ) as rules,
+            beside_judge(rules, judge) as pool,
+        ):
             measured = measure(
                 engine,
                 chat,
@@ -88,4 +94,4 @@ def evaluate(stage: Stage[EvaluateSection]) -> dict[str, object]:
 
 
 if __name__ == "__main__":
-    sys.exit(stage_entry("evaluate", EvaluateSection, evaluate))
+    leave(stage_entry("evaluate", EvaluateSection, evaluate))

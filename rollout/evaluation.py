@@ -22,10 +22,10 @@ import pyarrow as pa
 from ground.errors import DataError, InfraError
 from ground.records import Prompt, Rollout
 from rollout.config import SamplingSection
-from rollout.engine import Completion, Engine, Request
-from rollout.passk import mean_pass_at_k, wilson
+from rollout.engine import Completion, Engine, PromptTooLong, Request
+from rollout.passk import passes, wilson
 from rollout.quality import Fault, fault_of, typical
-from rollout.reward_pool import RewardPool
+from rollout.reward_pool import Verifier
 from rollout.scoring import rollouts_of, texts_of
 from rollout.seeds import sample_seed
 
@@ -108,11 +108,12 @@ def measure(
     engine: Engine,
     chat: ChatTemplate,
     prompts: Sequence[Prompt],
-    reward_pool: RewardPool,
+    reward_pool: Verifier,
     sampling: SamplingSection,
     *,
     samples: int,
     seed: int,
+    first: int = 0,
     occasion: str = "evaluate",
     greedy: bool = False,
     progress: Callable[[int, int], None] | None = None,
@@ -120,6 +121,7 @@ def measure(
     """Sample and score every prompt; the results come in the order of the prompts.
 
     Args:
+        first: number of the first sample; those below it were taken before.
         occasion: sampling seeds follow from (seed, prompt id, occasion, sample), so equal occasions
             on equal weights give equal completions.
         greedy: also decode each prompt once at temperature 0.
@@ -129,8 +131,9 @@ def measure(
         InfraError: the engine gave nothing for `STALL_SECONDS`, or the reward pool cannot work.
     """
     asked: list[_Asked] = []
+    numbers = range(first, first + samples)
     for place, prompt in enumerate(prompts):
-        seeds = [sample_seed(seed, prompt.id, occasion, sample) for sample in range(samples)]
+        seeds = [sample_seed(seed, prompt.id, occasion, sample) for sample in numbers]
         temperatures = [sampling.temperature] * samples
         if greedy:
             seeds, temperatures = [*seeds, 0], [*temperatures, 0.0]
@@ -278,7 +281,7 @@ def _ask(
     return _Asked(prompt, ids, tuple(futures))
 
 
-def _collect(asked: _Asked, samples: int, chat: ChatTemplate, reward_pool: RewardPool) -> Measured:
+def _collect(asked: _Asked, samples: int, chat: ChatTemplate, reward_pool: Verifier) -> Measured:
     if asked.skipped:
         return Measured(asked.prompt, (), asked.skipped)
     try:
@@ -291,16 +294,21 @@ def _collect(asked: _Asked, samples: int, chat: ChatTemplate, reward_pool: Rewar
             fix="on a slow machine use fewer slots or shorter completions",
         ) from None
     texts = texts_of(completions, chat)
-    verdicts = reward_pool.score(asked.prompt, texts)
+    try:
+        verdicts = reward_pool.score(asked.prompt, texts)
+    except PromptTooLong as error:  # for a judge
+        return Measured(asked.prompt, (), error.what)
     rollouts = rollouts_of(completions, texts, verdicts)
-    greedy = next(iter(rollouts[samples:]), None)
-    return Measured(asked.prompt, rollouts[:samples], greedy=greedy)
+    sampled = tuple(rollout for rollout in rollouts if rollout.index < samples)
+    greedy = next((rollout for rollout in rollouts if rollout.index >= samples), None)
+    skipped = "" if sampled else "no answer could be judged"
+    return Measured(asked.prompt, sampled, skipped, greedy)
 
 
-def _passes(measured: Sequence[Measured], ks: Sequence[int], seed: int) -> dict[str, object]:
-    outcomes = [(each.trials, each.successes) for each in measured]
-    fit = [k for k in sorted(set(ks)) if k <= min(trials for trials, _ in outcomes)]
-    return {f"pass@{k}": asdict(mean_pass_at_k(outcomes, k, seed)) for k in fit}
+def _passes(
+    measured: Sequence[Measured], ks: Sequence[int], seed: int
+) -> Mapping[str, Mapping[str, float]]:
+    return passes([(each.trials, each.successes) for each in measured], ks, seed)
 
 
 def _corner_cases(measured: Sequence[Measured]) -> dict[str, object]:

@@ -18,8 +18,9 @@ from dataclasses import dataclass, field
 from ground.errors import InfraError
 from ground.records import Group
 from rollout.config import FleetSection
+from rollout.machines import Machines, StillMachines
 from rollout.roster import Event, Roster
-from rollout.seat import Seat, Worker
+from rollout.seat import WORKERS, Crew, Seat, Worker
 from rollout.task import GroupResult, GroupTask
 
 _MAX_FAILED_TASKS = 3
@@ -103,9 +104,13 @@ class Fleet:
 
     Args:
         spawn: makes a new worker (`RayWorker`); returns at once.
-        note: receives an event for the timeline, kinds "rollout", "lost" and "restart".
+        note: receives an event for the timeline, kinds "rollout" and those of the roster.
+        machines: on which the workers are; without them nothing ever happens to these.
         full_at: groups with which a worker is full.
         now: the clock by which its use is measured.
+        crew: what its workers are called.
+        most_each: groups that a worker is given at a time; others wait for a place, where no
+            deadline runs. Of itself whoever asks decides how many there are.
     """
 
     def __init__(
@@ -113,15 +118,18 @@ class Fleet:
         section: FleetSection,
         spawn: Callable[[], Worker],
         note: Callable[[Event], None] = lambda event: None,
+        machines: Machines | None = None,
         *,
         full_at: float = 1.0,
         now: Callable[[], float] = time.monotonic,
+        crew: Crew = WORKERS,
+        most_each: float = math.inf,
     ) -> None:
-        self._section, self._note = section, note
+        self._section, self._note, self._most_each = section, note, most_each
         self._full_at, self._now = full_at, now
         self._filled = self._filled_seconds = self._reward_seconds = 0.0
         self._rollouts, self._since = 0, now()
-        self._roster = Roster(section, spawn, note)
+        self._roster = Roster(section, spawn, note, machines or StillMachines(), crew)
         self._groups = self._tokens = self._retries = 0
 
     async def start(self) -> None:
@@ -186,7 +194,7 @@ class Fleet:
     def stats(self) -> FleetStats:
         """A snapshot."""
         return FleetStats(
-            workers=tuple(map(_stats_of, self._roster.seats)),
+            workers=tuple(map(stats_of, self._roster.seats)),
             groups=self._groups,
             tokens=self._tokens,
             restarts=self._roster.restarts,
@@ -198,7 +206,7 @@ class Fleet:
         """End all workers; their processes are gone when this returns."""
         await self._roster.close()
 
-    async def _attempt(self, seat: Seat, task: GroupTask, attempt: int) -> Group:
+    async def _attempt(self, seat: Seat[Worker], task: GroupTask, attempt: int) -> Group:
         assert seat.worker
         started, life = time.time(), seat.lost
         self._load(seat, 1)
@@ -225,7 +233,7 @@ class Fleet:
         self._mark(seat, started, task, attempt, result)
         return result.group
 
-    def _load(self, seat: Seat, groups: int) -> None:
+    def _load(self, seat: Seat[Worker], groups: int) -> None:
         """A worker gets a group, or is rid of one."""
         before = min(seat.in_flight / self._full_at, 1.0)
         seat.in_flight += groups
@@ -237,7 +245,7 @@ class Fleet:
         self._filled_seconds += self._filled * (now - self._since)
         self._since, self._filled = now, self._filled + change
 
-    def _put_offs(self, seat: Seat, task: GroupTask, attempt: int) -> Iterator[float]:
+    def _put_offs(self, seat: Seat[Worker], task: GroupTask, attempt: int) -> Iterator[float]:
         """Seconds that a group still has when its deadline has passed.
 
         The deadline is for sampling and begins with its first place in the engine. Then verifiers
@@ -251,23 +259,24 @@ class Fleet:
             turns = 1 + seat.in_flight // section.reward_processes
             yield turns * 2 * len(task.seeds) * section.reward_deadline_seconds
 
-    def _count_failure(self, seat: Seat, error: InfraError) -> None:
+    def _count_failure(self, seat: Seat[Worker], error: InfraError) -> None:
         """A worker may answer pings and still do no work: too many in a row end its life."""
         seat.failed_tasks += 1
         if seat.failed_tasks >= _MAX_FAILED_TASKS:
             seat.lose(f"{seat.failed_tasks} groups in a row failed, the last with: {error.what}")
 
-    async def _least_loaded(self, tried: set[int]) -> Seat:
-        """Of those that serve, one that has not failed at this task if there is any."""
+    async def _least_loaded(self, tried: set[int]) -> Seat[Worker]:
+        """Of those with a place free, one that has not failed at this task if there is any."""
 
-        def serving() -> list[Seat]:
-            return [seat for seat in self._roster.seats if seat.is_serving]
+        def free() -> list[Seat[Worker]]:
+            seats = [seat for seat in self._roster.seats if seat.is_serving]
+            return [seat for seat in seats if seat.in_flight < self._most_each]
 
-        await self._roster.until(lambda: bool(serving()))
-        return min(serving(), key=lambda seat: (seat.index in tried, seat.in_flight, seat.index))
+        await self._roster.until(lambda: bool(free()))
+        return min(free(), key=lambda seat: (seat.index in tried, seat.in_flight, seat.index))
 
     def _mark(
-        self, seat: Seat, started: float, task: GroupTask, attempt: int, result: GroupResult
+        self, seat: Seat[Worker], started: float, task: GroupTask, attempt: int, result: GroupResult
     ) -> None:
         now = time.time()
         event: Event = {"time": now, "kind": "rollout", "role": seat.name}
@@ -276,7 +285,7 @@ class Fleet:
         self._note(event)
 
 
-def _left(seat: Seat, attempt_id: str, deadline_seconds: float) -> float:
+def _left(seat: Seat[Worker], attempt_id: str, deadline_seconds: float) -> float:
     """What an attempt has left of its sampling time, as of the worker's last ping."""
     return deadline_seconds - seat.pong.sampling.get(attempt_id, math.inf)
 
@@ -291,7 +300,8 @@ def _check_is_ours(result: GroupResult, task: GroupTask, attempt: int) -> None:
         )
 
 
-def _stats_of(seat: Seat) -> WorkerStats:
+def stats_of(seat: Seat) -> WorkerStats:
+    """A snapshot of one seat."""
     return WorkerStats(
         name=seat.name,
         state="leaving" if seat.is_leaving and not seat.is_retired else str(seat.state),

@@ -14,7 +14,7 @@ from rollout.assembly import Assembly, require_arrived
 from rollout.engine import Engine
 from rollout.handover import Inbox
 from rollout.parity import prove
-from rollout.task import Loaded
+from rollout.task import Arriving, Loaded
 from rollout.weights import Published
 
 
@@ -26,7 +26,12 @@ class Gate:
     """
 
     def __init__(self, engine: Engine, inbox: Inbox) -> None:
-        self._engine, self._assembly = engine, Assembly(inbox)
+        self._engine, self._inbox, self._assembly = engine, inbox, Assembly(inbox)
+
+    @property
+    def arriving(self) -> Arriving | None:
+        """See `Inbox.arriving`."""
+        return self._inbox.arriving
 
     def load(self, version: int, published: Published) -> Loaded:
         """Swap weights in flight. Not a token is sampled between the swap and its proof.

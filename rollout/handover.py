@@ -21,11 +21,13 @@ from torch import Tensor
 from xxhash import xxh3_64_hexdigest
 
 from ground.errors import InfraError
+from rollout.carriage import Carriage
 from rollout.checksums import checksums, views
 from rollout.engine import Lent
 from rollout.layout import Layout
 from rollout.shared_memory import Lock, first_free, map_buffer
-from rollout.weights import BASE, Probes, Published, fetch
+from rollout.task import BASE, Arriving
+from rollout.weights import Probes, Published
 
 Found = TypeVar("Found")
 
@@ -201,6 +203,12 @@ class Inbox:
         self._maps: dict[tuple[str, int], mmap] = {}
         self._held: deque[Lock] = deque()
         self._kept: Lock | None = None
+        self._carriage = Carriage()
+
+    @property
+    def arriving(self) -> Arriving | None:
+        """What comes, or last came, from another machine."""
+        return self._carriage.arriving
 
     def open(self, published: Published) -> Lent:
         """The tensors of a published version, in place where that is possible.
@@ -230,7 +238,7 @@ class Inbox:
     def _open(self, published: Published) -> tuple[Lent, Lock | None]:
         """The tensors, and the hold on their memory where it is another's."""
         if published.node != self._node:
-            return Lent(views(published.layout, bytearray(fetch(published)))), None
+            return Lent(views(published.layout, self._carriage.fetch(published))), None
         path, size = published.path, published.layout.size
         lock = None
         with suppress(OSError, InfraError):

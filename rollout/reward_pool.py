@@ -18,6 +18,7 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import Protocol
 
 from ground.config import SandboxSettings
 from ground.errors import InfraError
@@ -31,6 +32,8 @@ MAX_FAILED_PROMPTS = 16
 """Prompts in a row on which a function may fail for all completions before it counts as broken."""
 RECYCLE_AFTER = 5000
 """Questions to one process before it is replaced: verifiers' caches grow."""
+UNJUDGED = "unjudged"
+"""Begins the error of an answer that a judge gave no verdict on."""
 _COUNTED = (
     "texts", "calls", "drifted",
     "reward_timeout", "reward_died", "reward_raised", "reward_refused",
@@ -54,13 +57,32 @@ class ScoredText:
     parts: dict[str, float] = field(default_factory=dict)
     error: str = ""
     """Empty, or what the completion did to the reward: `reward_timeout`, `reward_died`,
-    `reward_raised` or `reward_refused` (it returned no number), colon, details."""
+    `reward_raised` or `reward_refused` (it returned no number), colon, details. `unjudged`: a judge
+    gave no verdict."""
+
+    @property
+    def is_judged(self) -> bool:
+        """Whether this says anything about the completion."""
+        return not self.error.startswith(UNJUDGED)
 
 
 @dataclass(frozen=True, slots=True)
 class _Failure:
     kind: str
     detail: str
+
+
+class Verifier(Protocol):
+    """Whoever gives verdicts: a `RewardPool`, alone or beside a judge."""
+
+    @property
+    def num_processes(self) -> int:
+        """Calls that can be under way at once."""
+        ...
+
+    def score(self, prompt: Prompt, texts: Sequence[str]) -> list[ScoredText]:
+        """Verdicts on completions of one prompt, in their order; blocks until they are there."""
+        ...
 
 
 class RewardPool:

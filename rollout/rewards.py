@@ -44,6 +44,7 @@ _BUILT_IN = {
     "compliance": "rollout.compliance_reward",
     "exact": "rollout.text_rewards",
     "format": "rollout.text_rewards",
+    "judge": "rollout.judge_reward",
     "math": "rollout.math_reward",
     "reasoning_gym": "rollout.reasoning_reward",
 }

@@ -1,13 +1,14 @@
 """The seats of a fleet and what keeps them filled: births, weights, pings, losses, restarts.
 
-    starting → stale → healthy ⇄ suspect (a ping is late: no new work until it answers)
-       ▲                  └────────┴──▶ dead → restarting ┐
-       └──────────────────────────────────────────────────┘
-                                             └──▶ retired (restart budget spent, or dismissed)
+    starting (⇄ waiting for room) → stale → healthy ⇄ suspect (a ping is late: no new work)
+       ▲                               └────────┴──▶ dead → restarting ┐
+       └───────────────────────────────────────────────────────────────┘
+                                                          └──▶ retired (budget spent, or dismissed)
 
 A worker becomes healthy by acknowledging the current weights, and in no other way. One coroutine
 per seat, `_tend`, carries it around this picture. `resize` adds seats, or dismisses some: these get
-no new groups, end those that they have under the weights of the day, and go.
+no new groups, end those that they have under the weights of the day, and go. So do seats on a
+machine that is taken away; what they have not ended by then goes to others, as new seats do.
 """
 
 from __future__ import annotations
@@ -15,42 +16,54 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Coroutine, Iterator
 from contextlib import suppress
+from typing import Generic
 
-from ground.errors import InfraError, PacktrainError, WorkersLostError
+from ground.errors import InfraError, PacktrainError
+from rollout.changes import Changing
 from rollout.config import FleetSection
-from rollout.seat import Seat, State, Worker
+from rollout.loader import Loader
+from rollout.lookout import Lookout
+from rollout.losses import no_room, too_few
+from rollout.machines import Machines
+from rollout.seat import WORKERS, Crew, Kind, Seat, State
 from rollout.spare import Spare
+from rollout.task import Pong
 
 logger = logging.getLogger(__name__)
 
 Event = dict[str, object]
 
 _UNBORN = (State.STARTING, State.DEAD, State.RESTARTING)
-_UP = (State.STALE, State.HEALTHY, State.SUSPECT)
 
 
-class Roster:
+class Roster(Changing, Generic[Kind]):
     """Fills `section.num_workers` seats and keeps them under the current weights.
 
     Lives on one asyncio loop: `start → refit … → close`; `until` waits for changes.
 
     Args:
         spawn: makes a new worker; returns at once.
-        note: receives an event for the timeline, kinds "lost" and "restart".
+        note: receives an event for the timeline, kinds "lost", "restart", "dismissed", "drained".
+        crew: what they are called.
     """
 
     def __init__(
-        self, section: FleetSection, spawn: Callable[[], Worker], note: Callable[[Event], None]
+        self,
+        section: FleetSection,
+        spawn: Callable[[], Kind],
+        note: Callable[[Event], None],
+        machines: Machines,
+        crew: Crew = WORKERS,
     ) -> None:
-        self._section, self._spawn, self._note = section, spawn, note
-        self.seats: list[Seat] = []
-        self._spare = Spare(section, spawn, self._quiet)
+        super().__init__(section.patience_seconds, self._states)
+        self._section, self._spawn, self._note, self._crew = section, spawn, note, crew
+        self._machines = machines
+        self.seats: list[Seat[Kind]] = []
+        self._spare = Spare(section, spawn, self._quiet, self._is_well_placed)
         self._background: list[asyncio.Task[None]] = []
-        self._changed = asyncio.Event()
-        self._weights: tuple[int, object] | None = None
-        self._failure: PacktrainError | None = None
+        self._loader = Loader(section, self._mark)
         self.restarts = 0
 
     async def start(self) -> None:
@@ -59,9 +72,11 @@ class Roster:
         Raises:
             WorkersLostError: fewer than `min_workers` came up.
         """
+        await self._machines.look()
         self.resize(self._section.num_workers)
+        self._run("look at the machines", Lookout(self._machines, self.seats, self._leave).run())
         if self._section.spare:
-            self._background.append(asyncio.create_task(self._keep_spare(), name="spare worker"))
+            self._run("spare worker", self._spare.run())
         await self.until(lambda: all(seat.state not in _UNBORN for seat in self.seats))
 
     def resize(self, num_workers: int) -> None:
@@ -80,13 +95,11 @@ class Roster:
         for seat in staying[num_workers:]:
             seat.is_leaving = True
         for _ in range(num_workers - len(staying)):
-            seat = Seat(len(self.seats))
-            self.seats.append(seat)
-            self._background.append(asyncio.create_task(self._tend(seat), name=seat.name))
+            self._add_seat()
         self.tell()
 
     @property
-    def staying(self) -> list[Seat]:
+    def staying(self) -> list[Seat[Kind]]:
         """Seats that are filled, or will be again; never fewer than `min_workers` but the fleet has
         failed."""
         return [seat for seat in self.seats if not seat.is_leaving and not seat.is_retired]
@@ -98,7 +111,7 @@ class Roster:
             WorkersLostError: too few workers are left.
             DataError: the weights do not fit the model.
         """
-        self._weights = (version, weights)
+        self._loader.weights = (version, weights)
         self.tell()
         serving = [seat for seat in self.seats if seat.state is State.HEALTHY]
         await asyncio.gather(*(self._refit(seat) for seat in serving))
@@ -108,39 +121,6 @@ class Roster:
                 and not any(seat.state is State.STALE for seat in self.seats)
             )
         )
-
-    async def until(self, condition: Callable[[], bool]) -> None:
-        """Wait until a change makes this true, or the fleet has failed.
-
-        Raises:
-            InfraError: workers take longer than all their lives may.
-            PacktrainError: what the fleet failed with.
-        """
-        seconds = self._patience_seconds
-        try:
-            async with asyncio.timeout(seconds):
-                while self._failure is None and not condition():
-                    await self._changed.wait()
-        except TimeoutError:
-            states = ", ".join(f"{seat.name} {seat.state}" for seat in self.seats)
-            raise InfraError(
-                f"workers must be ready within {seconds:g} s, they are: {states}", where="fleet"
-            ) from None
-        self.check()
-
-    def check(self) -> None:
-        """Nothing more comes of a fleet that has failed.
-
-        Raises:
-            PacktrainError: what it failed with.
-        """
-        if self._failure is not None:
-            raise self._failure
-
-    def tell(self) -> None:
-        """Wake everybody who waits for a change."""
-        self._changed.set()
-        self._changed = asyncio.Event()
 
     async def close(self) -> None:
         """End all workers; their processes are gone when this returns."""
@@ -153,14 +133,19 @@ class Roster:
         workers = [seat.worker for seat in self.seats if seat.worker]
         await asyncio.gather(self._spare.close(), *(worker.close() for worker in workers))
 
-    async def _tend(self, seat: Seat) -> None:
+    def _add_seat(self) -> None:
+        seat = Seat[Kind](len(self.seats), self._crew.title)
+        self.seats.append(seat)
+        self._background.append(asyncio.create_task(self._tend(seat), name=seat.name))
+
+    async def _tend(self, seat: Seat[Kind]) -> None:
         """Carry a seat around its life for as long as the restart budget lasts."""
         try:
             while True:
                 began = time.time()
                 await self._live(seat, began)
-                if seat.lost.done():
-                    self._bury(seat)
+                if seat.lost.done() and not seat.is_void:
+                    await self._bury(seat)
                 if not seat.is_leaving:
                     if seat.failures > self._section.max_restarts:
                         return self._retire(seat)
@@ -175,30 +160,48 @@ class Roster:
             self._fail(PacktrainError(f"{seat.name}: {type(error).__name__}: {error}"))
             raise
 
-    async def _keep_spare(self) -> None:
+    def _run(self, name: str, work: Coroutine[None, None, None]) -> None:
         """Nothing that a fleet runs in the background may end unseen."""
-        try:
-            await self._spare.run()
-        except Exception as error:
-            self._fail(PacktrainError(f"the spare worker: {type(error).__name__}: {error}"))
-            raise
+
+        async def guarded() -> None:
+            try:
+                await work
+            except Exception as error:
+                self._fail(PacktrainError(f"the {name}: {type(error).__name__}: {error}"))
+                raise
+
+        self._background.append(asyncio.create_task(guarded(), name=name))
+
+    def _leave(self, seat: Seat[Kind]) -> None:
+        """It goes with its machine; a new one takes over unless it was to go anyway."""
+        if not seat.is_leaving and not self._failure:
+            self._add_seat()
+        seat.is_leaving = seat.is_drained = True
+        self.tell()
+
+    def _is_well_placed(self, worker: Kind) -> bool:
+        return worker.node not in self._machines.avoided
 
     def _pause_seconds(self, failures: int) -> float:
         """None before the first restart: a worker that served well comes back at once."""
         return self._section.backoff_seconds * 2 ** (failures - 2) if failures > 1 else 0.0
 
-    async def _live(self, seat: Seat, began: float) -> None:
+    async def _live(self, seat: Seat[Kind], began: float) -> None:
         """One life, from birth to the loss or dismissal; returns when it is over."""
         seat.lost, seat.version, seat.failed_tasks = asyncio.Future(), -1, 0
-        seat.lacked_memory = False
+        seat.lacked_memory, seat.pong = False, Pong()
         seat.lives += 1
         self._move(seat, State.STARTING)
+        if seat.is_void and seat.worker:
+            seat.worker.kill()
+        seat.is_void, seat.kept_from = False, self._machines.avoided
         try:
             seat.worker = self._spare.take() or self._spawn()
             await seat.within(
                 self._section.start_deadline_seconds,
                 "starting",
                 seat.worker.open(seat.index, seat.slots_share),
+                more=self._while_no_room(seat, seat.worker),
             )
             await self._become_healthy(seat)
             if seat.failures:
@@ -210,11 +213,41 @@ class Roster:
         except InfraError as error:
             seat.lose(error.what)
 
-    async def _ping(self, seat: Seat) -> None:
-        """After a while, ask whether it lives; a late answer makes it a suspect meanwhile."""
+    def _while_no_room(self, seat: Seat[Kind], worker: Kind) -> Iterator[float]:
+        """Seconds that a start still has when its deadline has passed.
+
+        A worker for which no machine has room is not to blame, and waits as long as enough others
+        are there; once it is placed its deadline begins anew.
+        """
+        section, waited = self._section, 0.0
+        while True:
+            while not (worker.is_placed or self._machines.has_room or self._spare.is_ready):
+                if seat.is_leaving or self._failure:
+                    return
+                if seat.state is not State.WAITING:
+                    logger.warning("%s waits for a machine that has room for it", seat.name)
+                    self._move(seat, State.WAITING)
+                filled = sum(each.state is not State.WAITING for each in self.staying)
+                if filled < section.min_workers and waited > section.room_seconds:
+                    self._fail(no_room(section, self.seats, filled, self._crew))
+                waited += section.ping_every_seconds
+                yield section.ping_every_seconds
+            if seat.state is not State.WAITING:
+                return
+            self._move(seat, State.STARTING)  # others may be quicker: then it waits on
+            yield section.start_deadline_seconds
+
+    async def _ping(self, seat: Seat[Kind], work: asyncio.Task[None] | None = None) -> None:
+        """After a while, ask whether it lives; a late answer makes it a suspect meanwhile.
+
+        Args:
+            work: nothing is asked once this is done.
+        """
         assert seat.worker
-        section = self._section
-        await asyncio.wait({seat.lost}, timeout=section.ping_every_seconds)
+        section, over = self._section, {seat.lost} | ({work} if work else set())
+        await asyncio.wait(over, timeout=section.ping_every_seconds, return_when="FIRST_COMPLETED")
+        if work and work.done():
+            return
         loop = asyncio.get_running_loop()
         suspicion = loop.call_later(section.suspect_after_seconds, self._suspect, seat)
         try:
@@ -223,123 +256,94 @@ class Roster:
         finally:
             suspicion.cancel()
 
-    def _suspect(self, seat: Seat) -> None:
+    def _suspect(self, seat: Seat[Kind]) -> None:
         if seat.is_serving:
             logger.warning("%s is late with a ping: it gets no new work", seat.name)
             self._move(seat, State.SUSPECT)
 
-    async def _become_healthy(self, seat: Seat) -> None:
+    async def _become_healthy(self, seat: Seat[Kind]) -> None:
         """Load the current weights until they still are the current ones when acknowledged."""
-        if self._weights is None or self._weights[0] != seat.version:
+        loader = self._loader
+        if not loader.is_current(seat):
             self._move(seat, State.STALE)
-        while self._weights is None:
+        while loader.weights is None:
+            if seat.may_go:
+                return
             await self._ping(seat)
-        while self._weights[0] != seat.version:
-            await self._load(seat, *self._weights)
+        while not loader.is_current(seat):
+            await self._beside_pings(seat, loader.load(seat))
         self._move(seat, State.HEALTHY)
 
-    async def _refit(self, seat: Seat) -> None:
+    async def _beside_pings(self, seat: Seat[Kind], work: Coroutine[None, None, None]) -> None:
+        """Do what may take long, while the worker is asked for signs of life as ever."""
+        task = asyncio.create_task(work)
+        try:
+            while not task.done():
+                await self._ping(seat, task)
+            task.result()
+        finally:
+            task.cancel()
+
+    async def _refit(self, seat: Seat[Kind]) -> None:
         """Load the current weights into a healthy worker; a loss is left to `_tend`."""
-        assert self._weights
         with suppress(InfraError):
-            await self._load(seat, *self._weights)
+            await self._loader.load(seat)
 
-    async def _load(self, seat: Seat, version: int, weights: object) -> None:
-        """Weights into a life that is up; one that ends first leaves them to the next life."""
-        seconds = self._section.publish_deadline_seconds
-        async with seat.loading:
-            if seat.version == version:
-                return
-            if seat.worker is None or seat.state not in _UP:
-                raise InfraError(f"{seat.name} is {seat.state}", where="fleet")
-            started = time.time()
-            try:
-                loaded = await seat.within(
-                    seconds, f"loading version {version}", seat.worker.load(version, weights)
-                )
-            except InfraError as error:
-                seat.lose(error.what)
-                raise
-            if loaded.version != version:
-                seat.lose(f"version {version} must be acknowledged, got {loaded.version}")
-                raise InfraError(seat.lost.result(), where=seat.name)
-            seat.version = version
-            phases = {f"{phase}_seconds": each for phase, each in loaded.seconds.items()}
-            self._mark("handover", seat, started, version=version, drift=loaded.drift, **phases)
-
-    def _bury(self, seat: Seat) -> None:
+    async def _bury(self, seat: Seat[Kind]) -> None:
         cause = seat.lost.result()
         seat.failures += 1
         seat.causes.append(cause)
+        node = ""
         if seat.worker:
+            node = seat.worker.node
             seat.worker.kill()
             seat.worker = None
         logger.warning("%s is lost (%d in a row): %s", seat.name, seat.failures, cause)
         seat.memory_losses += seat.lacked_memory
         if seat.memory_losses == 1 and seat.lacked_memory:
-            logger.warning("%s has half of rl.engine.num_slots from now on", seat.name)
+            logger.warning("%s has half of %s from now on", seat.name, self._crew.memory_key)
         self._move(seat, State.DEAD)
         self._mark("lost", seat, time.time(), cause=cause)
+        if node:
+            await self._machines.doubt(node)
 
-    async def _dismiss(self, seat: Seat) -> None:
+    async def _dismiss(self, seat: Seat[Kind]) -> None:
         """A seat that leaves has ended its groups, or was lost and these went to others.
 
         It has its worker until this is gone, so that a fleet that is closed meanwhile sees it.
         """
         seat.lose("dismissed")
         self._move(seat, State.RETIRED)
-        self._mark("dismissed", seat, time.time())
+        kind = "drained" if seat.is_drained else "dismissed"
+        self._mark(kind, seat, time.time(), handed_over=seat.in_flight)
         if seat.worker:
             await seat.worker.close()
             seat.worker = None
 
-    def _retire(self, seat: Seat) -> None:
+    def _retire(self, seat: Seat[Kind]) -> None:
         self._move(seat, State.RETIRED)
         self._require_enough()
 
     def _require_enough(self) -> None:
         """Those that leave do not count: they get no more work, however well they are."""
         left = len(self.staying)
-        if left >= self._section.min_workers:
-            return
-        lacked_memory = any(seat.memory_losses for seat in self.seats)
-        fix = "lower rl.engine.num_slots or rl.fleet.num_workers"
-        fix = fix if lacked_memory else "mend the cause"
-        self._fail(
-            WorkersLostError(
-                f"at least {self._section.min_workers} of {len(self.seats)} rollout workers must "
-                f"live, {left} are left after {self._section.max_restarts} restarts in a row",
-                where="fleet",
-                why="; ".join(
-                    f"{each.name}: {each.causes[-1]}" for each in self.seats if each.causes
-                ),
-                fix=f"{fix}, then go on with --resume",
-            )
-        )
+        if left < self._section.min_workers:
+            self._fail(too_few(self._section, self.seats, left, self._crew))
 
     async def _quiet(self) -> None:
         """No worker is on its way up, so that a spare may take processors."""
-        busy = (*_UNBORN, State.STALE)
+        busy = (*_UNBORN, State.WAITING, State.STALE)
         while any(seat.state in busy for seat in self.seats):
             await self._changed.wait()
 
-    @property
-    def _patience_seconds(self) -> float:
-        """Longest time that a worker may spend on coming up, over all its lives."""
-        section, lives = self._section, self._section.max_restarts + 1
-        life = section.start_deadline_seconds + section.publish_deadline_seconds
-        return lives * life + section.backoff_seconds * 2**lives
+    def _states(self) -> str:
+        return ", ".join(f"{seat.name} {seat.state}" for seat in self.seats)
 
-    def _move(self, seat: Seat, state: State) -> None:
+    def _move(self, seat: Seat[Kind], state: State) -> None:
         seat.state, seat.since = state, time.time()
         self.tell()
 
-    def _fail(self, error: PacktrainError) -> None:
-        """From now on every call raises this; the first failure counts."""
-        self._failure = self._failure or error
-        self.tell()
-
-    def _mark(self, kind: str, seat: Seat, start: float, **details: object) -> None:
+    def _mark(self, kind: str, seat: Seat[Kind], start: float, **details: object) -> None:
         now = time.time()
         event: Event = {"time": now, "kind": kind, "role": seat.name, "start": start, "end": now}
         self._note(event | details)

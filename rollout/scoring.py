@@ -6,6 +6,7 @@ completions → texts_of → texts ─ verifier ─▶ verdicts → rollouts_of 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from ground.records import Rollout
@@ -24,21 +25,29 @@ def texts_of(completions: Sequence[Completion], chat: ChatTemplate) -> list[str]
 def rollouts_of(
     completions: Sequence[Completion], texts: Sequence[str], verdicts: Sequence[ScoredText]
 ) -> tuple[Rollout, ...]:
-    """The rollouts of one prompt, in the order of their completions."""
+    """The rollouts of one prompt, in the order of their completions; see `with_verdicts`."""
+    rollouts = [
+        Rollout(index=index, segments=(each.segment,), text=text, finish=each.finish)
+        for index, (each, text) in enumerate(zip(completions, texts, strict=True))
+    ]
+    return with_verdicts(rollouts, verdicts)
+
+
+def with_verdicts(
+    rollouts: Sequence[Rollout], verdicts: Sequence[ScoredText]
+) -> tuple[Rollout, ...]:
+    """The same rollouts scored, without those that nobody could judge: these say nothing, neither
+    of the policy nor of the prompt."""
     return tuple(
-        Rollout(
-            index=index,
-            segments=(completion.segment,),
-            text=text,
-            finish=completion.finish,
+        replace(
+            rollout,
             reward=verdict.reward,
             reward_parts=verdict.parts,
             passed=verdict.passed,
             error=verdict.error,
         )
-        for index, (completion, text, verdict) in enumerate(
-            zip(completions, texts, verdicts, strict=True)
-        )
+        for rollout, verdict in zip(rollouts, verdicts, strict=True)
+        if verdict.is_judged
     )
 
 

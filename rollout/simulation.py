@@ -176,6 +176,7 @@ class SimulatedWorker:
         self._begun = 0
         self._timer: asyncio.TimerHandle | None = None
         self._busy_seconds = self._row_seconds = 0.0
+        self.node, self.is_placed = "", True
 
     async def prepare(self) -> None:
         """It is there."""

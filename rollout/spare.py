@@ -13,45 +13,49 @@ import asyncio
 import logging
 from collections.abc import Awaitable, Callable
 from contextlib import suppress
+from typing import Generic
 
 from ground.errors import InfraError, PacktrainError
 from rollout.config import FleetSection
-from rollout.seat import Worker
+from rollout.seat import Kind
 
 _MAX_FAILURES = 3
 
 logger = logging.getLogger(__name__)
 
 
-class Spare:
+class Spare(Generic[Kind]):
     """Keeps one prepared worker ready: `run` in the background, `take` when a seat is lost.
 
     Args:
         quiet: returns when the fleet needs the processors for nothing more urgent.
+        is_well_placed: whether it may stay on its machine.
     """
 
     def __init__(
         self,
         section: FleetSection,
-        spawn: Callable[[], Worker],
+        spawn: Callable[[], Kind],
         quiet: Callable[[], Awaitable[None]],
+        is_well_placed: Callable[[Kind], bool],
     ) -> None:
         self._section, self._spawn, self._quiet = section, spawn, quiet
-        self._ready: Worker | None = None
-        self._current: Worker | None = None
+        self._is_well_placed = is_well_placed
+        self._ready: Kind | None = None
+        self._current: Kind | None = None
         self._taken = asyncio.Event()
 
     @property
     def is_ready(self) -> bool:
         """Whether `take` would give one."""
-        return self._ready is not None
+        return self._ready is not None and self._is_well_placed(self._ready)
 
-    def take(self) -> Worker | None:
+    def take(self) -> Kind | None:
         """The prepared worker, if there is one; from now on it is the caller's."""
-        worker, self._ready = self._ready, None
-        if worker:
-            self._current = None
-            self._taken.set()
+        if not self.is_ready:
+            return None
+        worker, self._ready, self._current = self._ready, None, None
+        self._taken.set()
         return worker
 
     async def run(self) -> None:
@@ -63,7 +67,7 @@ class Spare:
                 await self._keep_one()
                 failures = 0
             except (PacktrainError, TimeoutError) as error:
-                failures += 1
+                failures += not self._found_no_room(error)
                 logger.warning("the spare worker is lost (%d in a row): %s", failures, error)
                 self._drop()
 
@@ -73,7 +77,7 @@ class Spare:
             await self._current.close()
 
     async def _keep_one(self) -> None:
-        """Returns when it has been taken."""
+        """Returns when it has been taken, or had to leave its machine."""
         worker = self._current = self._spawn()
         self._taken.clear()
         async with asyncio.timeout(self._section.start_deadline_seconds):
@@ -83,10 +87,17 @@ class Spare:
             with suppress(TimeoutError):
                 async with asyncio.timeout(self._section.ping_every_seconds):
                     await self._taken.wait()
+            if self._ready is worker and not self.is_ready:
+                self._ready = None
+                return await worker.close()
             if self._ready is worker:
                 await self._ping(worker)
 
-    async def _ping(self, worker: Worker) -> None:
+    def _found_no_room(self, error: Exception) -> bool:
+        """Whether no machine took it in in time, which is nobody's fault."""
+        return isinstance(error, TimeoutError) and not (self._current and self._current.is_placed)
+
+    async def _ping(self, worker: Kind) -> None:
         seconds = self._section.ping_deadline_seconds
         try:
             async with asyncio.timeout(seconds):

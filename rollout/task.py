@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -9,6 +10,9 @@ from ground.config import SandboxSettings
 from ground.records import Group, Message, Prompt
 from rollout.compliance import Demand
 from rollout.config import EngineSection, FleetSection, SamplingSection
+
+BASE = -1
+"""In place of a version: weights that stand still, to which adapters are added."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,6 +89,48 @@ class Loaded:
 
 
 @dataclass(frozen=True, slots=True)
+class Home:
+    """Where a worker's process is.
+
+    Example:
+        Home(space="box 1c2e… 4026531836", pid=4711, node="1f…")
+    """
+
+    space: str
+    """Where its id counts (`ground.exits.pid_space`)."""
+    pid: int
+    node: str
+    """Ray's name of its machine."""
+
+
+@dataclass(frozen=True, slots=True)
+class Arriving:
+    """Weights that come to a worker from another machine, as far as they are there: the version
+    that it loads, or the base that this is to be added to.
+
+    Example:
+        Arriving(version=3, bytes=40_000_000, total=220_000_000, seconds=12.5)
+    """
+
+    version: int
+    """Or `BASE`."""
+    bytes: int
+    total: int
+    seconds: float
+    """That the bytes took."""
+
+    @property
+    def megabytes_per_second(self) -> float:
+        """Measured so far."""
+        return self.bytes / 1e6 / self.seconds if self.seconds else 0.0
+
+    @property
+    def seconds_left(self) -> float:
+        """At that speed; infinite as long as nothing has come."""
+        return (self.total - self.bytes) * self.seconds / self.bytes if self.bytes else math.inf
+
+
+@dataclass(frozen=True, slots=True)
 class Pong:
     """A worker's answer to a ping.
 
@@ -99,6 +145,8 @@ class Pong:
     """Attempts that are sampled and wait for their verdicts."""
     verdicts: dict[str, int] = field(default_factory=dict)
     """Counters of the reward pool since the worker's birth, failures by kind."""
+    arriving: Arriving | None = None
+    """Weights that it fetches, or has fetched, from another machine."""
 
 
 @dataclass(frozen=True, slots=True)

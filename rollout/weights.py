@@ -8,14 +8,12 @@ while it packs leaves a half-filled buffer that nobody has been told of.
 
 from __future__ import annotations
 
-import time
 from dataclasses import dataclass, field, replace
 
 import numpy as np
 import ray
 from numpy.typing import NDArray
 from ray.actor import ActorHandle, ActorProxy
-from ray.exceptions import ObjectStoreFullError, OutOfDiskError, RayError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from ground import faults
@@ -23,13 +21,12 @@ from ground.errors import DataError, InfraError, SetupError
 from ground.roles import enter_role
 from rollout.layout import Layout
 from rollout.shared_memory import Lock, SharedBuffer, first_free
+from rollout.task import BASE
 
-BASE = -1
-"""In place of a version: weights that stand still, to which adapters are added."""
 _KEPT = 2
-_FETCH_SECONDS = 600.0
-_ROOM_SECONDS = 30.0
-_POLL_SECONDS = 0.2
+_PIECES = 256
+_LEAST_PIECE = 256 << 10
+"""Bytes; smaller ones would cost Ray more than the link."""
 _MAX_BUFFERS = 6
 """Two are kept, one is filled; more only while somebody who was given up still holds one."""
 
@@ -103,7 +100,7 @@ class WeightKeeper:
         enter_role("keeper")
         self._buffers: dict[str, SharedBuffer] = {}
         self._published: dict[int, Published] = {}
-        self._carried: dict[int, ray.ObjectRef[NDArray[np.uint8]]] = {}
+        self._carried: dict[int, list[ray.ObjectRef[NDArray[np.uint8]]]] = {}
         self._base: Published | None = None
 
     def buffers(self, size: int, at_least: int = 0) -> list[str]:
@@ -191,7 +188,8 @@ class WeightKeeper:
         return version, self._published[version]
 
     def carry(self, version: int) -> list[ray.ObjectRef[NDArray[np.uint8]]]:
-        """The bytes of a version in Ray's object store, for workers on other machines.
+        """The bytes of a version in Ray's object store, for workers on other machines; in order, in
+        pieces, so that one can see them come.
 
         Raises:
             InfraError: it is not kept any more.
@@ -204,44 +202,15 @@ class WeightKeeper:
             )
         if version not in self._carried:
             memory = self._buffers[published.path].map()
-            self._carried[version] = ray.put(np.frombuffer(memory, dtype=np.uint8))
-        return [self._carried[version]]
+            content = np.frombuffer(memory, dtype=np.uint8)
+            step = max(len(content) // _PIECES, _LEAST_PIECE)
+            pieces = range(0, len(content), step)
+            self._carried[version] = [ray.put(content[at : at + step]) for at in pieces]
+        return self._carried[version]
 
     def versions(self) -> list[int]:
         """Versions that can still be fetched."""
         return sorted(self._published)
-
-
-def fetch(published: Published) -> NDArray[np.uint8]:
-    """The bytes of a version that lies on another machine; waits a while for room on the way.
-
-    Raises:
-        InfraError: it is not kept any more, or Ray's object store stays full.
-    """
-    deadline = time.monotonic() + _ROOM_SECONDS
-    purpose = f"weights of {published.title} must be fetched from another machine"
-    while True:
-        try:
-            return _carried(published)
-        except (OutOfDiskError, ObjectStoreFullError) as error:
-            if time.monotonic() > deadline:
-                raise InfraError(
-                    f"{purpose}: for {_ROOM_SECONDS:g} s Ray's object store was full, and so was "
-                    "the disk that it spills to",
-                    where="hand-over",
-                    why=str(error),
-                    fix="free space in the nodes' object spilling directory, or start them with a "
-                    "larger --object-store-memory",
-                ) from error
-            time.sleep(_POLL_SECONDS)
-        except RayError as error:
-            raise InfraError(purpose, where="hand-over", why=str(error)) from error
-
-
-def _carried(published: Published) -> NDArray[np.uint8]:
-    assert published.keeper
-    carried = ray.get(published.keeper.carry.remote(published.version), timeout=_FETCH_SECONDS)
-    return ray.get(carried[0], timeout=_FETCH_SECONDS)
 
 
 def this_node() -> str:

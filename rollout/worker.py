@@ -23,6 +23,7 @@ from typing import TYPE_CHECKING, cast
 from ground import faults
 from ground.errors import InfraError
 from ground.exits import pid_space
+from ground.imports import without_collection
 from ground.lease import Fence, Lease
 from ground.records import Group
 from ground.roles import enter_role
@@ -30,10 +31,12 @@ from rollout.compliance import with_compliance
 from rollout.config import EngineSection
 from rollout.engine import Completion, Engine, Request
 from rollout.failures import sorted_failures
+from rollout.judge_reward import AWAITING, JUDGE
 from rollout.luggage import Luggage
-from rollout.reward_pool import RewardPool
+from rollout.reward_pool import RewardPool, ScoredText
 from rollout.scoring import rollouts_of, texts_of
-from rollout.task import GroupResult, GroupTask, Loaded, Pong, WorkerConfig
+from rollout.task import GroupResult, GroupTask, Home, Loaded, Pong, WorkerConfig
+from rollout.weights import this_node
 
 if TYPE_CHECKING:
     from ground.chat import ChatTemplate
@@ -71,19 +74,19 @@ class RolloutWorker:
         self._sampling: dict[str, _Sampling] = {}
         self._awaiting_verdicts: set[str] = set()
 
-    async def prepare(self) -> tuple[str, int]:
-        """Import the libraries; returns where its process id counts, and the id."""
+    async def prepare(self) -> Home:
+        """Import the libraries; returns where its process is."""
         with sorted_failures("importing the engine"):
             self._import_libraries()
-        return pid_space(), os.getpid()
+        return Home(pid_space(), os.getpid(), this_node())
 
-    async def open(self, index: int, slots_share: float = 1.0) -> tuple[str, int]:
-        """Load the model and make ready; returns where its process id counts, and the id.
+    async def open(self, index: int, slots_share: float = 1.0) -> None:
+        """Load the model and make ready.
 
         Not part of the constructor, because Ray keeps only the text of what a constructor raises.
         """
         if self._lease:  # asked twice, since the answer was lost on its way
-            return pid_space(), os.getpid()
+            return
         enter_role(f"rollout/{index}")
         config, fleet = self._config, self._config.fleet
         with sorted_failures("opening the engine"):
@@ -100,7 +103,6 @@ class RolloutWorker:
         self._scoring = ThreadPoolExecutor(fleet.reward_processes, thread_name_prefix="score")
         self._orders = ThreadPoolExecutor(1, thread_name_prefix="order")
         self._lease = Lease("fleet", config.lease_seconds)
-        return pid_space(), os.getpid()
 
     async def ping(self, incarnation: int) -> Pong:
         """Renew the lease; answers while tokens are sampled."""
@@ -111,7 +113,8 @@ class RolloutWorker:
         self._lease.renew()
         waiting, now = self._engine.waiting(), time.monotonic()
         sampling = {id_: each.seconds(waiting, now) for id_, each in self._sampling.items()}
-        return Pong(sampling, tuple(self._awaiting_verdicts), self._pool.stats())
+        verdicts, arriving = self._pool.stats(), self._gate.arriving
+        return Pong(sampling, tuple(self._awaiting_verdicts), verdicts, arriving)
 
     async def load(self, incarnation: int, version: int, published: Published) -> Loaded:
         """Swap weights in flight; returns what the engine has now, and proven to have."""
@@ -158,6 +161,19 @@ class RolloutWorker:
             del self._sampling[attempt_id]
         sampled = time.time()
         texts = texts_of(completions, self._template)
+        if task.prompt.reward == JUDGE:
+            scored = [AWAITING] * len(texts)
+        else:
+            scored = await self._score(task, texts, attempt_id)
+        faults.point("gen.scored")
+        rollouts = rollouts_of(completions, texts, scored)
+        group = Group(task.id, task.prompt, prompt_ids, rollouts, task.applied_system)
+        num_tokens = sum(rollout.num_tokens for rollout in rollouts)
+        return GroupResult(group, started, sampled, time.time(), num_tokens, attempt)
+
+    async def _score(
+        self, task: GroupTask, texts: Sequence[str], attempt_id: str
+    ) -> list[ScoredText]:
         self._awaiting_verdicts.add(attempt_id)
         try:
             scored = await asyncio.get_running_loop().run_in_executor(
@@ -165,19 +181,15 @@ class RolloutWorker:
             )
         finally:
             self._awaiting_verdicts.discard(attempt_id)
-        faults.point("gen.scored")
-        scored = with_compliance(scored, texts, task.applied_demand)
-        rollouts = rollouts_of(completions, texts, scored)
-        group = Group(task.id, task.prompt, prompt_ids, rollouts, task.applied_system)
-        num_tokens = sum(rollout.num_tokens for rollout in rollouts)
-        return GroupResult(group, started, sampled, time.time(), num_tokens, attempt)
+        return with_compliance(scored, texts, task.applied_demand)
 
     def _import_libraries(self) -> None:
         """Here and not above: whoever only creates workers needs no torch."""
-        import rollout.gate  # noqa: F401
-        from rollout.engines import import_engine
+        with without_collection():
+            import rollout.gate  # noqa: F401
+            from rollout.engines import import_engine
 
-        import_engine(self._config.engine.kind)
+            import_engine(self._config.engine.kind)
 
     def _open_engine(
         self, section: EngineSection, model: Path
@@ -185,7 +197,6 @@ class RolloutWorker:
         from rollout.engines import open_blank
         from rollout.gate import Gate
         from rollout.handover import Inbox
-        from rollout.weights import this_node
 
         try:
             engine, template = open_blank(model, section)

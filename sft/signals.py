@@ -32,7 +32,9 @@ class Signals:
     """Observes for a weighting.
 
     Example:
-        signals = Signals(heldout, collator.read, temperature=1.0, rows_per_pass=16)
+        signals = Signals(
+            heldout, collator.read, heldout_at_once=32, temperature=1.0, rows_per_pass=16
+        )
         signals.observe(model, last, weighting, step=20)
     """
 
@@ -41,10 +43,12 @@ class Signals:
         heldout: Sequence[TrainingRow],
         read: Callable[[Sequence[TrainingRow]], TeacherTargets],
         *,
+        heldout_at_once: int,
         temperature: float,
         rows_per_pass: int,
     ) -> None:
         self._heldout, self._read = heldout, read
+        self._part = min(heldout_at_once / max(len(heldout), 1), 1.0)
         self._temperature, self._rows_per_pass = temperature, rows_per_pass
 
     @torch.no_grad()
@@ -58,13 +62,15 @@ class Signals:
     ) -> None:
         """Tell the weighting what it learns of each capability that both sides have rows of."""
         names = {row.capability for row in self._heldout} & {row.capability for row in last}
+        turn = step // weighting.observe_every
         for name in sorted(names):
             own = [row for row in self._heldout if row.capability == name]
+            own = in_turn(own, max(round(self._part * len(own)), 1), turn)
             rows = [row for row in last if row.capability == name]
             heldout, _ = self._tokens(model, own)
             trained, chosen_N = self._tokens(model, rows)
             targets = self._read(rows)
-            soft = _soft(targets, chosen_N, self._temperature, model.device)
+            soft = SoftTokens.of(targets, chosen_N, self._temperature, model.device)
             gains = token_gains(heldout, trained, soft, head_weight(model))
             is_known_N = targets.is_supported_T[chosen_N]
             if is_known_N.any():
@@ -88,6 +94,15 @@ class Signals:
         return HeadTokens(hidden_NH[there], labels_N[there]), chosen_N
 
 
+def in_turn(rows: Sequence[TrainingRow], count: int, turn: int) -> list[TrainingRow]:
+    """As many rows as asked for, those after the ones that had the turn before.
+
+    Example:
+        2 of rows a b c: turn 0 a b, turn 1 c a, turn 2 b c
+    """
+    return [rows[(turn * count + place) % len(rows)] for place in range(count)]
+
+
 def _hidden(model: PreTrainedModel, rows: Sequence[TrainingRow]) -> tuple[Tensor, Tensor]:
     width = max(len(row.input_ids) for row in rows)
     tokens_BT = torch.zeros(len(rows), width, dtype=torch.long)
@@ -100,11 +115,3 @@ def _hidden(model: PreTrainedModel, rows: Sequence[TrainingRow]) -> tuple[Tensor
     hidden_BTH = hidden_states(model, tokens_BT.to(model.device), mask_BT.to(model.device))
     trained_BT = (labels_BT[:, 1:] != IGNORED).to(model.device)
     return hidden_BTH[:, :-1][trained_BT], labels_BT[:, 1:].to(model.device)[trained_BT]
-
-
-def _soft(
-    targets: TeacherTargets, chosen_N: Tensor, temperature: float, device: torch.device
-) -> SoftTokens:
-    ids_NK = None if targets.ids_TK is None else targets.ids_TK[chosen_N].to(device)
-    probs_NK = targets.logprobs_TK[chosen_N].exp().to(device)
-    return SoftTokens(ids_NK, probs_NK, targets.tail_T[chosen_N].exp().to(device), temperature)

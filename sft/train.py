@@ -3,23 +3,27 @@
 from __future__ import annotations
 
 import logging
-import sys
+import os
 from dataclasses import asdict
+from pathlib import Path
 
+from distill.config import DistillSection
 from ground.adapter import Adapter, base_identity
 from ground.chat import ChatTemplate
 from ground.checkpoints import Checkpoints
 from ground.entry import Stage, stage_entry
 from ground.errors import RecipeError
-from ground.model import load_model, load_tokenizer
+from ground.launch import launch_of
+from ground.leaving import leave
+from ground.model import freeze_unreached, load_model, load_tokenizer
 from ground.model_files import read_config
-from ground.ranks import join_ranks
+from ground.ranks import Ranks, join_ranks
 from ground.stage_export import export_stage, stage_card
 from ground.tables import read_demonstrations, write_jsonl
 from ground.training import Fit
 from ground.training_rows import TrainingRows, encode_demonstrations
 from sft.config import SftSection
-from sft.soft import open_soft, require_whole_weights, warn_of_unobserved
+from sft.soft import Soft, open_soft, require_whole_weights, warn_of_unobserved
 from sft.trainer import run_sft
 
 logger = logging.getLogger(__name__)
@@ -32,30 +36,19 @@ def train(stage: Stage[SftSection]) -> dict[str, object]:
     already added into `model/`.
     """
     section, trail = stage.section, stage.trail
-    ranks = join_ranks("sft")
     if section.lora:
-        section.lora.require_launch(ranks.launch, "sft")
-    base, source = trail.model_before("sft"), trail.demonstrations_before("sft")
+        section.lora.require_launch(launch_of(os.environ), "sft")
+    ranks, base = join_ranks("sft"), trail.model_before("sft")
     tokenizer = load_tokenizer(base)
     chat = ChatTemplate(tokenizer)
     _check_context(section.max_length, read_config(base))
-    demonstrations = read_demonstrations(
-        source, stage.head.data, quarantine=stage.directory if ranks.is_main else None
-    )
-    rows = encode_demonstrations(demonstrations, chat, section.max_length)
-    if ranks.is_main:
-        _report(stage, rows)
-
+    rows = _read_rows(stage, chat, is_main=ranks.is_main)
     soft = None
     if section.distill is not None:
-        require_whole_weights(ranks.launch)
-        soft, rows = open_soft(section.distill, section.trainer, trail, rows, stage.head.seed)
-        if ranks.is_main:
-            warn_of_unobserved(soft, rows)
-
+        soft, rows = _open_soft(stage, section.distill, rows, ranks)
     model = load_model(base)
     identity = {"rows": rows.fingerprint, "template": chat.fingerprint}
-    identity |= {"layout": ranks.launch.layout}
+    identity |= {"layout": ranks.launch.layout} | freeze_unreached(model)
     adapter = None
     if section.lora:
         adapter = Adapter(model, section.lora, seed=stage.head.seed, stage="sft")
@@ -75,23 +68,53 @@ def train(stage: Stage[SftSection]) -> dict[str, object]:
         resume=stage.resume,
         soft=soft,
     )
+    summary = {"steps": fitted.steps, "chat_template": chat.fingerprint, **_summary(rows, soft)}
+    summary |= {"adapter": adapter.facts()} if adapter else {}
+    if ranks.is_main:
+        source = _source(stage)
+        data = {"data": f"{source.parent.name}/{source.name}", "rows_sha256": rows.fingerprint}
+        provenance = {**stage_card(stage, base), **data, **summary}
+        whole = fitted.whole(model, base)
+        export_stage(stage.directory, whole, tokenizer, provenance, adapter, base)
+    return summary
+
+
+def _source(stage: Stage[SftSection]) -> Path:
+    return stage.trail.demonstrations_before("sft")
+
+
+def _read_rows(stage: Stage[SftSection], chat: ChatTemplate, *, is_main: bool) -> TrainingRows:
+    """Encoded; what is left out is named in the log and in a file."""
+    quarantine = stage.directory if is_main else None
+    demonstrations = read_demonstrations(_source(stage), stage.head.data, quarantine=quarantine)
+    rows = encode_demonstrations(demonstrations, chat, stage.section.max_length)
+    if is_main:
+        _report(stage, rows)
+    return rows
+
+
+def _open_soft(
+    stage: Stage[SftSection], section: DistillSection, rows: TrainingRows, ranks: Ranks
+) -> tuple[Soft, TrainingRows]:
+    """The teacher's word, and the rows that are left to train on."""
+    require_whole_weights(ranks.launch)
+    soft, rows = open_soft(section, stage.section.trainer, stage.trail, rows, stage.head.seed)
+    if ranks.is_main:
+        warn_of_unobserved(soft, rows)
+    return soft, rows
+
+
+def _summary(rows: TrainingRows, soft: Soft | None) -> dict[str, object]:
+    """What was learned from."""
     summary: dict[str, object] = {
         "rows": len(rows.rows),
         "skipped": len(rows.skipped),
         "tokens": rows.num_tokens,
         "trained_tokens": rows.num_trained,
-        "steps": fitted.steps,
-        "chat_template": chat.fingerprint,
-        **({"adapter": adapter.facts()} if adapter else {}),
     }
     if soft is not None:
         summary |= {"teacher": soft.store.identity.teacher, "targets": soft.store.identity.format}
         summary |= {"heldout_rows": len(soft.heldout), "alpha": dict(soft.weighting.shares)}
-    if ranks.is_main:
-        data = {"data": f"{source.parent.name}/{source.name}", "rows_sha256": rows.fingerprint}
-        provenance = {**stage_card(stage, base), **data, **summary}
-        whole = fitted.whole(model, base)
-        export_stage(stage.directory, whole, tokenizer, provenance, adapter, base)
     return summary
 
 
@@ -114,4 +137,4 @@ def _report(stage: Stage[SftSection], rows: TrainingRows) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(stage_entry("sft", SftSection, train))
+    leave(stage_entry("sft", SftSection, train))

@@ -110,6 +110,7 @@ class _Soft(SFTTrainer):
         self._signals = Signals(
             soft.heldout,
             self._collator.read,
+            heldout_at_once=soft.section.signal_heldout,
             temperature=soft.divergence.temperature,
             rows_per_pass=self.args.per_device_train_batch_size,
         )

@@ -77,6 +77,33 @@ def make_tiny_model(directory: Path, *, seed: int = 0, **overrides: object) -> P
     return directory
 
 
+def make_tiny_with_images(directory: Path) -> Path:
+    """Write the tiny Llama 4 with an encoder of images before it, and return its folder.
+
+    45 parameters of the language model; 26 of the encoder and its projector come first.
+    """
+    import torch
+    from transformers import AutoConfig, Llama4Config, Llama4ForConditionalGeneration
+
+    text = AutoConfig.from_pretrained(make_tiny_model(directory)).to_dict()
+    vision = {
+        "hidden_size": 32,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+        "intermediate_size": 64,
+        "vision_output_dim": 32,
+        "image_size": 28,
+        "patch_size": 14,
+        "projector_input_dim": 32,
+        "projector_output_dim": 32,
+    }
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        model = Llama4ForConditionalGeneration(Llama4Config(text_config=text, vision_config=vision))
+    model.save_pretrained(directory)
+    return directory
+
+
 def make_tiny_llama(directory: Path, *, seed: int = 0) -> Path:
     """Write a randomly initialised dense Llama with tied embeddings, and return its folder.
 
@@ -176,15 +203,17 @@ def _start_ray() -> None:
     import ray
 
     from rl.cluster import system_config
+    from rl.lean_ray import lean_ray
 
-    ray.init(
-        num_cpus=4,
-        include_dashboard=False,
-        log_to_driver=False,
-        object_store_memory=256 << 20,
-        namespace="tests",
-        _system_config=system_config(),
-    )
+    with lean_ray():
+        ray.init(
+            num_cpus=4,
+            include_dashboard=False,
+            log_to_driver=False,
+            object_store_memory=256 << 20,
+            namespace="tests",
+            _system_config=system_config(),
+        )
 
 
 @pytest.fixture

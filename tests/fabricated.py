@@ -14,6 +14,7 @@ import pyarrow.parquet as pq
 from curation.config import CurriculumSection
 from curation.curriculum import Curriculum, Observation
 from curation.judge import Judgement
+from curation.label_judge import labelled
 from curation.pruning import SCHEMA as PRUNED
 from curation.pruning import decision_row, prune, rule_of
 from ground.provenance import stage_settings
@@ -129,7 +130,7 @@ def _prune(folder: Path, text: str) -> None:
     messages = (Message("user", text), Message("assistant", text))
     rows = [Demonstration(f"row{n}", messages, CAPABILITIES[n % 4]) for n in range(400)]
     judgements = [
-        Judgement({"easy": (1 - n / 400) / 2, "medium": 0.5, "hard": n / 800}, mass=0.9)
+        labelled({"easy": (1 - n / 400) / 2, "medium": 0.5, "hard": n / 800}, 0.9)
         if n % 100
         else Judgement(reason=text)
         for n in range(400)
@@ -193,7 +194,7 @@ def _rl(folder: Path, text: str) -> None:
     pool = [
         Prompt(f"{name[0]}{n}", (), name, "exact", "4") for n in (0, 1) for name in CAPABILITIES
     ]
-    curriculum = Curriculum(pool, CurriculumSection(), seed=0, group_size=4)
+    curriculum = Curriculum(pool, CurriculumSection(drift=0), seed=0, group_size=4, steps=2)
     rounds = Rounds(folder / "curriculum", every=1)
     rounds.keep(curriculum)
     for version in (1, 2):

@@ -16,6 +16,7 @@ from ground.records import Group, Message, Prompt
 from rollout.config import EngineSection, SamplingSection
 from rollout.fake_engine import FakeEngine
 from rollout.fleet import Fleet
+from rollout.machines import Machines, StillMachines
 from rollout.ray_worker import RayWorker
 from rollout.roster import Event
 from rollout.seeds import sample_seed
@@ -62,6 +63,8 @@ class Letters:
 class OpenGate:
     """Lets every version through."""
 
+    arriving = None
+
     def __init__(self, engine: PretendingEngine) -> None:
         self.engine = engine
 
@@ -89,11 +92,12 @@ class Births:
 
     def __init__(self, config: WorkerConfig, kind: type[RolloutWorker] = PretendingWorker) -> None:
         self.config, self.kind = config, kind
+        self.machines: Machines = StillMachines()
         self.workers: list[RayWorker] = []
         self.events: list[Event] = []
 
     def __call__(self) -> RayWorker:
-        self.workers.append(RayWorker(self.config, self.kind))
+        self.workers.append(RayWorker(self.config, self.kind, self.machines.avoided))
         return self.workers[-1]
 
     def publish(self, version: int) -> object:
@@ -124,10 +128,12 @@ def run_fleet(births: Births, scenario: Callable[[Fleet], Coroutine[None, None, 
     """Run with a fleet, close it, and see to it that no process is left within ten seconds."""
 
     async def main() -> None:
-        fleet = Fleet(births.config.fleet, births, births.events.append)
+        fleet = Fleet(births.config.fleet, births, births.events.append, births.machines)
         try:
-            async with asyncio.timeout(120):
+            async with asyncio.timeout(270):
                 await scenario(fleet)
+        except TimeoutError as error:
+            raise AssertionError(f"{fleet.stats()} after {births.events}") from error
         finally:
             closing = time.monotonic()
             await fleet.close()

@@ -15,12 +15,14 @@ from typing import cast
 import numpy as np
 from scipy.stats import mannwhitneyu, spearmanr
 
-from curation.judge import LabelJudge
+from curation.label_judge import LabelJudge
 from ground.answers import ANSWER_MARKER
 from ground.herd.config import HerdSection
 from ground.herd.families import FAMILIES
 from ground.herd.files import heldout_tasks
 from ground.herd.tasks import Task
+from ground.judging import judge_messages
+from ground.records import Demonstration, Message
 from rollout.config import EngineSection
 from rollout.engine import Request, generate
 from rollout.engines import open_engine
@@ -122,11 +124,17 @@ def judge_scores(model: Path, tasks: Sequence[Task]) -> list[float]:
     """The judge's expected hardness of each task."""
     engine, chat = open_engine(model, _ENGINE)
     try:
-        judge = LabelJudge(engine, chat, min_mass=0.0, max_length=255)
-        judgements = judge.judge([task.prompt.messages for task in tasks])
+        judge = LabelJudge(engine, chat, judge_messages, min_mass=0.0, max_length=255)
+        judgements = judge.judge([_asked(task) for task in tasks])
     finally:
         engine.close()
     return [judgement.score for judgement in judgements if judgement.score is not None]
+
+
+def _asked(task: Task) -> Demonstration:
+    """A task as a row to be judged; what the answer is makes no difference."""
+    messages = (*task.prompt.messages, Message("assistant", task.answer))
+    return Demonstration(task.prompt.id, messages, task.capability)
 
 
 def judge_figures(answers: Sequence[Answered], scores: Sequence[float]) -> dict[str, object]:

@@ -43,8 +43,22 @@ class Job:
         run.parent.mkdir()
 
     def submit(self, nodes: Nodes, *flags: str) -> subprocess.Popen[str]:
-        line = ["python", "-m", "packtrain", "run", "recipe.yaml", "--run", str(self.run), *flags]
-        return nodes.submit(self.work, line)
+        return nodes.submit(self.work, [*self._line, *flags])
+
+    def start_beside(self, nodes: Nodes) -> subprocess.Popen[str]:
+        """The same command as a process of nobody's, which outlives the cluster that it joins."""
+        return subprocess.Popen(
+            self._line,
+            cwd=self.work,
+            env=nodes.environment | {"RAY_ADDRESS": nodes.address},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+
+    @property
+    def _line(self) -> list[str]:
+        return ["python", "-m", "packtrain", "run", "recipe.yaml", "--run", str(self.run)]
 
     @property
     def version(self) -> int:

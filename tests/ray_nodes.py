@@ -121,6 +121,21 @@ class Nodes:
             os.killpg(node.pid, signal.SIGKILL)
         node.wait()
 
+    def drain_head(self, seconds: int) -> None:
+        """Say that the head's machine will be taken away."""
+        line = [*_RAY, "drain-node", "--address", self.address, "--reason-message", "a test"]
+        line += ["--reason", "DRAIN_NODE_REASON_PREEMPTION", "--node-id", self._head_id()]
+        line += ["--deadline-remaining-seconds", str(seconds)]
+        done = subprocess.run(line, env=self.environment, capture_output=True, text=True)
+        assert not done.returncode, done.stderr
+
+    def _head_id(self) -> str:
+        ask = "import ray; ray.init(log_to_driver=False); print(ray.nodes()[0]['NodeID'])"
+        environment = self.environment | {"RAY_ADDRESS": self.address}
+        line = [sys.executable, "-c", ask]
+        done = subprocess.run(line, env=environment, capture_output=True, text=True, check=True)
+        return done.stdout.split()[-1]
+
     def kill_gcs(self) -> None:
         """End the process that the whole cluster hangs on."""
         for process in psutil.Process(self.head.pid).children(recursive=True):

@@ -3,23 +3,26 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import torch
 from accelerate import Accelerator
 
+from distill.config import RolloutDistillSection
+from distill.word import Teaching
 from ground.adapter import Adapter
 from ground.launch import Launch
 from ground.model import load_model
 from ground.ranks import Ranks
 from ground.records import Group, Message, Prompt, Rollout, Segment, Span
-from rl.books import Plan
-from rl.buffer import Outcome
+from rl.buffer import Outcome, Plan
 from rl.config import RlSection
 from rl.ensemble import Ensemble
 from rl.learner import Learner
 from rl.prober import Prober
 from rl.source import Draw
+from rl.speech import open_teacher, word_on
 
 PROMPT = Prompt.make((Message("user", "2+2="),), capability="sums", reward="exact", answer="4")
 ANSWERS = [((70, 71, 260), 1.0), ((72, 260), 0.0), ((70, 73, 74, 75, 260), 0.0), ((9, 260), 1.0)]
@@ -47,6 +50,16 @@ def make_group(number: int, logprob: float = -2.0, prompt_length: int = 4) -> Gr
     return Group(f"{PROMPT.id}.{number}", PROMPT, prompt_ids, rollouts)
 
 
+def taught(plan: Plan, section: RolloutDistillSection, teaching: Teaching) -> Plan:
+    """The same plan after a real teacher has spoken to its groups."""
+    teacher = open_teacher(section, teaching)
+    outcomes = [
+        replace(o, word=word_on(o.group, teacher, teaching)) if o.group else o
+        for o in plan.outcomes
+    ]
+    return replace(plan, outcomes=tuple(outcomes))
+
+
 def make_plan(*groups: Group, step: int = 1) -> Plan:
     """A step whose every slot was settled by its first draw."""
     draws = [Draw(slot, slot, 0, 0, group.prompt) for slot, group in enumerate(groups)]
@@ -72,6 +85,7 @@ def make_learner(
     path: Path,
     accelerator: Callable[[], Accelerator] = lambda: Accelerator(cpu=True),
     dtype: torch.dtype = torch.float64,
+    teaching: Teaching | None = None,
     **settings: object,
 ) -> Learner:
     section = RlSection.model_validate(
@@ -84,4 +98,4 @@ def make_learner(
     )
     model = load_model(path, dtype=dtype)  # first: with ZeRO-3 at hand it would come in parts
     adapter = Adapter(model, section.lora, seed=0, stage="rl") if section.lora else None
-    return Learner(model, accelerator(), section, pad_id=261, adapter=adapter)
+    return Learner(model, accelerator(), section, pad_id=261, adapter=adapter, teaching=teaching)

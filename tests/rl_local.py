@@ -19,14 +19,16 @@ from typing import Any, TypeVar, cast
 
 from torch import Tensor
 
+from distill.plan import plan_teaching
+from distill.word import Word
 from ground.chat import ChatTemplate
 from ground.checkpoints import Checkpoints
 from ground.faults import POINTS
 from ground.model import load_model, load_tokenizer
 from ground.records import Group, Message, Prompt, Rollout
 from rl.actors import restore_books
-from rl.books import Books, Plan
-from rl.buffer import Outcome
+from rl.books import Books
+from rl.buffer import Outcome, Plan
 from rl.config import RlSection
 from rl.consumed import Consumed, read_plan
 from rl.controller import Controller
@@ -36,6 +38,7 @@ from rl.learn import learn
 from rl.ledger import audit_ledger
 from rl.pool import Pool
 from rl.rounds import Rounds
+from rl.speech import open_teacher, word_on
 from rollout.assembly import joined
 from rollout.engine import Completion, Request
 from rollout.hf_engine import HfEngine
@@ -43,7 +46,7 @@ from rollout.systems import SystemInstruction
 from rollout.task import GroupTask
 from rollout.weights import Probes
 
-OF_WORKERS = {name for kind, name in POINTS if kind in ("rollout", "reward")}
+OF_WORKERS = {name for kind, name in POINTS if kind in ("rollout", "reward", "judge")}
 """A worker's end is the fleet's business; nothing of the learner's or controller's dies with it."""
 
 
@@ -180,6 +183,28 @@ def requests_of(
     ]
 
 
+class LocalTeachers:
+    """A real teacher behind the classroom's interface; how late its word comes is random."""
+
+    places = 2
+
+    def __init__(self, job: Job, jitter: float) -> None:
+        assert job.section.distill and job.teaching
+        self._teaching, self._jitter = job.teaching, jitter
+        self._teacher = open_teacher(job.section.distill, job.teaching)
+        self._random, self._lock = random.Random(job.incarnation), threading.Lock()
+        self.asked = 0
+
+    async def speak(self, group: Group) -> Word:
+        await asyncio.sleep(self._random.random() * self._jitter)
+        self.asked += 1
+        return await asyncio.to_thread(self._speak, group)
+
+    def _speak(self, group: Group) -> Word:
+        with self._lock:
+            return word_on(group, self._teacher, self._teaching)
+
+
 class LocalLoop:
     """The controller's side, on a thread of its own."""
 
@@ -198,6 +223,7 @@ class LocalLoop:
             system_of=lambda prompt, pass_: SystemInstruction(),
             in_flight=job.section.groups_in_flight,
             note=lambda event: None,
+            teachers=LocalTeachers(job, jitter) if job.teaching else None,
         )
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._loop.run_forever, daemon=True)
@@ -305,8 +331,15 @@ class LocalRun:
     """A run of the stage: lives in one folder, one after another."""
 
     def __init__(
-        self, directory: Path, model: Path, killer: Killer, jitter: float = 0.0, **settings: object
+        self,
+        directory: Path,
+        model: Path,
+        killer: Killer,
+        jitter: float = 0.0,
+        **settings: object,
     ) -> None:
+        teacher = settings.pop("teacher", None)
+        assert teacher is None or isinstance(teacher, Path)
         self.section = RlSection.model_validate(
             {
                 "steps": 4,
@@ -325,7 +358,10 @@ class LocalRun:
         prompts = make_prompts()
         self.pool = Pool(prompts[2:], prompts[:2])
         self.directory, self._killer, self._jitter = directory, killer, jitter
+        distill = self.section.distill
+        teaching = plan_teaching(distill, teacher, model, 64) if distill and teacher else None
         self._job = Job(
+            teaching=teaching,
             section=self.section,
             seed=3,
             run_name="toy",

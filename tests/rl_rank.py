@@ -13,16 +13,17 @@ import math
 import sys
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from rl_doubles import make_ensemble, make_group, make_learner, make_plan
 from safetensors.torch import load_file, save_file
+from torch import nn
 
 from ground.errors import DivergedError
 from ground.ranks import Ranks, join_ranks
 from ground.records import Group
-from rl.books import Plan
+from rl.buffer import Plan
 from rl.ensemble import Ensemble
 
 SPOILT = "spoilt"
@@ -97,7 +98,8 @@ def go_on(learners: Ensemble, cut: Path, out: Path) -> dict[str, Any]:
 
 def spoil(learners: Ensemble, out: Path) -> None:
     """From the time that a file is there, this rank's gradients are infinite; its loss is not."""
-    weight = learners._learner.model.get_parameter("model.norm.weight")
+    backbone = cast(nn.Module, learners._learner.model.base_model)
+    weight = backbone.get_parameter("norm.weight")
     weight.register_hook(lambda grad: grad * math.inf if (out / SPOILT).exists() else grad)
 
 

@@ -12,15 +12,20 @@ from typing import Any
 
 import rl_rank
 import torch
-from rl_doubles import make_ensemble, make_learner
+from rl_doubles import make_ensemble, make_learner, taught
 from safetensors.torch import save_file
 from torch import Tensor
 from torch.optim.optimizer import Optimizer, register_optimizer_step_pre_hook
 
+from distill.config import RolloutDistillSection
+from distill.plan import plan_teaching
 from ground.errors import DivergedError
 from ground.ranks import Ranks, join_ranks
+from rl.buffer import Plan
 from rl.ensemble import Ensemble
 
+TEACHER = "teacher"
+"""A folder in OUT."""
 SETTINGS: dict[str, Any] = {
     "micro_batch_tokens": 24,
     "advantages": {"kind": "batch_std"},
@@ -36,10 +41,23 @@ LOSSES: list[dict[str, Any]] = [
 ]
 CASES: dict[str, dict[str, Any]] = {loss["kind"]: {"loss": loss} for loss in LOSSES}
 CASES["adapter"] = {"loss": LOSSES[0], "lora": {"rank": 4}}
+TAUGHT = {"k": 6, "weighting": {"every": 1, "rate": 0.5}}
+CASES["taught"] = {"loss": LOSSES[0], "distill": TAUGHT}
+CASES["taught adapter"] = {"distill": TAUGHT, "lora": {"rank": 4}}
 """Name → what it has besides `SETTINGS`."""
 
 
-def train(learners: Ensemble) -> tuple[dict[str, Any], dict[str, Tensor]]:
+def plans(case: str, model: Path, teacher: Path) -> list[Plan]:
+    """Those of rl_rank.py, and a poisoned one; the teacher has spoken where there is one."""
+    made = [*rl_rank.plans(), rl_rank.poisoned()]
+    if "distill" not in CASES[case]:
+        return made
+    section = RolloutDistillSection.model_validate(CASES[case]["distill"])
+    teaching = plan_teaching(section, teacher, model, 64)
+    return [taught(plan, section, teaching) for plan in made]
+
+
+def train(learners: Ensemble, plans: list[Plan]) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """The numbers of all steps and how the poisoned one ended; gradients and weights."""
     found: dict[str, Tensor] = {}
 
@@ -48,11 +66,12 @@ def train(learners: Ensemble) -> tuple[dict[str, Any], dict[str, Tensor]]:
         found[f"gradient {len(found)}"] = torch.cat(grads).clone()
 
     handle = register_optimizer_step_pre_hook(keep)
-    numbers = [learners.step(plan) for plan in rl_rank.plans()]
+    *sound, poisoned = plans
+    numbers = [learners.step(plan) for plan in sound]
     handle.remove()
     before, error = learners.model_tensors(), ""
     try:
-        learners.step(rl_rank.poisoned())
+        learners.step(poisoned)
     except DivergedError as refusal:
         error = refusal.what
     kept = all(bool((before[k] == v).all()) for k, v in learners.model_tensors().items())
@@ -60,9 +79,15 @@ def train(learners: Ensemble) -> tuple[dict[str, Any], dict[str, Tensor]]:
     return facts, found | learners.model_tensors()
 
 
-def ensemble(model: Path, ranks: Ranks, case: str) -> Ensemble:
+def ensemble(model: Path, teacher: Path, ranks: Ranks, case: str) -> Ensemble:
     """The learners of all ranks in a case."""
-    return make_ensemble(make_learner(model, ranks.accelerator, **CASES[case], **SETTINGS), ranks)
+    distill = CASES[case].get("distill")
+    section = RolloutDistillSection.model_validate(distill) if distill else None
+    teaching = plan_teaching(section, teacher, model, 64) if section else None
+    settings = CASES[case] | SETTINGS
+    return make_ensemble(
+        make_learner(model, ranks.accelerator, teaching=teaching, **settings), ranks
+    )
 
 
 def main() -> None:
@@ -71,11 +96,11 @@ def main() -> None:
     torch.set_num_threads(1)
     ranks = join_ranks("test", seconds=60)
     for case in CASES:
-        learners = ensemble(model, ranks, case)
+        learners = ensemble(model, out / TEACHER, ranks, case)
         if not ranks.is_main:
             learners.follow()
             continue
-        facts, tensors = train(learners)
+        facts, tensors = train(learners, plans(case, model, out / TEACHER))
         learners.end()
         (out / f"{case}.json").write_text(json.dumps(facts))
         save_file(tensors, out / f"{case}.safetensors")

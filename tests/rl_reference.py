@@ -19,8 +19,9 @@ from ground.logprobs import model_logprobs
 from ground.model import load_model, load_tokenizer
 from ground.records import Group, Prompt
 from rl.batch import collate, rows_of
-from rl.config import AipoLoss, RlSection
+from rl.config import RlSection
 from rl.loss import aipo
+from rl.objective_config import AipoLoss
 from rollout.engine import Completion, Request, generate
 from rollout.hf_engine import HfEngine
 from rollout.seeds import sample_seed
@@ -39,7 +40,9 @@ def reference_loop(
     optimizer = torch.optim.AdamW(
         model.parameters(), rates.learning_rate, rates.betas, weight_decay=rates.weight_decay
     )
-    curriculum = Curriculum(pool, section.curriculum, seed=seed, group_size=group_size)
+    curriculum = Curriculum(
+        pool, section.curriculum, seed=seed, group_size=group_size, steps=section.steps
+    )
     for version in range(section.steps):
         turns, stride = slots_of(curriculum, section.groups_per_step)
         kept: list[Group] = []

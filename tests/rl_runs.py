@@ -66,12 +66,13 @@ class Run:
         faults: Faults | None = None,
         rl: Mapping[str, object] | None = None,
         launcher: Path | None = None,
+        teacher: Path | None = None,
     ) -> None:
         self.faults, self.launcher = faults, launcher
         self.directory, self.stage = directory, directory / "run" / "rl"
         self.place = Path(tempfile.mkdtemp(prefix="rl-", dir="/tmp"))
         self.rl = RL | dict(rl or {})
-        write_project(directory, model, reward, self.rl)
+        write_project(directory, model, reward, self.rl, teacher)
         self.shared, self.own = _shared_memory(), set[str]()
         self._is_over = threading.Event()
         threading.Thread(target=self._watch_shared_memory, name="shm watch", daemon=True).start()
@@ -139,7 +140,10 @@ class Run:
         found = [str(path) for path in self.place.glob("packtrain-*")]
         self._look_at_shared_memory()
         found += sorted(self.own & _shared_memory())
-        return found + [f"{process.pid} {process.cmdline()}" for process in self._processes()]
+        for process in self._processes():
+            with suppress(psutil.Error):  # it ended while we looked
+                found.append(f"{process.pid} {process.cmdline()}")
+        return found
 
     def _processes(self) -> list[psutil.Process]:
         """Those of this run, by their temporary folder."""
@@ -182,7 +186,11 @@ class Run:
 
 
 def write_project(
-    directory: Path, model: Path, reward: str = "early", rl: Mapping[str, object] = RL
+    directory: Path,
+    model: Path,
+    reward: str = "early",
+    rl: Mapping[str, object] = RL,
+    teacher: Path | None = None,
 ) -> None:
     """What a user has in a folder: recipe, prompts, reward functions."""
     rows = [
@@ -203,6 +211,8 @@ def write_project(
         "rewards": ["rewards.py"],
         "rl": dict(rl),
     }
+    if teacher:
+        recipe["teacher"] = {"path": str(teacher)}
     (directory / "recipe.yaml").write_text(json.dumps(recipe))
 
 

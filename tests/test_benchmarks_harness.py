@@ -80,3 +80,12 @@ def test_a_quick_run_that_misses_as_the_committed_one_did_only_tells(
     assert run(tmp_path, 0.2, "--quick") == 1, "worse than it was"
     run(tmp_path, 1.2)
     assert run(tmp_path, 0.9, "--quick") == 1, "near the committed figure, but that met the goal"
+
+
+def test_every_benchmark_is_one_of_make_bench():
+    root = Path(__file__).parents[1]
+    makefile = (root / "Makefile").read_text()
+    modules = [file for file in (root / "benchmarks").glob("*.py") if file.stem != "harness"]
+    ours = [file.stem for file in modules if "run_benchmark(" in file.read_text()]
+    assert len(ours) > 25
+    assert not [name for name in ours if f"-m benchmarks.{name}\n" not in makefile]

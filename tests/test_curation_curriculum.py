@@ -12,7 +12,8 @@ import pytest
 
 from curation.bands import Band, band
 from curation.config import CurriculumSection
-from curation.curriculum import Curriculum, Observation, gradient_chance
+from curation.curriculum import Curriculum, Observation
+from curation.posterior import gradient_chance
 from ground.errors import DataError
 from ground.records import Difficulty, Group, Message, Prompt, Rollout
 
@@ -27,9 +28,9 @@ def make_prompt(name: str, successes: int, trials: int, capability: str = "sums"
     )
 
 
-def make_curriculum(pool: list[Prompt], seed: int = 0, **settings: float) -> Curriculum:
+def make_curriculum(pool: list[Prompt], seed: int = 0, **settings: float | str) -> Curriculum:
     section = CurriculumSection.model_validate(settings)
-    return Curriculum(pool, section, seed=seed, group_size=8)
+    return Curriculum(pool, section, seed=seed, group_size=8, steps=10)
 
 
 def test_gradient_chance_by_hand() -> None:
@@ -128,17 +129,69 @@ def test_whatever_has_happened_a_saved_state_draws_the_same(seed: int) -> None:
     """Prompts are observed and refused in turns, which moves the members of their strata about."""
     chance = random.Random(seed)
     pool = [make_prompt(str(n), n % 3, 4, "sums" if n % 2 else "logic") for n in range(40)]
-    curriculum = make_curriculum(pool, seed=seed)
+    order = "target" if seed % 2 else "chance"
+    curriculum = make_curriculum(pool, seed=seed, order=order)
     for version in range(1, 8):
         seen = [Observation(each.id, chance.randrange(5), 4) for each in chance.choices(pool, k=3)]
         refused = [each.id for each in chance.choices(pool, k=chance.randrange(3))]
         curriculum.observe(version, seen, refused)
-        again = make_curriculum(pool, seed=seed)
+        again = make_curriculum(pool, seed=seed, order=order)
         again.load_state_dict(**json.loads(json.dumps(curriculum.state_dict())))
+        assert again.gauges() == curriculum.gauges()
         assert again.shares() == curriculum.shares() and again.counts() == curriculum.counts()
         for capability in ("sums", "logic"):
             drawn = [curriculum.draw(version, capability, n) for n in range(25)]
             assert drawn == [again.draw(version, capability, n) for n in range(25)]
+
+
+def test_the_target_falls_evenly_and_stays_at_its_end() -> None:
+    section = CurriculumSection(target_from=0.8, target_to=0.2)
+    assert [section.target_at(x) for x in (0, 0.5, 1, 2)] == pytest.approx([0.8, 0.5, 0.2, 0.2])
+    curriculum = make_curriculum([make_prompt("a", 1, 2)], order="target")
+    assert curriculum.gauges()["target"] == pytest.approx(0.75)
+    for version in range(1, 6):
+        curriculum.observe(version, [])
+    assert curriculum.gauges()["target"] == pytest.approx(0.75 - 0.45 * 5 / 10)
+    assert "target" not in make_curriculum([make_prompt("a", 1, 2)]).gauges()
+
+
+def test_a_rising_curriculum_goes_from_easy_to_hard() -> None:
+    """Sure pass rates; by the bell at 0.75 and at 0.30, each 0.2 wide, by hand."""
+    pool = [make_prompt(f"{rate}", rate * 100, 1000, f"{rate}") for rate in (1, 4, 8)]
+    curriculum = make_curriculum(pool, order="target", review_share=0.0, decay=1.0)
+    bells = {rate: math.exp(-((rate / 10 - 0.75) ** 2) / 0.08) for rate in (1, 4, 8)}
+    first = {str(rate): bell / sum(bells.values()) for rate, bell in bells.items()}
+    assert curriculum.shares() == pytest.approx(first, abs=0.01)
+    for version in range(1, 11):
+        curriculum.observe(version, [])
+    # At 0.30 what passes more than 0.55 of the time counts as solved for now.
+    assert curriculum.counts() == {"active": 2, "retired": 1, "deferred": 0, "refused": 0}
+    last = {rate: math.exp(-((rate / 10 - 0.30) ** 2) / 0.08) for rate in (1, 4)}
+    expected = {str(rate): bell / sum(last.values()) for rate, bell in last.items()}
+    assert curriculum.shares() == pytest.approx(expected | {"8": 0.0}, abs=0.01)
+
+
+def test_with_a_target_nobody_is_left_without_draws_when_all_is_above_it() -> None:
+    pool = [make_prompt(f"{n}", 7, 8) for n in range(4)]
+    curriculum = make_curriculum(pool, order="target", decay=1.0)
+    for version in range(1, 11):
+        curriculum.observe(version, [])
+    assert curriculum.counts()["active"] == 0
+    assert len({curriculum.draw(10, "sums", n).id for n in range(4)}) == 4
+
+
+def test_what_some_prompts_show_moves_what_is_believed_of_all_of_their_capability() -> None:
+    pool = [make_prompt(str(n), 4, 8, "sums" if n < 6 else "logic") for n in range(12)]
+    curriculum = make_curriculum(pool)
+    curriculum.observe(1, [Observation(prompt.id, 8, 8) for prompt in pool[:3]])
+    means = {(row.capability, row.prompt_id): row.mean for row in curriculum.known()}
+    assert means["sums", None] > 0.55 and means["logic", None] == pytest.approx(0.5)
+    assert all(means["sums", prompt.id] > means["sums", None] for prompt in pool[:3])
+    level = curriculum.gauges()["level/sums"]
+    hopeless = [make_prompt(str(n), 0, 8) for n in range(6)]
+    still = make_curriculum(hopeless)
+    still.observe(1, [Observation(prompt.id, 0, 8) for prompt in hopeless])
+    assert level > 0 and still.gauges()["level/sums"] == 0, "what was never solved says nothing"
 
 
 def test_draws_of_another_version_and_an_empty_pool_are_refused() -> None:

@@ -17,6 +17,7 @@ from curation import inspect
 from curation.config import CurriculumSection
 from curation.curriculum import Curriculum, Observation
 from curation.judge import Judgement
+from curation.label_judge import labelled
 from curation.mining import Mined, mined_row, mined_schema
 from curation.pruning import SCHEMA, decision_row, prune, rule_of
 from ground.records import Demonstration, Difficulty, Message, Prompt
@@ -26,7 +27,7 @@ from rl.rounds import Rounds
 
 
 def judgement(score: float) -> Judgement:
-    return Judgement({"easy": 1 - score, "medium": 0.0, "hard": score}, mass=0.9)
+    return labelled({"easy": 1 - score, "medium": 0.0, "hard": score}, 0.9)
 
 
 def make_prune(run: Path, scores: Sequence[float], share: str, per: str = "capability") -> None:
@@ -136,7 +137,9 @@ def run(tmp_path: Path) -> Path:
         Prompt(p, (Message("user", p),), "a", "exact", "4", Difficulty(successes=c, trials=8))
         for p, c in (("x", 2), ("y", 8))
     ]
-    curriculum = Curriculum(pool, CurriculumSection(decay=1), seed=0, group_size=2)
+    curriculum = Curriculum(
+        pool, CurriculumSection(decay=1, drift=0), seed=0, group_size=2, steps=2
+    )
     rounds = Rounds(tmp_path / "rl" / "curriculum", every=2)
     rounds.keep(curriculum)
     curriculum.observe(1, [Observation("x", 1, 2)])

@@ -9,18 +9,26 @@ from pathlib import Path
 import pytest
 from conftest import make_tiny_model
 
-from curation.judge import Judgement, LabelJudge
+from curation.config import LabelJudgeSection
+from curation.label_judge import LabelJudge, labelled
 from ground.chat import ChatTemplate
 from ground.errors import DataError
 from ground.judging import JUDGE_QUESTION, judge_messages, judgement
 from ground.model import load_tokenizer
-from ground.records import LABELS, Message
+from ground.records import LABELS, Demonstration, Message
 from rollout.config import EngineSection
 from rollout.engine import Scores
 from rollout.engines import open_engine
 from rollout.fake_engine import FakeEngine
 
 TASK = (Message("user", "2+2="),)
+
+
+def asking(task: tuple[Message, ...]) -> Demonstration:
+    return Demonstration("row", (*task, Message("assistant", "4")), "sums")
+
+
+ROW = asking(TASK)
 
 
 class Oracle(FakeEngine):
@@ -53,8 +61,10 @@ def tokens(chat: ChatTemplate) -> dict[str, int]:
 
 def judge_with(chat: ChatTemplate, probabilities: Mapping[int, float], **settings: float):
     engine = Oracle(probabilities)
-    judge = LabelJudge(engine, chat, min_mass=settings.get("min_mass", 0.01), max_length=200)
-    (answer,) = judge.judge([TASK])
+    judge = LabelJudge(
+        engine, chat, judge_messages, min_mass=settings.get("min_mass", 0.01), max_length=200
+    )
+    (answer,) = judge.judge([ROW])
     engine.close()
     return answer
 
@@ -66,9 +76,9 @@ def test_expected_hardness_of_the_three_words(chat: ChatTemplate):
         chat, {first["easy"]: 0.196, first["medium"]: 0.294, first["hard"]: 0.49, 0: 0.02}
     )
     assert answer.score == pytest.approx(0.65)
-    assert answer.mass == pytest.approx(0.98)
+    assert answer.parts["label_mass"] == pytest.approx(0.98)
     assert answer.label == "hard"
-    assert answer.probabilities["medium"] == pytest.approx(0.3)
+    assert answer.parts["p_medium"] == pytest.approx(0.3)
 
 
 def test_a_label_out_of_sight_has_no_probability(chat: ChatTemplate):
@@ -76,8 +86,22 @@ def test_a_label_out_of_sight_has_no_probability(chat: ChatTemplate):
     assert (answer.score, answer.label) == (0.0, "easy")
 
 
+def test_a_label_counts_in_whatever_case_it_begins(chat: ChatTemplate):
+    """p(E…) = .955, p(easy) = .02, p(hard) = .015: easy .975 of .99, not hard."""
+    first, upper = tokens(chat), chat.encode_text("Easy")[0]
+    assert upper not in first.values()
+    answer = judge_with(chat, {upper: 0.955, first["easy"]: 0.02, first["hard"]: 0.015, 0: 0.01})
+    assert answer.label == "easy" and answer.parts["label_mass"] == pytest.approx(0.99)
+    assert answer.score == pytest.approx(0.015 / 0.99)
+
+
+def test_a_tail_of_two_percent_is_no_judgement(chat: ChatTemplate):
+    usual = LabelJudgeSection().min_label_mass
+    assert not judge_with(chat, {0: 0.98, tokens(chat)["hard"]: 0.02}, min_mass=usual).is_judged
+
+
 def test_of_equal_labels_the_harder_one_counts():
-    assert Judgement({"easy": 0.4, "medium": 0.4, "hard": 0.2}).label == "medium"
+    assert labelled({"easy": 0.4, "medium": 0.4, "hard": 0.2}, 1.0).label == "medium"
 
 
 GARBAGE: list[tuple[str, dict[int, float]]] = [
@@ -112,7 +136,7 @@ def test_labels_that_are_not_numbers_are_no_judgement(chat: ChatTemplate):
 
 def test_what_is_asked(chat: ChatTemplate):
     engine = Oracle({tokens(chat)["hard"]: 1.0})
-    LabelJudge(engine, chat, min_mass=0.01, max_length=200).judge([TASK])
+    LabelJudge(engine, chat, judge_messages, min_mass=0.01, max_length=200).judge([ROW])
     (row,) = engine.rows
     asked = chat.encode_prompt((Message("user", f"{JUDGE_QUESTION}2+2="),))
     assert row[:-1] == asked, "the prompt, and one token whose place is read"
@@ -132,15 +156,12 @@ def test_a_conversation_is_quoted_not_obeyed():
 def test_a_task_longer_than_the_context_is_unjudged_the_others_are_judged(chat: ChatTemplate):
     """#65"""
     engine = Oracle({tokens(chat)["hard"]: 1.0})
-    judge = LabelJudge(engine, chat, min_mass=0.01, max_length=200)
-    told: list[tuple[int, int]] = []
-    long = (Message("user", "2" * 500),)
-    answers = judge.judge(
-        [TASK, long, TASK], progress=lambda done, total: told.append((done, total))
-    )
+    judge = LabelJudge(engine, chat, judge_messages, min_mass=0.01, max_length=200)
+    long = asking((Message("user", "2" * 500),))
+    answers = judge.judge([ROW, long, ROW])
     assert [each.is_judged for each in answers] == [True, False, True]
     assert answers[1].reason == "longer than the judge's 200 tokens"
-    assert told == [(3, 3)] and judge.judge([]) == []
+    assert judge.judge([]) == []
     assert [each.is_judged for each in judge.judge([long])] == [False]
     engine.close()
 
@@ -148,7 +169,9 @@ def test_a_task_longer_than_the_context_is_unjudged_the_others_are_judged(chat: 
 def test_labels_that_begin_alike_are_refused(chat: ChatTemplate, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(chat, "encode_text", lambda text: [5])
     with pytest.raises(DataError, match="must begin with different tokens"):
-        LabelJudge(FakeEngine(lambda request: ()), chat, min_mass=0.01, max_length=9)
+        LabelJudge(
+            FakeEngine(lambda request: ()), chat, judge_messages, min_mass=0.01, max_length=9
+        )
 
 
 def test_a_real_model_judges_as_its_probabilities_say(tmp_path: Path):
@@ -159,12 +182,12 @@ def test_a_real_model_judges_as_its_probabilities_say(tmp_path: Path):
 
     path = make_tiny_model(tmp_path / "judge", seed=3)
     engine, chat = open_engine(path, EngineSection(num_slots=8, max_length=256))
-    judge = LabelJudge(engine, chat, min_mass=0.0, max_length=256)
-    tasks = [(Message("user", f"{n}+{n}="),) for n in range(6)]
-    together = judge.judge(tasks)
-    assert judge.judge(tasks[4:5]) == together[4:5]
+    judge = LabelJudge(engine, chat, judge_messages, min_mass=0.0, max_length=256)
+    rows = [asking((Message("user", f"{n}+{n}="),)) for n in range(6)]
+    together = judge.judge(rows)
+    assert judge.judge(rows[4:5]) == together[4:5]
     engine.close()
-    ids = chat.encode_prompt(judge_messages(tasks[4]))
+    ids = chat.encode_prompt(judge_messages(rows[4].question))
     with torch.no_grad():
         logits = load_model(path)(input_ids=torch.tensor([ids])).logits[0, -1].double()
     shares = logits.softmax(-1)
@@ -173,7 +196,8 @@ def test_a_real_model_judges_as_its_probabilities_say(tmp_path: Path):
         label: float(shares[token]) if token in top else 0.0
         for label, token in tokens(chat).items()
     }
-    assert together[4].mass == pytest.approx(sum(raw.values()), abs=1e-5)
-    assert together[4].mass > 0.005
-    expected = {label: share / sum(raw.values()) for label, share in raw.items()}
-    assert together[4].probabilities == pytest.approx(expected, abs=1e-4)
+    assert together[4].parts["label_mass"] == pytest.approx(sum(raw.values()), abs=1e-5)
+    assert together[4].parts["label_mass"] > 0.005
+    expected = {f"p_{label}": share / sum(raw.values()) for label, share in raw.items()}
+    votes = {name: share for name, share in together[4].parts.items() if name in expected}
+    assert votes == pytest.approx(expected, abs=1e-4)

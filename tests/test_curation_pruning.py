@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 from collections import Counter
+from dataclasses import replace
 from fractions import Fraction
 from pathlib import Path
+from typing import Any
 
 import pyarrow.parquet as pq
 import pytest
@@ -15,8 +17,19 @@ from hypothesis import strategies as st
 
 from curation.config import PruneSection
 from curation.judge import Judgement
-from curation.prune import train
-from curation.pruning import SCHEMA, decision_row, group_counts, prune, quotas, summarise
+from curation.label_judge import labelled
+from curation.prune import decide, train
+from curation.pruning import (
+    SCHEMA,
+    Unjudged,
+    decision_row,
+    group_counts,
+    prune,
+    quotas,
+    spread,
+    stand_ins,
+    summarise,
+)
 from ground.config import Data
 from ground.entry import stage_entry
 from ground.errors import DataError
@@ -34,7 +47,7 @@ def row(number: int, capability: str = "sums") -> Demonstration:
 
 
 def scored(score: float) -> Judgement:
-    return Judgement({"easy": 1 - score, "medium": 0.0, "hard": score}, mass=0.9)
+    return labelled({"easy": 1 - score, "medium": 0.0, "hard": score}, 0.9)
 
 
 UNJUDGED = Judgement(reason="garbage")
@@ -140,6 +153,114 @@ def test_rows_carry_votes_rule_and_reason_and_read_back(tmp_path: Path):
     assert all(c["meta_rule"] == "easiest 0.5" and c["meta_reason"] for c in columns)
 
 
+def test_unjudged_rows_go_in_proportion_first_or_last():
+    """4 of 12 unjudged; 6 go: 2 of the 4 in proportion, all 4 with `drop`, none with `keep`."""
+    rows = [row(n) for n in range(12)]
+    judgements = [UNJUDGED if n % 3 == 0 else scored(n / 20) for n in range(12)]
+    rules: list[tuple[Unjudged, int]] = [("proportional", 2), ("drop", 4), ("keep", 0)]
+    for unjudged, gone in rules:
+        decisions = prune(rows, judgements, HALF, "all", unjudged=unjudged)
+        dropped = [d for d in decisions if not d.kept]
+        assert len(dropped) == 6
+        assert sum(not d.judgement.is_judged for d in dropped) == gone
+        judged = sorted(d.judgement.score or 0 for d in decisions if d.judgement.is_judged)
+        easiest = sorted(d.judgement.score or 0 for d in dropped if d.judgement.is_judged)
+        assert easiest == judged[: 6 - gone], "the easiest of the judged ones"
+
+
+@given(st.integers(0, 30), st.integers(0, 30))
+def test_every_cut_takes_the_same_share_of_both(many: int, few: int):
+    order = spread(list(range(many)), list(range(100, 100 + few)))
+    assert sorted(order) == [*range(many), *range(100, 100 + few)]
+    for cut in range(len(order) + 1):
+        assert sum(each >= 100 for each in order[:cut]) == (cut * few // (many + few or 1))
+    assert [each for each in order if each < 100] == list(range(many))
+
+
+def test_misaligned_first_then_near_duplicates_then_the_easiest():
+    """Scores .1 .2 .9 .8; the third is misaligned, the last a duplicate: they go before the .1."""
+    rows = [row(n) for n in range(5)]
+    strange = Judgement(1.0, parts={"ifd": 1.3}, is_misaligned=True)
+    judgements = [scored(0.1), scored(0.2), strange, scored(0.8), scored(0.9)]
+    decisions = prune(rows, judgements, Fraction(3, 5), "all", twins={3: 4})
+    assert [d.rank for d in decisions] == [2, 3, 0, 1, 4]
+    assert [d.kept for d in decisions] == [False, True, False, False, True]
+    assert [d.mark for d in decisions] == ["", "", "misaligned", "duplicate", ""]
+    assert decisions[2].reason.startswith("misaligned, goes first; rank 0 of 5")
+    assert decisions[3].reason.startswith(f"a near-duplicate of {rows[4].id}, goes before")
+    written = decision_row(decisions[3], "ifd:t@1", "r")
+    assert (written["meta_mark"], written["meta_duplicate_of"]) == ("duplicate", rows[4].id)
+    summary = summarise(decisions)
+    assert summary["set_apart"] == {
+        "duplicate": {"kept": 0, "dropped": 1},
+        "misaligned": {"kept": 0, "dropped": 1},
+    }
+    assert summary["threshold"] == 0.1, "of what went for being easy"
+
+
+def test_the_worked_example_of_the_docs():
+    """docs/pruning.md: ten rows, half go; c is misaligned, e a near-duplicate of d, g unjudged."""
+    scores = {"a": 0.1, "b": 0.9, "d": 0.8, "e": 0.7, "f": 0.2, "h": 0.4, "i": 0.6, "j": 0.3}
+    rows = [replace(row(n), id=name) for n, name in enumerate("abcdefghij")]
+    given = {name: scored(score) for name, score in scores.items()}
+    given |= {"c": Judgement(1.0, is_misaligned=True), "g": UNJUDGED}
+    judgements = [given[each.id] for each in rows]
+    decisions = prune(rows, judgements, HALF, "all", twins={4: 3})
+    order = sorted(decisions, key=lambda decision: decision.rank)
+    assert [d.row.id for d in order] == list("ceafjhidbg")
+    assert [d.row.id for d in order if not d.kept] == list("ceafj")
+
+
+def test_the_share_holds_where_more_rows_are_marked_than_are_to_go():
+    rows = [row(n) for n in range(4)]
+    decisions = prune(
+        rows, [scored(n / 4) for n in range(4)], HALF, "all", twins={1: 0, 2: 0, 3: 0}
+    )
+    assert sum(d.kept for d in decisions) == 2
+    assert decisions[0].kept, "the one that stands for them all"
+
+
+def test_of_the_marked_rows_the_hardest_stay():
+    """Four marked with .9 .3 ? .6, the share takes two: the .3, and the next by score."""
+    rows = [row(n) for n in range(6)]
+    judgements = [scored(0.95), scored(0.9), scored(0.3), UNJUDGED, scored(0.6), scored(0.1)]
+    decisions = prune(rows, judgements, Fraction(1, 3), "all", twins=dict.fromkeys(range(1, 5), 0))
+    assert [d.rank for d in decisions] == [5, 2, 0, 3, 1, 4]
+    assert [n for n, d in enumerate(decisions) if not d.kept] == [2, 4]
+
+
+def test_a_shared_system_message_marks_nothing_and_many_marks_are_said_aloud(
+    caplog: pytest.LogCaptureFixture,
+):
+    """A message of 60 words before 40 different tasks; then 39 of them are one and the same."""
+    rules = Message(
+        "system", " ".join(f"rule{chr(97 + n % 26)}{chr(97 + n // 26)}" for n in range(60))
+    )
+    answer = Message("assistant", "yes")
+    names = [f"{chr(97 + n % 26)}{chr(97 + n // 26)}" for n in range(40)]
+    talks = [(rules, Message("user", f"Is {name} a word?"), answer) for name in names]
+    rows = [Demonstration(content_id(talk), talk, "chat") for talk in talks]
+    judgements = [scored(n / 40) for n in range(40)]
+    section = PruneSection(fraction=0.5)
+    decisions = decide(section, rows, judgements)
+    assert [d.kept for d in decisions] == [False] * 20 + [True] * 20
+    assert not any(d.mark for d in decisions) and not caplog.text
+    same = [replace(each, messages=talks[0]) for each in rows[:39]]
+    decide(section, [*same, rows[39]], judgements)
+    assert "38 of 40 rows are marked near-duplicates, such as " in caplog.text
+
+
+def test_the_hardest_stands_for_its_cluster_and_never_a_misaligned_one():
+    rows = [row(n) for n in range(6)]
+    judgements = [scored(0.1), scored(0.9), UNJUDGED, scored(0.5), scored(0.5), scored(0.2)]
+    assert stand_ins([0, 0, 0, 3, 4, 5], rows, judgements) == {0: 1, 2: 1}
+    strange = Judgement(1.0, is_misaligned=True)
+    assert stand_ins([0, 0], rows, [strange, scored(0.1)]) == {0: 1}
+    tie = stand_ins([0, 0], rows[3:5], [scored(0.5)] * 2)
+    back = stand_ins([0, 0], rows[4:2:-1], [scored(0.5)] * 2)
+    assert [rows[3:5][i].id for i in tie.values()] == [rows[4:2:-1][i].id for i in back.values()]
+
+
 def test_summary_by_hand():
     rows = [row(n, "sums" if n < 2 else "words") for n in range(4)]
     decisions = prune(rows, [scored(0.2), scored(0.8), scored(0.4), UNJUDGED], HALF, "capability")
@@ -149,6 +270,7 @@ def test_summary_by_hand():
     assert summary["mean_score_kept"] == pytest.approx(0.8)
     assert summary["threshold"] == 0.4
     assert summary["labels"] == {"easy": 2, "hard": 1, "unjudged": 1}
+    assert summary["set_apart"] == {"unjudged": {"kept": 1, "dropped": 0}}
     words = summary["by_capability"]["words"]  # pyright: ignore[reportIndexIssue]
     assert words["threshold"] == 0.4 and words["mean_score_kept"] is None
 
@@ -158,10 +280,16 @@ def teacher(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make_tiny_model(tmp_path_factory.mktemp("teacher") / "teacher", seed=1)
 
 
-def recipe(tmp_path: Path, teacher: Path, **settings: object) -> list[str]:
+def recipe(tmp_path: Path, teacher: Path, **settings: Any) -> list[str]:
     data = tmp_path / "sft.jsonl"
     write_records(data, [row(n, "sums" if n % 3 else "words") for n in range(30)])
-    section = {"judge": {"min_label_mass": 0.0}, "engine": {"max_length": 256}, **settings}
+    judge = {
+        "wording": "bare",
+        "min_label_mass": 0.0,
+        "min_canaries": 0,
+        **settings.pop("judge", {}),
+    }
+    section = {"judge": judge, "engine": {"max_length": 256}, **settings}
     document = {
         "name": "t",
         "model": {"path": str(teacher)},

@@ -147,14 +147,15 @@ def test_the_gradient_by_the_logits_is_q_minus_t(temperature):
     torch.testing.assert_close(gradient, temperature * (q - t), atol=1e-6, rtol=0)
 
 
-def test_the_mean_of_sampled_gradients_is_the_full_one():
+@pytest.mark.parametrize("exact", [0, 3])
+def test_the_mean_of_sampled_gradients_is_the_full_one(exact):
     """4,096 draws of one token's targets: within 2 % of the gradient, and of the loss."""
     one = Case(1, 32)
     case = Case(4096, 32)
     case.hidden = one.hidden.detach().expand(4096, -1).clone().requires_grad_()
     case.weight, case.labels = one.weight, one.labels.expand(4096)
     case.teacher = one.teacher.expand(4096, -1)
-    sampled = case.targets(TargetFormat("sampled", count=4, always=(5, 6)))
+    sampled = case.targets(TargetFormat("sampled", count=4, exact=exact, always=(5, 6)))
     assert sampled.logprobs_TK.exp().sum(-1).sub(1).abs().max() < 1e-5
     want = one.gradient(one.targets(FULL))[0]
     off = (case.gradient(sampled).mean(0) - want).norm() / want.norm()
@@ -163,6 +164,21 @@ def test_the_mean_of_sampled_gradients_is_the_full_one():
     assert single > 0.02, "draws that are not random would hide a bias"
     loss = case.losses(sampled, Divergence())[1].mean()
     assert loss.item() == pytest.approx(one.losses(one.targets(FULL), Divergence())[1].item(), 0.02)
+
+
+def test_the_likeliest_are_kept_as_they_are_and_the_rest_is_drawn():
+    """t = [.5 .25 .125 .125], label 3, one likeliest: 3 and 0 exactly, .375 drawn from 1 and 2."""
+    teacher = torch.tensor([[0.5, 0.25, 0.125, 0.125]]).log().expand(4096, -1)
+    labels = torch.full((4096,), 3)
+    format = TargetFormat("sampled", count=2, exact=1)
+    targets = format.make(teacher, labels, torch.Generator().manual_seed(0))
+    assert targets.ids_TK is not None and targets.ids_TK[:, :2].unique(dim=0).tolist() == [[3, 0]]
+    probs_TK = targets.logprobs_TK.exp()
+    torch.testing.assert_close(probs_TK[:, :2].mean(0), torch.tensor([0.125, 0.5]))
+    torch.testing.assert_close(probs_TK[:, 2:].sum(1), torch.full((4096,), 0.375))
+    is_one_TK = targets.ids_TK == 1
+    assert (probs_TK * is_one_TK).sum(1).mean().item() == pytest.approx(0.25, rel=0.02)
+    assert format.width(4) == 4 and str(format) == "sampled draws=2 k=1"
 
 
 def test_draws_are_the_same_under_the_same_seed():
@@ -225,6 +241,24 @@ def test_no_tensor_of_all_logits_is_ever_made():
     assert largest.elements <= 2**20 < 4096 * 2000 / 7
 
 
+def test_a_model_in_half_precision_has_the_losses_of_its_numbers():
+    """Arithmetic is in fp32 whatever the model's own: equal losses, gradients rounded once."""
+    half = Case(9, 300, dtype=torch.bfloat16)
+    whole = Case(9, 300, dtype=torch.bfloat16)
+    whole.hidden = half.hidden.detach().float().requires_grad_()
+    whole.weight = half.weight.detach().float().requires_grad_()
+    for format in (FULL, TargetFormat("topk_tail", count=4), TargetFormat("sampled", count=4)):
+        targets = half.targets(format)
+        for ours, theirs in zip(
+            half.losses(targets, KINDS[0]), whole.losses(targets, KINDS[0]), strict=True
+        ):
+            assert ours.dtype == torch.float32
+            torch.testing.assert_close(ours, theirs)
+        gradient = half.gradient(targets)
+        assert gradient.dtype == torch.bfloat16
+        torch.testing.assert_close(gradient, whole.gradient(targets).bfloat16())
+
+
 def test_ids_that_pick_nothing_are_left_out():
     """Logits [0, ln 3, ln 5]: of picked [1, -1] the rest is ln(1 + 5)."""
     weight = torch.tensor([[1.0], [3.0], [5.0]]).log()
@@ -244,8 +278,8 @@ def test_the_realised_token_comes_first_and_named_ones_are_kept():
     drawn = TargetFormat("sampled", count=2, always=(1,)).make(
         logits, torch.tensor([1]), torch.Generator().manual_seed(0)
     )
-    assert drawn.ids_TK is not None and drawn.ids_TK[0, :2].tolist() == [1, NO_TOKEN]
-    assert 1 not in drawn.ids_TK[0, 1:].tolist()
+    assert drawn.ids_TK is not None and drawn.ids_TK[0, :2].tolist() == [1, 4]
+    assert not {1, 4} & set(drawn.ids_TK[0, 2:].tolist()), "what is kept is not drawn again"
 
 
 @pytest.mark.parametrize("kind", ["reverse", "jsd"])

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import make_tiny_llama, make_tiny_model
-from launching import launch_file, run_launch
+from launching import launch_file, needs_deepspeed, run_launch
 from torch import Tensor
 
 from distill.config import AlignedShare, DistillSection, StaticShare, TargetsSection
@@ -38,7 +38,7 @@ seed: 3
 model: {{path: {model}}}
 teacher: {{path: {teacher}}}
 data: {{sft: sft.jsonl}}
-targets: {{max_length: 100, k: 8, always: ["<|eot|>"], pass_tokens: 400}}
+targets: {{format: {format}, max_length: 100, k: 8, always: ["<|eot|>"], pass_tokens: 400}}
 sft:
   max_length: 100
   distill: {distill}
@@ -68,7 +68,8 @@ class Case:
                 row = {"messages": messages, "capability": "math" if n % 3 else "chat"}
                 file.write(json.dumps(row) + "\n")
         self.recipe = folder / "recipe.yaml"
-        given = {"distill": "{weighting: static}", "rows_per_pass": 4, "steps": 2, **settings}
+        given = {"distill": "{weighting: static}", "format": "topk_tail"}
+        given |= {"rows_per_pass": 4, "steps": 2, **settings}
         self.recipe.write_text(RECIPE.format(model=model, teacher=teacher, **given))
 
     def run(self, *arguments: str, name: str = "run") -> int:
@@ -154,7 +155,9 @@ def test_a_share_of_zero_is_plain_sft(tmp_path: Path):
 
 def test_the_teacher_is_learnt_and_costs_one_pass_per_row(tmp_path: Path):
     """Share 1: after two epochs the student is nearer; the store was filled once."""
-    case = Case(tmp_path, distill="{weighting: {kind: static, share: 1}}", steps=12)
+    case = Case(
+        tmp_path, distill="{weighting: {kind: static, share: 1}}", format="sampled", steps=12
+    )
     records = case.both()
     assert number(records[-1], "loss_soft") < 0.7 * number(records[0], "loss_soft")
     filled = case.summary("targets")
@@ -219,14 +222,15 @@ def test_what_is_stored_must_be_this_teacher_s_and_complete(tmp_path: Path, caps
 
 
 @pytest.mark.slow
-def test_two_ranks_see_what_one_sees(tmp_path: Path):
-    """DDP, shares that are learnt included: the same curves of loss and share."""
+@pytest.mark.parametrize("kind", ["ddp", pytest.param("zero2", marks=needs_deepspeed)])
+def test_two_ranks_see_what_one_sees(tmp_path: Path, kind: str):
+    """Shares that are learnt included: the same curves of loss and share."""
     distill = "{weighting: {kind: aligned, every: 2}, heldout_rows: 20, signal_rows: 8}"
     case = Case(tmp_path, distill=distill, rows_per_pass=2, steps=5)
     want = case.both()
     run = case.folder / "two"
     assert case.fill(name="two") == 0
-    file = launch_file("ddp", tmp_path)
+    file = launch_file(kind, tmp_path)
     code, output = run_launch(file, "sft.train", str(case.recipe), "--run", str(run))
     assert code == 0, output[-2000:]
     got = read_metrics(run / "sft" / "metrics.jsonl")

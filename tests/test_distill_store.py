@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 import shutil
+import stat
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
@@ -245,6 +247,24 @@ def test_writers_at_the_same_time_lose_nothing(tmp_path: Path):
     assert not [path for path in store.folder.iterdir() if path.name.startswith(".")]
 
 
+@pytest.mark.parametrize("mode", [0o700, 0o750, 0o2770])
+def test_whoever_may_use_the_store_s_folder_may_use_what_is_in_it(tmp_path: Path, mode: int):
+    """Readers and writers are chosen by chmod of that folder, whatever the filler's umask."""
+    folder = tmp_path / "shared"
+    folder.mkdir()
+    folder.chmod(mode)
+    umask = os.umask(0o077)
+    try:
+        store = filled(folder, [key("a")])
+        store.note_rate(100.0)
+    finally:
+        os.umask(umask)
+    assert stat.S_IMODE(store.folder.stat().st_mode) == mode
+    files = list(store.folder.iterdir())
+    assert {path.suffix for path in files} == {".json", ".safetensors"} and len(files) == 3
+    assert {stat.S_IMODE(path.stat().st_mode) for path in files} == {mode & 0o666}
+
+
 def permuted(tokenizer: PreTrainedTokenizerFast) -> PreTrainedTokenizerFast:
     """The same tokens, two of them with each other's ids."""
     backend = json.loads(tokenizer.backend_tokenizer.to_str())
@@ -267,7 +287,16 @@ def test_a_permuted_vocabulary_and_another_template_are_refused(tmp_path: Path):
     with pytest.raises(DataError, match=r"id 64 is 'b' to the teacher and 'a' to the student"):
         identity_of(path, permuted(ours), ours, "full")
     other = make_tiny_tokenizer(TINY_CHAT_TEMPLATE.replace("\n\n", "\n"))
-    with pytest.raises(DataError, match="their chat templates differ"):
+    with pytest.raises(DataError, match="their chat templates differ: line 2 has ") as caught:
+        identity_of(path, other, ours, "full")
+    assert "'' for the student" in caught.value.what, "the student's has an empty line there"
+    assert "copy chat_template.jinja" in str(caught.value.fix)
+    other = make_tiny_tokenizer(TINY_CHAT_TEMPLATE + "\n")
+    with pytest.raises(DataError, match="line 6 has '' for the teacher and '<no such line>'"):
+        identity_of(path, other, ours, "full")
+    other = make_tiny_tokenizer()
+    other.pad_token = "<|eot|>"
+    with pytest.raises(DataError, match=r"pad_token is '<\|eot\|>' to the teacher and '<\|pad\|>'"):
         identity_of(path, other, ours, "full")
     retrained = make_tiny_model(tmp_path / "retrained" / "teacher", seed=1)
     assert identity_of(retrained, ours, ours, "full").name != whose.name

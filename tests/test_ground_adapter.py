@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Callable
 from pathlib import Path
 from typing import cast
 
 import pytest
 import torch
-from conftest import make_tiny_llama
+from conftest import make_tiny_llama, make_tiny_with_images
+from launching import free_port, rank_environment
 from peft import PeftModel
 from pydantic import ValidationError
 from torch import Tensor, nn
@@ -16,18 +18,21 @@ from transformers import (
     AutoModelForImageTextToText,
     GPT2Config,
     GPT2LMHeadModel,
-    Llama4Config,
-    Llama4ForConditionalGeneration,
 )
 
 from dpo.config import DpoSection
 from ground.adapter import Adapter, base_identity, targets_of
+from ground.config import Head
+from ground.entry import Stage
 from ground.errors import DataError, RecipeError, SetupError
 from ground.launch import Launch
 from ground.lora import LoraSection
 from ground.merge import merged_targets, merged_weight
+from ground.metrics import Metrics
 from ground.model import load_model, tensors_of
+from ground.run import RunDir
 from ground.shape import read_shape
+from ground.trail import Trail
 from rl.adapter_shape import adapter_parameters
 from rl.config import RlSection
 from sft.config import SftSection
@@ -188,22 +193,8 @@ def test_what_is_saved_is_what_peft_loads_and_what_is_merged(path: Path, tmp_pat
     assert all(torch.equal(again.live()[name], each) for name, each in adapter.live().items())
 
 
-def test_peft_loads_an_adapter_of_a_llama_4_with_images(tiny_model: Path, tmp_path: Path) -> None:
-    vision = {
-        "hidden_size": 32,
-        "num_hidden_layers": 1,
-        "num_attention_heads": 2,
-        "intermediate_size": 64,
-        "vision_output_dim": 32,
-        "image_size": 28,
-        "patch_size": 14,
-        "projector_input_dim": 32,
-        "projector_output_dim": 32,
-    }
-    text = load_model(tiny_model).config.to_dict()
-    both = Llama4ForConditionalGeneration(Llama4Config(text_config=text, vision_config=vision))
-    both.save_pretrained(tmp_path / "both")
-    model = load_model(tmp_path / "both")
+def test_peft_loads_an_adapter_of_a_llama_4_with_images(tmp_path: Path) -> None:
+    model = load_model(make_tiny_with_images(tmp_path / "both"))
     adapter = Adapter(model, LoraSection(rank=4), seed=0, stage="sft")
     assert all(name.startswith("language_model.model.layers.") for name in adapter.modules)
     fill(adapter.live())
@@ -321,3 +312,27 @@ def test_launchers_that_split_the_base_are_refused_by_name() -> None:
     for kind in ("zero2", "zero3", "fsdp2"):
         with pytest.raises(SetupError, match=rf"rl\.lora runs on .* asks for {kind} on 2 ranks"):
             LoraSection().require_launch(Launch(kind, 0, 2), "rl")
+
+
+@pytest.mark.parametrize(
+    ("name", "section"),
+    [
+        ("sft", SftSection.model_validate({"lora": {}})),
+        ("rl", RlSection.model_validate({"steps": 1, "lora": {}})),
+        ("dpo", DpoSection.model_validate({"lora": {}})),
+    ],
+)
+def test_each_stage_asks_so(
+    name: str,
+    section: SftSection | RlSection | DpoSection,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """A stage that did not ask would go on to its inputs, which are not there."""
+    for variable, value in rank_environment("zero2", 0, free_port(), num_ranks=1).items():
+        monkeypatch.setenv(variable, value)
+    head, run = Head(name="t"), RunDir(tmp_path)  # pyright: ignore[reportCallIssue]
+    trail, metrics = Trail(head, run, (name,)), Metrics(tmp_path / "metrics.jsonl")
+    stage = Stage(name, head, section, run, tmp_path, trail, metrics, resume=False)
+    with pytest.raises(SetupError, match=rf"{name}\.lora runs on .* asks for zero2 on 1 rank"):
+        importlib.import_module(f"{name}.train").train(stage)

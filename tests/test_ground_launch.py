@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from launching import free_port, rank_environment
+from launching import RECIPES, free_port, needs_deepspeed, rank_environment
 from torch import nn
 from torch.distributed import DistStoreError
 
@@ -19,7 +19,8 @@ from ground.ranks import Ranks, is_lost_rank, lost_ranks, require_possible, wrap
 from ground.roll import Roll
 from ground.row_stream import RowStream
 from ground.trainer_config import TrainerSection
-from packtrain.launch_file import check_launch_file
+from packtrain.launch_file import check_launch_file, require_launchable
+from packtrain.recipe import Recipe
 from rl.config import LearnerSection
 from rl.train import require_known, require_one_starter
 
@@ -244,6 +245,7 @@ def test_ranks_that_would_make_another_step_are_refused() -> None:
         ("distributed_type: TPU\n", "distributed_type must be one of .*, got 'TPU'"),
         ("distributed_type: [\n", "must be YAML"),
         ("just words\n", "got 'just words'"),
+        ("distributed_type: MULTI_CPU\nnum_processes: two\n", "num_processes .* must be numbers"),
     ],
 )
 def test_a_file_that_is_no_launch_file_is_refused(tmp_path: Path, content: str, what: str) -> None:
@@ -252,7 +254,7 @@ def test_a_file_that_is_no_launch_file_is_refused(tmp_path: Path, content: str, 
     with pytest.raises(RecipeError, match=what):
         check_launch_file(path)
     path.write_text("distributed_type: NO\n")
-    check_launch_file(path)
+    assert check_launch_file(path) == Launch()
 
 
 def test_deepspeed_that_is_not_installed_is_said_before_anything_starts(
@@ -273,3 +275,64 @@ def test_ranks_that_both_a_launcher_and_ray_would_start_are_refused() -> None:
     require_one_starter(Launch("ddp", 0, 2), one)
     with pytest.raises(SetupError, match=r"has made ddp on 4 ranks, .* asks Ray for 2"):
         require_one_starter(Launch("ddp", 0, 4), two)
+
+
+@pytest.mark.parametrize("kind", ["ddp", "fsdp2", pytest.param("zero2", marks=needs_deepspeed)])
+def test_a_shipped_launch_file_asks_for_what_its_name_says(kind: Kind) -> None:
+    assert check_launch_file(RECIPES / f"{kind}.yaml") == Launch(kind, 0, 2)
+    assert check_launch_file(RECIPES / "cpu.yaml") == Launch()
+
+
+@pytest.mark.parametrize(
+    ("content", "what"),
+    [
+        ("distributed_type: MULTI_GPU\nmixed_precision: bf16\n", r"mixed precision \(bf16\)"),
+        ("distributed_type: FSDP\nfsdp_config: {}\n", "FSDP version 1"),
+        ("distributed_type: NO\nmixed_precision: fp16\n", r"mixed precision \(fp16\)"),
+    ],
+)
+def test_a_launch_file_is_held_to_what_packtrain_runs(
+    tmp_path: Path, content: str, what: str
+) -> None:
+    path = tmp_path / "launch.yaml"
+    path.write_text(content)
+    with pytest.raises(SetupError, match=f"asks for {what}"):
+        check_launch_file(path)
+
+
+@needs_deepspeed
+def test_offloading_is_read_from_the_launch_file_and_from_the_file_that_it_names(
+    tmp_path: Path,
+) -> None:
+    path, named = tmp_path / "launch.yaml", tmp_path / "ds.json"
+    shipped = (RECIPES / "zero3.yaml").read_text()
+    path.write_text(shipped.replace("offload_param_device: none", "offload_param_device: cpu"))
+    assert check_launch_file(path) == Launch("zero3", 0, 2, offloads=True)
+    named.write_text(json.dumps({"zero_optimization": {"stage": 2}}))
+    path.write_text(
+        f"distributed_type: DEEPSPEED\ndeepspeed_config: {{deepspeed_config_file: {named}}}\n"
+    )
+    assert check_launch_file(path) == Launch("zero2", 0, 1)
+
+
+@pytest.mark.parametrize(
+    ("stages", "launch", "what"),
+    [
+        ({"rl": {"lora": {}}}, Launch("zero3", 0, 2), r"rl\.lora runs on one rank or with DDP"),
+        ({"sft": {"lora": {}}}, Launch("zero2", 0, 2), r"sft\.lora runs on one rank"),
+        ({"dpo": {"lora": {}}}, Launch("fsdp2", 0, 2), r"dpo\.lora runs on one rank"),
+        ({"rl": {}}, Launch("fsdp2", 0, 2), "rl does not run on FSDP2"),
+        ({"rl": {"learner": {"num_ranks": 2}}}, Launch("ddp", 0, 2), "or Ray starts the learner"),
+    ],
+)
+def test_what_a_stage_would_refuse_hours_later_is_refused_with_the_recipe(
+    stages: dict[str, dict[str, object]], launch: Launch, what: str
+) -> None:
+    if "rl" in stages:
+        stages = {"rl": {"steps": 1, **stages["rl"]}}
+    recipe = Recipe.model_validate({"name": "x", **stages})
+    require_launchable(Launch(), recipe)
+    with pytest.raises(SetupError, match=what):
+        require_launchable(launch, recipe)
+    plain = Recipe.model_validate({"name": "x", "sft": {}, "dpo": {}})
+    require_launchable(launch, plain)

@@ -10,13 +10,15 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import make_tiny_model
+from conftest import make_tiny_llama, make_tiny_model, make_tiny_with_images
 from safetensors.torch import load_file, save_file
 
 from ground.errors import DataError
 from ground.llama4 import apply_shims
+from ground.logprobs import model_logprobs
 from ground.model import (
     export_model,
+    freeze_unreached,
     load_model,
     load_tokenizer,
     model_card,
@@ -252,30 +254,21 @@ def test_the_shims_give_trl_what_it_asks_for(tiny_model: Path):
 
 
 def test_an_image_and_text_model_keeps_both_and_has_a_text_backbone(tmp_path: Path):
-    from transformers import Llama4Config, Llama4ForConditionalGeneration
-
-    from ground.logprobs import model_logprobs
-
-    text = load_model(make_tiny_model(tmp_path / "text")).config
-    config = Llama4Config(
-        text_config=text.to_dict(),
-        vision_config={
-            "hidden_size": 32,
-            "num_hidden_layers": 1,
-            "num_attention_heads": 2,
-            "intermediate_size": 64,
-            "vision_output_dim": 32,
-            "image_size": 28,
-            "patch_size": 14,
-            "projector_input_dim": 32,
-            "projector_output_dim": 32,
-        },
-    )
-    Llama4ForConditionalGeneration(config).save_pretrained(tmp_path / "both")
-    model = load_model(tmp_path / "both")
+    model = load_model(make_tiny_with_images(tmp_path / "both"))
     assert any("vision_model" in name for name in tensors_of(model))
     tokens = torch.arange(10)[None]
     with torch.no_grad():
         logprobs, _ = model_logprobs(model, tokens, torch.ones(1, 10))
         expected = torch.log_softmax(model(input_ids=tokens).logits[0], -1)
     assert float(logprobs[0, 4]) == pytest.approx(float(expected[3, 4]), abs=1e-5)
+
+
+def test_what_text_does_not_reach_is_frozen_and_all_else_has_a_gradient(tmp_path: Path) -> None:
+    model = load_model(make_tiny_with_images(tmp_path / "both"))
+    assert freeze_unreached(model) == {"frozen": "multi_modal_projector, vision_model"}
+    model_logprobs(model, torch.arange(10)[None], torch.ones(1, 10))[0].sum().backward()
+    trained = {name for name, each in model.named_parameters() if each.requires_grad}
+    assert trained == {name for name, each in model.named_parameters() if each.grad is not None}
+    assert len(trained) == 45 and "language_model.lm_head.weight" in trained
+    tied = load_model(make_tiny_llama(tmp_path / "tied"))
+    assert freeze_unreached(tied) == {} and all(each.requires_grad for each in tied.parameters())

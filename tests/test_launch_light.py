@@ -127,18 +127,33 @@ def test_a_launch_whose_ranks_were_killed_goes_on_to_the_same_end(
 ) -> None:
     one, two = tmp_path / "one", tmp_path / "two"
     alone("sft", recipe, one)
-    file = launch_file(kind, tmp_path)
-    line = launch_line(file, "sft.train", str(recipe), "--run", str(two))
-    with started(line) as process:
-        wait_for_checkpoint(two, process)
+    kill_and_go_on("sft", recipe, two, launch_file(kind, tmp_path), victims)
+    check_same(one, two, "sft")
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_dpo_launch_with_a_killed_rank_goes_on_to_the_same_end(
+    recipe: Path, tmp_path: Path, tiny_model: Path, kind: str
+) -> None:
+    finish_rl(recipe, tiny_model, 19)
+    one, two = tmp_path / "run", tmp_path / "two"
+    subprocess.run(["cp", "-r", str(one), str(two)], check=True)
+    alone("dpo", recipe, one)
+    kill_and_go_on("dpo", recipe, two, launch_file(kind, tmp_path), (1,))
+    check_same(one, two, "dpo")
+
+
+def kill_and_go_on(stage: str, recipe: Path, run: Path, file: Path, victims: Sequence[int]) -> None:
+    """Launch a stage, kill ranks once a checkpoint is there, and launch it again."""
+    with started(launch_line(file, f"{stage}.train", str(recipe), "--run", str(run))) as process:
+        wait_for_checkpoint(run, process, stage)
         for rank, each in enumerate(ranks_of(process)):
             if rank in victims:
                 os.kill(each.pid, signal.SIGKILL)
         process.wait(timeout=60)
-    assert not RunDir(two).is_done("sft"), "it was killed too late to prove anything"
-    code, output = run_launch(file, "sft.train", str(recipe), "--run", str(two), "--resume")
+    assert not RunDir(run).is_done(stage), "it was killed too late to prove anything"
+    code, output = run_launch(file, f"{stage}.train", str(recipe), "--run", str(run), "--resume")
     assert code == 0, output
-    check_same(one, two, "sft")
 
 
 def test_a_terminated_launch_saves_once_and_goes_on(recipe: Path, tmp_path: Path) -> None:
@@ -148,7 +163,7 @@ def test_a_terminated_launch_saves_once_and_goes_on(recipe: Path, tmp_path: Path
     with started(
         launch_line(RECIPES / "ddp.yaml", "sft.train", str(recipe), "--run", str(two))
     ) as p:
-        wait_for_checkpoint(two, p)
+        wait_for_checkpoint(two, p, "sft")
         p.send_signal(signal.SIGTERM)
         output, _ = p.communicate(timeout=60)
     assert "sft was interrupted (SIGTERM); continue it with --resume" in output, output
@@ -165,7 +180,7 @@ def test_a_signal_to_one_rank_alone_stops_all_and_finishes_nothing(
     with started(
         launch_line(RECIPES / "ddp.yaml", "sft.train", str(recipe), "--run", str(two))
     ) as p:
-        wait_for_checkpoint(two, p)
+        wait_for_checkpoint(two, p, "sft")
         ranks_of(p)[1].send_signal(signal.SIGTERM)
         output, _ = p.communicate(timeout=60)
     assert "sft was interrupted (SIGTERM); continue it with --resume" in output, output
@@ -181,7 +196,7 @@ def test_a_zero_checkpoint_is_not_taken_for_another_number_of_ranks(
     two = tmp_path / "two"
     file = launch_file("zero2", tmp_path)
     with started(launch_line(file, "sft.train", str(recipe), "--run", str(two))) as process:
-        wait_for_checkpoint(two, process)
+        wait_for_checkpoint(two, process, "sft")
         for each in ranks_of(process):
             each.kill()
         process.wait(timeout=60)
@@ -204,10 +219,10 @@ def test_ranks_that_cannot_share_a_step_are_refused(recipe: Path, tmp_path: Path
     assert code == 1 and "2 ranks cannot share the 7 rows of a step" in output
 
 
-def wait_for_checkpoint(run: Path, process: subprocess.Popen[str]) -> None:
+def wait_for_checkpoint(run: Path, process: subprocess.Popen[str], stage: str) -> None:
     """Until the first checkpoint lies there."""
     deadline = time.monotonic() + 180
-    while not Checkpoints(run / "sft" / "checkpoints").steps():
+    while not Checkpoints(run / stage / "checkpoints").steps():
         assert process.poll() is None, process.communicate()[0]
         assert time.monotonic() < deadline, "no checkpoint"
         time.sleep(0.005)

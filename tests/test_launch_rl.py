@@ -9,7 +9,7 @@ from pathlib import Path
 
 import psutil
 import pytest
-from launching import KINDS, launch_file
+from launching import KINDS, launch_file, needs_deepspeed
 from rl_runs import STEPS, Run, nothing_left
 
 from ground.checkpoints import Checkpoints, step_of
@@ -70,9 +70,13 @@ def test_two_ranks_make_the_run_of_one_process(start: Start, kind: str) -> None:
         assert got == pytest.approx(want, abs=1e-4)
 
 
-@pytest.mark.parametrize("rank", [0, 1])
-def test_a_killed_learner_of_any_rank_costs_a_life_and_no_more(start: Start, rank: int) -> None:
-    run = start("run", "ddp", SYNCHRONOUS)
+@pytest.mark.parametrize(
+    ("kind", "rank"), [("ddp", 0), ("ddp", 1), pytest.param("zero3", 1, marks=needs_deepspeed)]
+)
+def test_a_killed_learner_of_any_rank_costs_a_life_and_no_more(
+    start: Start, kind: str, rank: int
+) -> None:
+    run = start("run", kind, SYNCHRONOUS)
     run.wait_for_step(3)
     of_rank(run, "rl.learn", rank).kill()
     output = run.finish()

@@ -26,11 +26,14 @@ BELOW: dict[str, set[str]] = {
 ADDRESSES: dict[str, set[str]] = {
     "trl": {"sft/trainer.py", "dpo/trainer.py"},
     "ray": {
+        "rollout/carriage.py",
+        "rollout/ray_machines.py",
         "rollout/ray_worker.py",
         "rollout/fleet.py",
         "rollout/weights.py",
         "rl/actors.py",
         "rl/cluster.py",
+        "rl/lean_ray.py",
         "rl/knock.py",
         "rl/learn.py",
         "rl/preflight.py",
@@ -49,6 +52,7 @@ ADDRESSES: dict[str, set[str]] = {
     "deepspeed": {"ground/ranks.py", "rl/zero.py"},
     "pandas": {"curation/inspect.py"},
     "peft": {"ground/adapter.py"},
+    "rensa": {"curation/duplicates.py"},
 }
 """Heavy dependency → the only files that may import it."""
 

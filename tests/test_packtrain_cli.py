@@ -5,6 +5,7 @@ from __future__ import annotations
 import resource
 import subprocess
 import sys
+import tomllib
 from importlib.metadata import PackageNotFoundError
 from inspect import isclass
 from pathlib import Path
@@ -18,13 +19,14 @@ from ground.errors import RecipeError
 from ground.recipe import load_recipe
 from packtrain import recipes
 from packtrain.cli import main, parse
-from packtrain.doctor import check_shadows, check_versions
+from packtrain.doctor import ROOMS, check_shadows, check_versions
 from packtrain.recipe import Recipe
 
 ROOT = Path(__file__).parents[1]
 TINY = ROOT / "recipes" / "tiny" / "recipe.yaml"
 PROBE = """\
 import sys
+import tomllib
 from packtrain.cli import main
 try:
     code = main(sys.argv[1:])
@@ -155,6 +157,9 @@ def test_the_doctor_compares_versions_with_the_tested_set() -> None:
 
 
 def test_the_doctor_sees_folders_that_hide_ours(tmp_path: Path) -> None:
+    settings = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]
+    packages = {name.rstrip("*") for name in settings["packages"]["find"]["include"]}
+    assert {*ROOMS} == packages - {"recipes"}
     assert [f.verdict for f in check_shadows(tmp_path)] == ["ok"]
     assert [f.verdict for f in check_shadows(ROOT)] == ["ok"]
     (tmp_path / "rl").mkdir()

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from distill.teacher import LOGITS
 from ground.errors import DataError, RecipeError
 from ground.lora import LoraSection
 from ground.recipe import load_recipe
@@ -14,7 +15,13 @@ from packtrain.cli import main
 from packtrain.plan_text import seconds, short
 from packtrain.recipe import read_recipe
 from rl.config import RlSection
-from rl.footprint import engine_width, host_bytes, learner_footprint, require_machine
+from rl.footprint import (
+    TEACHER_LOGITS,
+    engine_width,
+    host_bytes,
+    learner_footprint,
+    require_machine,
+)
 from rl.forecast import forecast, useful_engines
 from rl.hardware import DEVICES, Efficiency
 from rl.roofline import Workload, decoding_step, handover_seconds, learner_seconds, workload_of
@@ -263,3 +270,21 @@ def test_numbers_are_said_as_a_person_says_them() -> None:
         "1.992T",
     ]
     assert [seconds(n) for n in (0.25, 85, 93, 200_000)] == ["0.25 s", "85 s", "1.6 min", "2.3 d"]
+
+
+def test_a_teacher_is_placed_beside_the_others_as_often_as_the_recipe_says() -> None:
+    """8B in FP32 are 32 GB; a forward pass over 1536 tokens at 40 % of 989e12, for 0.91 groups."""
+    section = _section(distill={"num_teachers": 2})
+    load = workload_of(section)
+    planned = forecast(LLAMA, section, H100, 16, load=load, teacher=LLAMA)
+    assert planned.placement.devices["teacher"] == 2
+    assert planned.memory("teacher")["weights"] == LLAMA.parameters * 4
+    cost = 0.91 * load.tokens * LLAMA.flops(load.tokens / 2, is_routed=False) / (989e12 * 0.4)
+    assert planned.placement.paces["teacher"] == pytest.approx(cost / 2)
+    with pytest.raises(PlacementError) as caught:
+        forecast(LLAMA, section, H100, 3, load=load, teacher=LLAMA)
+    assert "teacher     2" in caught.value.why
+
+
+def test_a_teachers_chunk_of_logits_is_that_of_its_code() -> None:
+    assert TEACHER_LOGITS == LOGITS

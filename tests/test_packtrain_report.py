@@ -252,16 +252,17 @@ def test_the_funnel_sums_to_what_was_drawn(run: Path) -> None:
 
 
 def test_cuts_say_what_meta_s_fractions_would_have_left(run: Path) -> None:
-    """400 rows, 100 of each capability; the first of every hundred is unjudged, so it stays."""
+    """400 rows, 100 of each capability; four of arithmetic are unjudged and go in proportion: 2 at
+    50 %, and at 95 % floor(3.8) = 3, so that 1 of 20 rows left is."""
     cuts = curation_figures.cuts(run)
     assert [cut.name for cut in cuts] == ["whole set", "50% dropped", "95% dropped"]
     assert curation_figures.cut_table(cuts) == [
         (name, [100, 50, 5]) for name in ("arithmetic", "counting", "logic", "strings")
     ]
-    assert [cut.left["arithmetic", "unjudged"] for cut in cuts] == [4, 4, 4]
+    assert [cut.left["arithmetic", "unjudged"] for cut in cuts] == [4, 2, 1]
     assert cuts[2].left["counting", "unjudged"] == 0
     (figure,) = curation_figures.labels_left(cuts)
-    assert "95% dropped, unjudged: 0.2 of the rows" in figure.svg
+    assert "95% dropped, unjudged: 0.05 of the rows" in figure.svg
 
 
 def test_the_curriculum_is_drawn_from_its_rounds(run: Path) -> None:
@@ -312,3 +313,22 @@ def test_the_report_is_a_file_of_the_run(run: Path, tmp_path: Path) -> None:
 def test_a_folder_that_is_no_run_is_refused(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="not a run directory"):
         write_report(tmp_path)
+
+
+def test_what_the_teacher_weighs_is_drawn_by_capability(tmp_path: Path) -> None:
+    lines = {
+        "sft": [{"step": n, "alpha/math": 0.7 - 0.1 * n, "alpha/chat": 0.7} for n in (1, 2)],
+        "rl": [{"step": n, "distill_weight/logic": 0.3, "teacher_kl/logic": 0.1} for n in (1, 2)],
+    }
+    for stage, rows in lines.items():
+        (tmp_path / stage).mkdir()
+        text = "".join(json.dumps(row) + "\n" for row in rows)
+        (tmp_path / stage / "metrics.jsonl").write_text(text)
+    drawn = {figure.title: figure.svg for figure in figures.training(tmp_path)}
+    assert list(drawn) == [
+        "SFT: share of the teacher",
+        "RL: weight of the teacher",
+        "RL: distance from the teacher",
+    ]
+    assert "math" in drawn["SFT: share of the teacher"]
+    assert "chat" in drawn["SFT: share of the teacher"]

@@ -12,7 +12,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from curation.judge import Judgement
+from curation.label_judge import labelled
 from curation.pruning import SCHEMA, decision_row, prune
 from ground.records import Demonstration, Message
 from ground.run import MARK
@@ -63,7 +63,7 @@ def run(tmp_path: Path) -> Path:
         Demonstration(f"r{n}", (Message("user", f"ask {n}"), Message("assistant", "4")), "math")
         for n in range(4)
     ]
-    judgements = [Judgement({"easy": 1 - n / 4, "medium": 0, "hard": n / 4}) for n in range(4)]
+    judgements = [labelled({"easy": 1 - n / 4, "medium": 0, "hard": n / 4}, 0.0) for n in range(4)]
     decisions = prune(rows, judgements, Fraction(1, 2), "capability")
     for name, kept in (("kept", True), ("dropped", False)):
         part = [decision_row(d, "t", "r") for d in decisions if d.kept == kept]

@@ -20,7 +20,7 @@ from rl.advantages import (
     over_batch_std,
     pass_at_k,
 )
-from rl.config import AdvantageSection, BaselineAdvantages, PassAtKAdvantages
+from rl.objective_config import AdvantageSection, BaselineAdvantages, PassAtKAdvantages
 
 REWARDS = st.lists(st.floats(-10, 10), min_size=2, max_size=16)
 BASELINES = [

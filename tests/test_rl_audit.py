@@ -117,3 +117,14 @@ def test_a_missing_step_and_another_ledger_are_named(tmp_path: Path) -> None:
     groups_path(tmp_path / "groups", 2).unlink()
     with pytest.raises(DataError, match="the file of step 2 must come here"):
         audit_run(tmp_path, SECTION)
+
+
+def test_a_judged_group_may_be_smaller_than_the_others(tmp_path: Path) -> None:
+    """Answers without a verdict leave their group; with any other reward none may be missing."""
+    write_run(tmp_path)
+    section = SECTION.model_copy(update={"group_size": 3})
+    with pytest.raises(DataError, match="must have 3 rollouts"):
+        audit_run(tmp_path, section)
+    for step in range(1, 5):
+        change(tmp_path, step, lambda rows: [row.update(reward="judge") for row in rows])
+    assert audit_run(tmp_path, section)["trained_samples"] == 16

@@ -11,7 +11,7 @@ import pytest
 from ground.errors import WorkersLostError
 from ground.records import Group, Message, Prompt
 from rl.balance import Balance
-from rl.books import Plan
+from rl.buffer import Plan
 from rl.config import RlSection
 from rl.simulate import Durations, Played, make_pool, make_section, patient, run_steps
 from rl.speeds import BAND, SpeedMeter, Speeds, wanted

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from ground.records import Group, Message, Prompt, Rollout, Segment, Span
 from rl.batch import Row, collate, micro_batches, pack, rows_of
-from rl.config import BaselineAdvantages
+from rl.objective_config import BaselineAdvantages
 
 PROMPT = Prompt.make((Message("user", "2+2="),), capability="sums", reward="exact", answer="4")
 

@@ -63,7 +63,9 @@ def make_books(
     seed: int = 0,
     late_floor: float = 1.0,
 ) -> Books:
-    curriculum = Curriculum(pool or make_pool(20), CurriculumSection(), seed=seed, group_size=2)
+    curriculum = Curriculum(
+        pool or make_pool(20), CurriculumSection(), seed=seed, group_size=2, steps=steps
+    )
     source = Source(
         curriculum,
         steps=steps,

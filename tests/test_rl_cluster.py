@@ -3,13 +3,19 @@
 from __future__ import annotations
 
 import shutil
+import signal
+import subprocess
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 from ray_jobs import HIDDEN, Job, project
 from ray_nodes import Nodes, two_nodes
 from rl_runs import RL, wait_until
+
+from ground.errors import SetupError
+from ground.storage import verify_directory
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 
@@ -19,6 +25,8 @@ TWO = RL | {
     "steps": STEPS,
     "fleet": {"num_workers": 2, "spare": False, "backoff_seconds": 0.1},
 }
+ONE = RL | {"steps": 500, "fleet": {"num_workers": 1, "spare": False, "backoff_seconds": 0.1}}
+"""Goes on for longer than any cluster of a test."""
 
 
 @pytest.fixture
@@ -77,6 +85,51 @@ def test_a_cluster_that_is_lost_is_gone_on_from_in_another(job: Job, nodes: Node
     assert process.returncode == 0, output
     job.check_finished(STEPS)
     assert any(record.get("reason") == "resumed" for record in job.ledger())
+
+
+@contextmanager
+def beside_one_node(
+    folder: Path, model: Path
+) -> Iterator[tuple[Job, Nodes, subprocess.Popen[str]]]:
+    """A run of many steps that has joined a node and made two of them."""
+    job = Job(project(folder / "work", model, ONE), folder / "runs" / "toy")
+    nodes = Nodes()
+    try:
+        nodes.wait_for_head()
+        process = job.start_beside(nodes)
+        wait_until(lambda: job.version >= 2, 240, "step 2", process)
+        yield job, nodes, process
+    finally:
+        nodes.close()
+
+
+def test_a_run_whose_own_machine_is_taken_away_saves_and_leaves(
+    tmp_path: Path, tiny_model: Path
+) -> None:
+    """#41"""
+    with beside_one_node(tmp_path, tiny_model) as (job, nodes, process):
+        nodes.drain_head(120)
+        output, _ = process.communicate(timeout=100)
+    assert process.returncode == 128 + signal.SIGTERM, output
+    assert "continue it with --resume" in output
+    assert "machine that learner and controller are on is taken away" in job.log()
+    newest = max((job.stage / "checkpoints").glob("step_*"))
+    verify_directory(newest)
+    assert int(newest.name.removeprefix("step_")) == job.version
+    assert job.ledger()[-1].get("reason") == "interrupted"
+
+
+def test_the_end_of_a_cluster_that_does_not_come_back_has_its_exit_code(
+    tmp_path: Path, tiny_model: Path
+) -> None:
+    """#30: of a command that Ray does not end with the cluster, as it ends its jobs."""
+    with beside_one_node(tmp_path, tiny_model) as (job, nodes, process):
+        nodes.end(nodes.head)
+        output, _ = process.communicate(timeout=300)
+    assert process.returncode == SetupError.exit_code, output
+    assert f"{nodes.address} (RAY_ADDRESS) must answer, it failed 5 times in a row" in output
+    assert "continue with --resume" in output
+    assert not job.processes()
 
 
 def test_a_cluster_that_asks_for_no_token_is_refused(job: Job) -> None:

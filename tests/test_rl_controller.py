@@ -14,12 +14,15 @@ from ground.errors import DataError, InfraError, PacktrainError, WorkersLostErro
 from ground.records import Difficulty, Group, Message, Prompt, Rollout
 from rl.books import Books
 from rl.buffer import Buffer
+from rl.busy import BusyClock
+from rl.classroom import Speakers
 from rl.config import RlSection, ValidationSection
-from rl.controller import BusyClock, Controller
+from rl.controller import Controller
 from rl.ledger import audit_ledger
 from rl.source import Source
 from rollout.engine import PromptTooLong, Request
 from rollout.fake_engine import FakeEngine
+from rollout.judge_fleet import Unjudged
 from rollout.systems import SystemInstruction
 from rollout.task import GroupTask
 
@@ -95,6 +98,7 @@ def make_controller(
     step_deadline_seconds: float = 10.0,
     in_flight: int = 4,
     note: Callable[[Mapping[str, object]], None] = lambda event: None,
+    teachers: Speakers | None = None,
 ) -> Controller:
     section = RlSection(
         steps=4,
@@ -105,7 +109,7 @@ def make_controller(
         validation=ValidationSection(prompts=2, samples=3),
         step_deadline_seconds=step_deadline_seconds,
     )
-    curriculum = Curriculum(make_pool(), CurriculumSection(), seed=0, group_size=2)
+    curriculum = Curriculum(make_pool(), CurriculumSection(), seed=0, group_size=2, steps=4)
     source = Source(
         curriculum,
         steps=4,
@@ -128,6 +132,7 @@ def make_controller(
         system_of=lambda prompt, pass_: SystemInstruction(f"system {pass_}"),
         in_flight=in_flight,
         note=note,
+        teachers=teachers,
     )
 
 
@@ -237,6 +242,26 @@ def test_a_broken_and_a_refused_group_are_replaced_and_told_apart() -> None:
     assert asyncio.run(run()) == [("1", "3", "4")]
 
 
+def test_a_group_without_verdicts_is_broken_and_a_look_goes_on_without_it() -> None:
+    """Broken is no observation; of two validation prompts the one that was judged is the score."""
+    fleet = ScriptedFleet(lambda task, index: index > 0)
+    looked = make_pool(26)[24:]
+
+    async def run() -> tuple[dict[str, int], float | None]:
+        controller = make_controller(fleet, [], max_refills=0, max_staleness=0, validation=looked)
+        first = controller._books.waiting()[0].prompt
+        for prompt in (first, looked[0]):
+            fleet.failures[prompt.messages[0].content] = Unjudged("no verdict")
+        await controller.begin(0, "weights")
+        plan, _ = await controller.next_batch(0)
+        assert [each.observation for each in plan.outcomes if each.reason == "broken"] == [None]
+        return plan.filtered, await controller.evaluate(0)
+
+    filtered, score = asyncio.run(run())
+    assert filtered == {"broken": 1}
+    assert score == pytest.approx(2 / 3)  # two of three answers are right
+
+
 def test_a_refill_overtakes_younger_slots() -> None:
     fleet = ScriptedFleet(mostly_mixed)
 
@@ -247,6 +272,23 @@ def test_a_refill_overtakes_younger_slots() -> None:
 
     asyncio.run(run())
     assert [int(group_id.split(".")[1]) for group_id in fleet.finished[:4]] == [0, 1, 2, 4]
+
+
+class SlowLink(ScriptedFleet):
+    """A fleet to which weights take a minute."""
+
+    async def publish(self, version: int, weights: object) -> None:
+        await asyncio.sleep(60)
+
+
+def test_the_wait_for_a_hand_over_ends_and_says_what_to_raise() -> None:
+    """#33"""
+    controller = make_controller(SlowLink(first_is_right), [], step_deadline_seconds=0.05)
+    with pytest.raises(
+        InfraError, match=r"version 0 must be with all workers within 0\.05"
+    ) as told:
+        asyncio.run(controller.begin(0, "weights"))
+    assert "rl.step_deadline_seconds" in told.value.fix
 
 
 def test_the_wait_for_a_step_ends_and_names_its_slots() -> None:

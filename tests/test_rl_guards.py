@@ -15,9 +15,11 @@ from test_rl_books import make_books, make_pool
 from curation.config import CurriculumSection
 from ground.errors import DivergedError
 from ground.records import Difficulty, Group, Segment, Span
-from rl.books import Books, Plan
-from rl.config import AdvantageSection, BaselineAdvantages, PassAtKAdvantages, RlSection
+from rl.books import Books
+from rl.buffer import Plan
+from rl.config import RlSection
 from rl.guards import EssBrake, NoSignalGuard, check_finite
+from rl.objective_config import AdvantageSection, BaselineAdvantages, PassAtKAdvantages
 from rl.source import Draw
 
 

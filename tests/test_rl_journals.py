@@ -13,8 +13,7 @@ from rl_doubles import PROMPT, make_group
 
 from curation.curriculum import Observation
 from ground.errors import DataError, SetupError
-from rl.books import Plan
-from rl.buffer import LATE, Outcome
+from rl.buffer import LATE, Outcome, Plan
 from rl.consumed import Consumed, groups_path, read_plan
 from rl.journal import Journal, read_journal
 from rl.source import Draw

@@ -9,16 +9,16 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import make_tiny_model
+from conftest import make_tiny_model, make_tiny_with_images
 from rl_doubles import ANSWERS, PROMPT, make_group, make_learner, make_plan
 from torch import Tensor, nn
 from transformers.models.llama4.modeling_llama4 import Llama4Router
 
 from ground.chat import ChatTemplate
-from ground.errors import DivergedError
+from ground.errors import DataError, DivergedError
 from ground.model import load_model, load_tokenizer
 from ground.records import Group, Rollout, Segment, Span
-from rl.books import Plan
+from rl.buffer import Plan
 from rl.config import OptimizerSection
 from rl.learner import Learner
 from rl.snapshot import Snapshot, read_books, read_snapshot, write_cut
@@ -338,6 +338,24 @@ def test_a_restored_learner_goes_on_bit_for_bit(tiny_model: Path, tmp_path: Path
     resumed.step(make_plan(make_group(1), step=2))
     assert difference(unbroken.model_tensors(), resumed.model_tensors()) == 0
     assert difference(unbroken.optimizer_tensors(), resumed.optimizer_tensors()) == 0
+
+
+def test_what_text_does_not_reach_has_no_moments_and_a_cut_that_counts_it_is_refused(
+    tmp_path: Path,
+) -> None:
+    """The encoder of images comes first: it had the numbers 0 to 25, without moments."""
+    learner = make_learner(make_tiny_with_images(tmp_path), optimizer={"weight_decay": 0.5})
+    before = learner.model_tensors()
+    learner.step(make_plan(make_group(0)))
+    after, moments = learner.model_tensors(), learner.optimizer_tensors()
+    for name, tensor in before.items():
+        assert torch.equal(after[name], tensor) is not name.startswith("language_model."), name
+    kinds = ("step", "exp_avg", "exp_avg_sq")
+    assert moments.keys() == {f"{n}.{kind}" for n in range(45) for kind in kinds} | {"rng"}
+    counted = {f"{n + 26}.{kind}": moments[f"{n}.{kind}"] for n in range(45) for kind in kinds}
+    with pytest.raises(DataError, match=r"those of the 45 .* 156 are missing or unknown: 0\.exp"):
+        learner.load(before, {**counted, "rng": moments["rng"]})
+    learner.load(before, moments)
 
 
 def test_warm_up_begins_small(tiny_model: Path) -> None:

@@ -18,8 +18,7 @@ from ground.checkpoints import Checkpoints
 from ground.errors import DivergedError, InfraError
 from ground.signals import Pending
 from ground.storage import verify_directory
-from rl.books import Plan
-from rl.buffer import Outcome
+from rl.buffer import Outcome, Plan
 from rl.config import RlSection, ValidationSection
 from rl.consumed import Consumed
 from rl.job import Job, Report
@@ -237,12 +236,14 @@ def test_a_step_tells_how_its_time_was_spent(
 def test_what_became_of_a_steps_draws_by_hand() -> None:
     """2 of 16 draws are kept."""
     filtered = {"all-0": 3, "all-1": 1, "flat": 1, "late": 1, "refused": 1, "misversioned": 2}
-    plan = replace(make_plan(make_group(0), make_group(1)), filtered={**filtered, "broken": 5})
+    filtered |= {"untaught": 1, "broken": 4}
+    plan = replace(make_plan(make_group(0), make_group(1)), filtered=filtered)
     assert rl.loop._of_plan(plan) == pytest.approx(
         {
             "reward": 0.5,
             "pass_rate": 0.5,
             "rollouts": 8,
+            "survey_rollouts": 0,
             "groups": 2,
             "kept_share": 2 / 16,
             "flat_share": 5 / 16,
@@ -251,7 +252,8 @@ def test_what_became_of_a_steps_draws_by_hand() -> None:
             "late_share": 1 / 16,
             "refused_share": 1 / 16,
             "misversioned_share": 2 / 16,
-            "broken_share": 5 / 16,
+            "untaught_share": 1 / 16,
+            "broken_share": 4 / 16,
         }
     )
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -11,9 +11,10 @@ import torch
 from conftest import make_tiny_llama
 from peft import PeftModel
 from rl_doubles import make_group, make_learner, make_plan
-from rl_local import Killer, LocalRun
+from rl_local import Killer, LocalLoop, LocalRun
 from rl_runs import Run, nothing_left
 from safetensors.torch import load_file
+from torch import Tensor
 
 from ground import faults
 from ground.errors import DataError
@@ -58,9 +59,24 @@ def test_synchronous_training_of_an_adapter_ends_alike_with_and_without_kills(
     assert audit_run(broken.directory, broken.section)["lost"] == 0
 
 
-def test_a_run_keeps_hands_over_and_leaves_what_it_has_trained(
+@pytest.fixture
+def sinking(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each version does worse than the one before."""
+    publish = LocalLoop.publish
+
+    def scored(
+        loop: LocalLoop, version: int, weights: Mapping[str, Tensor], evaluate: bool
+    ) -> float | None:
+        return None if publish(loop, version, weights, evaluate) is None else 1 / (version + 1)
+
+    monkeypatch.setattr(LocalLoop, "publish", scored)
+
+
+@pytest.mark.usefixtures("sinking")
+def test_a_run_keeps_and_hands_over_what_it_has_trained_and_leaves_what_did_best(
     tiny_model: Path, ram_path: Path, killer: Killer
 ) -> None:
+    """The best version is the second, the last one the third."""
     run = LocalRun(ram_path / "rl", tiny_model, killer, steps=3, lora=LORA)
     assert run.live()
     cut = load_file(run.directory / "checkpoints" / "step_000003" / "model.safetensors")
@@ -73,7 +89,11 @@ def test_a_run_keeps_hands_over_and_leaves_what_it_has_trained(
     base, left = tensors_of(load_model(tiny_model)), load_model(run.directory / "model")
     saved = load_file(run.directory / "adapter" / "adapter_model.safetensors")
     adapter = {name.removeprefix("base_model.model."): each for name, each in saved.items()}
-    assert bool(adapter["model.layers.0.self_attn.q_proj.lora_B.weight"].any())
+    kept = run.directory / "checkpoints" / "best" / "step_000002" / "model.safetensors"
+    best, name = load_file(kept), "model.layers.0.self_attn.q_proj.lora_B.weight"
+    assert best.keys() == adapter.keys()
+    assert all(torch.equal(best[name], each) for name, each in adapter.items())
+    assert bool(adapter[name].any()) and not torch.equal(adapter[name], cut[name])
     wanted = base | dict(merged_targets(base, adapter, 8.0))
     assert all(torch.equal(each, wanted[name]) for name, each in tensors_of(left).items())
     theirs = PeftModel.from_pretrained(load_model(tiny_model), str(run.directory / "adapter"))

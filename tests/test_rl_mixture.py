@@ -11,7 +11,8 @@ from test_rl_books import ALL_WRONG, MIXED, make_group, make_pool
 
 from curation.config import CurriculumSection
 from ground.errors import RecipeError
-from rl.books import Books, Plan
+from rl.books import Books
+from rl.buffer import Plan
 from rl.config import RlSection
 
 QUOTAS = {"chat": 0.2, "code": 0.3, "math": 0.5}

@@ -9,16 +9,9 @@ import torch
 from pydantic import ValidationError
 from torch import Tensor
 
-from rl.config import (
-    AipoLoss,
-    CispoLoss,
-    ClipLoss,
-    DecoupledLoss,
-    IcePop,
-    LossSection,
-    RlSection,
-)
+from rl.config import RlSection
 from rl.objective import Tokens, policy_loss
+from rl.objective_config import AipoLoss, CispoLoss, ClipLoss, DecoupledLoss, IcePop, LossSection
 
 RATIOS = (1.0, 9.0, 0.2, 3.0)
 ADVANTAGES = (1.0, 2.0, -1.0, -0.5)

@@ -53,7 +53,7 @@ def test_a_background_task_that_dies_fails_the_waiting_learner(
 
     async def run(when_it_dies: str) -> None:
         controller = make_controller(ScriptedFleet(first_is_right), [])
-        monkeypatch.setattr(controller._books, "settle", broken)
+        monkeypatch.setattr(controller._books, "record", broken)
         await controller.begin(0, "weights")
         if when_it_dies == "before anybody waits":
             await asyncio.sleep(0.1)

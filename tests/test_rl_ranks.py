@@ -13,6 +13,7 @@ import pytest
 import rl_rank
 import rl_rank_losses
 import torch
+from conftest import make_tiny_model, make_tiny_with_images
 from launching import (
     KINDS,
     environment,
@@ -130,13 +131,37 @@ def test_a_cut_of_two_zero_3_ranks_goes_on_in_one_process(
     check_same(tmp_path / "one" / "last.safetensors", folder / "last.safetensors", 2e-5)
 
 
+@needs_deepspeed
+def test_two_ranks_train_a_model_with_images_on_text_and_a_cut_of_one_process_goes_on(
+    tmp_path: Path,
+) -> None:
+    """Its encoder of images, which text never reaches, comes first among its parameters."""
+    model = make_tiny_with_images(tmp_path / "model")
+    one, ddp, zero2 = (tmp_path / name for name in ("one", "ddp", "zero2"))
+    for folder in (one, ddp, zero2):
+        folder.mkdir()
+    learners = rl_rank.ensemble(model, Ranks(Launch(), 0.0), **rl_rank.SETTINGS)
+    rl_rank.spoil(learners, one)
+    expected = rl_rank.train(learners, one)
+    run_ranks("ddp", model, ddp)
+    for got, want in zip(found_by(ddp)["numbers"], expected["numbers"], strict=True):
+        assert got == pytest.approx(want, rel=1e-4, abs=1e-6)
+    run_ranks("zero2", model, zero2, one)
+    (went_on,) = found_by(zero2)["numbers"]
+    assert went_on == pytest.approx(expected["numbers"][2], rel=1e-4, abs=1e-6)
+    for folder in (ddp, zero2):
+        check_same(folder / "last.safetensors", one / "last.safetensors", 2e-5)
+
+
 def test_75_with_every_loss_and_an_adapter_two_ranks_have_the_numbers_gradients_and_weights_of_one(
     tiny_model: Path, tmp_path: Path
 ) -> None:
+    teacher = make_tiny_model(tmp_path / rl_rank_losses.TEACHER, seed=5, initializer_range=0.3)
     run_ranks("ddp", tiny_model, tmp_path, script=rl_rank_losses.__file__)
     for case in rl_rank_losses.CASES:
-        one = rl_rank_losses.ensemble(tiny_model, Ranks(Launch(), 0.0), case)
-        expected, wanted = rl_rank_losses.train(one)
+        one = rl_rank_losses.ensemble(tiny_model, teacher, Ranks(Launch(), 0.0), case)
+        plans = rl_rank_losses.plans(case, tiny_model, teacher)
+        expected, wanted = rl_rank_losses.train(one, plans)
         found = json.loads((tmp_path / f"{case}.json").read_text())
         for step, (got, want) in enumerate(zip(found["numbers"], expected["numbers"], strict=True)):
             assert got == pytest.approx(want, rel=1e-6, abs=1e-9), f"{case}, step {step}"

@@ -20,7 +20,7 @@ from ground.model import load_model, load_tokenizer
 from ground.records import Group, Prompt
 from ground.strikes import delay
 from ground.tables import read_prompts
-from rl.books import Plan
+from rl.buffer import Plan
 from rl.config import RlSection
 from rl.consumed import Consumed
 from rl.learner import Learner

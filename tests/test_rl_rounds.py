@@ -31,7 +31,7 @@ POOL = [make_prompt(f"half {n}", 4, 8) for n in range(3)] + [make_prompt("solved
 
 
 def make_curriculum() -> Curriculum:
-    return Curriculum(POOL, CurriculumSection(decay=0.5), seed=0, group_size=8)
+    return Curriculum(POOL, CurriculumSection(decay=0.5, drift=0), seed=0, group_size=8, steps=4)
 
 
 def names(folder: Path) -> list[str]:
@@ -66,6 +66,15 @@ def test_a_round_says_what_is_known_of_those_that_were_seen_and_of_those_that_we
     assert sum(row["share"] for row in rows) == pytest.approx(1)
     assert next(row for row in rows if row["status"] == "retired")["share"] == pytest.approx(0.02)
     assert rows[-1]["status"] == "refused" and rows[-1]["share"] == 0
+
+
+def test_a_round_says_what_its_draws_aim_at(tmp_path: Path) -> None:
+    section = CurriculumSection(order="target")
+    curriculum = Curriculum(POOL, section, seed=0, group_size=8, steps=3)
+    curriculum.observe(1, [])
+    Rounds(tmp_path, every=1).keep(curriculum)
+    rows = pq.read_table(tmp_path / "round_000001.parquet").to_pylist()
+    assert [row["aim"] for row in rows] == pytest.approx([0.6, 0.6])
 
 
 def test_prompts_nobody_has_looked_at_share_a_row(tmp_path: Path) -> None:

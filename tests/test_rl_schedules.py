@@ -17,8 +17,8 @@ from scipy.stats import ks_2samp
 
 from ground.errors import InfraError
 from ground.records import Difficulty, Message, Prompt
-from rl.books import Books, Plan
-from rl.buffer import LATE
+from rl.books import Books
+from rl.buffer import LATE, Plan
 from rl.config import RlSection
 from rl.controller import Controller
 from rl.ledger import audit_ledger

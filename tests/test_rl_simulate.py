@@ -13,7 +13,7 @@ from ground.records import Message, Prompt, Span
 from ground.shape import read_shape
 from packtrain.cli import main
 from packtrain.simulate import sharing
-from rl.books import Plan
+from rl.buffer import Plan
 from rl.config import RlSection
 from rl.forecast import forecast
 from rl.hardware import DEVICES

@@ -91,7 +91,7 @@ def learner(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Learner
     )
 
     def start(command: list[str], **options: object) -> subprocess.Popen[str]:
-        assert command[1:] == ["-m", "rl.learn"]
+        assert command[1:] == ["-m", "ground.imports", "rl.learn"]
         return real(  # pyright: ignore[reportCallIssue]
             [sys.executable, "-c", echo],
             **options,  # pyright: ignore[reportArgumentType]
@@ -239,6 +239,17 @@ class TestWatchdog:
                 assert "step 2 waits for slot 9 (group a.9)" in messages[0]
                 assert "worker 0 is suspect with 4" in messages[0]
         assert alarms == [11, 21, 41]
+
+    def test_a_machine_that_is_taken_away_ends_the_run_in_order_once(self, tmp_path: Path) -> None:
+        """#41: of learner and controller; the run saves as after SIGTERM."""
+        told, status = [], dict(STATUS)
+        dog = Watchdog(
+            make_job(tmp_path), lambda seconds: status, FakeLearner(), leave=lambda: told.append(1)
+        )
+        dog.look()
+        assert not told
+        status["is_taken_away"] = True
+        assert dog.look() and dog.look() and len(told) == 1
 
     def test_whatever_moves_silences_it(self, tmp_path: Path) -> None:
         clock, settled = Clock(), iter(range(100))

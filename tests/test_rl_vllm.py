@@ -56,7 +56,10 @@ def test_mine_evaluate_and_judge_run_on_vllm(tmp_path: Path) -> None:
         "model": {"path": str(model)},
         "teacher": {"path": str(model)},
         "data": {"prompts": "prompts.jsonl", "heldout": "prompts.jsonl", "sft": "sft.jsonl"},
-        "prune": {"judge": {"max_unjudged": 1.0}, "engine": ENGINE | {"max_length": 512}},
+        "prune": {
+            "judge": {"max_unjudged": 1.0, "min_canaries": 0},
+            "engine": ENGINE | {"max_length": 512},
+        },
         "mine": measure,
         "evaluate": measure | {"greedy": True},
     }

@@ -13,7 +13,7 @@ import yaml
 from pydantic import ValidationError
 
 from ground.chat import ChatTemplate
-from ground.config import Instruction, SandboxSettings, Systems
+from ground.config import Instruction, JudgeSettings, SandboxSettings, Systems
 from ground.constraints import RULES, Constraint, ConstraintName, Value
 from ground.errors import DataError
 from ground.model import load_tokenizer
@@ -245,10 +245,17 @@ def test_the_compliance_reward_says_what_its_answer_must_be(answer: str):
 def test_what_the_page_on_rewards_shows_can_be_used():
     page = (Path(__file__).parents[1] / "docs" / "rewards.md").read_text()
     blocks = re.findall(r"```(yaml|json|python)\n(.*?)```", page, re.DOTALL)
-    recipes = [yaml.safe_load(text) for kind, text in blocks if kind == "yaml"]
-    assert Systems.model_validate(recipes[1]["systems"]).is_checked
-    assert SandboxSettings.model_validate(recipes[0]["sandbox"]) == SandboxSettings()
-    layouts = [read_tests(text.replace("…", "")) for kind, text in blocks if kind == "json"]
+    recipe = {
+        k: v for kind, text in blocks if kind == "yaml" for k, v in yaml.safe_load(text).items()
+    }
+    assert Systems.model_validate(recipe["systems"]).is_checked
+    assert SandboxSettings.model_validate(recipe["sandbox"]) == SandboxSettings()
+    assert JudgeSettings.model_validate(recipe["judge"]).tensor_parallel == 4
+    layouts = [
+        read_tests(text.replace("…", ""))
+        for kind, text in blocks
+        if kind == "json" and '"reward"' not in text
+    ]
     assert [type(each).__name__ for each in layouts] == ["Scripts", "Calls", "Check"]
     assert all(f"`{name}`" in page for name in RULES)
     [own] = [text for kind, text in blocks if kind == "python"]

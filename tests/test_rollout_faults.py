@@ -55,6 +55,8 @@ FLEET = FleetSection(
     backoff_seconds=0.1,
     spare=False,
 )
+PATIENT = FLEET.model_copy(update={"ping_deadline_seconds": 30.0})
+"""Where nobody hangs: on a busy machine others are late with a ping too."""
 NOTICED_SECONDS = 3.0
 # Ray calls all of them a lost connection; which signal it was the kernel tells since Linux 6.15.
 TELLS_ENDS = tells_ends()
@@ -98,7 +100,7 @@ def test_a_worker_that_is_lost_costs_no_group_and_comes_back_with_the_current_we
     tmp_path: Path, armed: Arm, point: str, nth: int, action: Action, cause: str
 ) -> None:
     plan = armed(Faults(tmp_path).at("rollout/0", point, nth).do(action))
-    births = Births(WorkerConfig(NO_MODEL, ENGINE, FLEET))
+    births = Births(WorkerConfig(NO_MODEL, ENGINE, FLEET if cause == "ping" else PATIENT))
     is_handover = point.startswith("weights.")
     tasks = [make_task(f"n{n}", tokens=200 if is_handover else 40) for n in range(8)]
     """While weights are handed over they take a second, so that some are lost."""
@@ -128,7 +130,7 @@ def test_a_worker_that_is_lost_costs_no_group_and_comes_back_with_the_current_we
 
 def test_an_idle_worker_that_is_killed_is_noticed_and_no_prompt_is_touched() -> None:
     """#1"""
-    births = Births(WorkerConfig(NO_MODEL, ENGINE, FLEET))
+    births = Births(WorkerConfig(NO_MODEL, ENGINE, PATIENT))
     killed = []
 
     async def scenario(fleet: Fleet) -> None:
@@ -145,8 +147,7 @@ def test_an_idle_worker_that_is_killed_is_noticed_and_no_prompt_is_touched() -> 
 
 def test_a_stopped_worker_is_suspected_at_once_and_a_short_stop_costs_nothing() -> None:
     """#4: SIGSTOP … SIGCONT within the deadline."""
-    fleet_section = FLEET.model_copy(update={"ping_deadline_seconds": 30.0})
-    births = Births(WorkerConfig(NO_MODEL, ENGINE, fleet_section))
+    births = Births(WorkerConfig(NO_MODEL, ENGINE, PATIENT))
 
     async def scenario(fleet: Fleet) -> None:
         await one_fleet(births)(fleet)
@@ -195,7 +196,7 @@ def test_what_the_machine_lacks_is_tried_again_elsewhere_and_the_worker_stays(
 ) -> None:
     """#9"""
     armed(Faults(tmp_path).at("rollout/0", "gen.begin").do(raise_(error)))
-    births = Births(WorkerConfig(NO_MODEL, ENGINE, FLEET))
+    births = Births(WorkerConfig(NO_MODEL, ENGINE, PATIENT))
 
     async def scenario(fleet: Fleet) -> None:
         await one_fleet(births)(fleet)
@@ -210,11 +211,10 @@ class Cramped(PretendingWorker):
     """May take 256 MB of address space more than it had when it opened; a prompt that names a
     number wants as many bytes."""
 
-    async def open(self, index: int, slots_share: float = 1.0) -> tuple[str, int]:
-        opened = await super().open(index, slots_share)
+    async def open(self, index: int, slots_share: float = 1.0) -> None:
+        await super().open(index, slots_share)
         limit = psutil.Process().memory_info().vms + (256 << 20)
         resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
-        return opened
 
     async def _rollout(self, task: GroupTask, attempt: int) -> GroupResult:
         bytearray(int(str(task.prompt.messages[0].content).removeprefix("say ")))
@@ -247,7 +247,7 @@ def test_a_defect_is_told_whole_across_processes_and_not_tried_again(
 ) -> None:
     """#18: an error that cannot be pickled, or that would end the process."""
     armed(Faults(tmp_path).at("rollout/*", "gen.begin").do(raise_(error)))
-    births = Births(WorkerConfig(NO_MODEL, ENGINE, FLEET))
+    births = Births(WorkerConfig(NO_MODEL, ENGINE, PATIENT))
 
     async def scenario(fleet: Fleet) -> None:
         await one_fleet(births)(fleet)
@@ -267,7 +267,7 @@ def test_memory_that_runs_out_in_the_decode_thread_replaces_the_worker(
 ) -> None:
     """#9, #26: it answers pings all the while, and every group fails."""
     armed(Faults(tmp_path).at("rollout/0", "gen.mid", 3).do(raise_("MemoryError")))
-    births = RealBirths(WorkerConfig(tiny_model, ENGINE, FLEET))
+    births = RealBirths(WorkerConfig(tiny_model, ENGINE, PATIENT))
 
     async def scenario(fleet: Fleet) -> None:
         await one_fleet(births)(fleet)
@@ -286,7 +286,7 @@ def test_an_engine_that_hangs_behind_good_pings_is_replaced_by_its_deadline(
 ) -> None:
     """#26: the decode thread stands still without the interpreter's lock."""
     armed(Faults(tmp_path).at("rollout/0", "gen.mid", 3).do(delay(600)))
-    section = FLEET.model_copy(update={"rollout_deadline_seconds": 4.0})
+    section = PATIENT.model_copy(update={"rollout_deadline_seconds": 4.0})
     births = RealBirths(WorkerConfig(tiny_model, ENGINE, section))
 
     async def scenario(fleet: Fleet) -> None:
@@ -302,7 +302,7 @@ def test_an_engine_that_hangs_behind_good_pings_is_replaced_by_its_deadline(
 
 def test_a_reward_process_that_is_killed_costs_nobody_a_verdict(tmp_path: Path, armed: Arm) -> None:
     """#16"""
-    births = Births(WorkerConfig(NO_MODEL, ENGINE, FLEET))
+    births = Births(WorkerConfig(NO_MODEL, ENGINE, PATIENT))
     tasks = [make_task(f"n{n}") for n in range(4)]
     answered = []
 
@@ -312,7 +312,7 @@ def test_a_reward_process_that_is_killed_costs_nobody_a_verdict(tmp_path: Path, 
 
     run_fleet(births, scenario)
     plan = armed(Faults(tmp_path).at("reward", "score", 2).do(kill9, times=2))
-    births = Births(WorkerConfig(NO_MODEL, ENGINE, FLEET))
+    births = Births(WorkerConfig(NO_MODEL, ENGINE, PATIENT))
     run_fleet(births, scenario)
     assert len(plan.fired()) == 2
     assert answered[0] == answered[1]

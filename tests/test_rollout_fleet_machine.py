@@ -1,13 +1,15 @@
 """The fleet under anything that can happen to its workers, in any order, on a virtual clock.
 
 Roster, seats and fleet are the real ones; workers are scripted: they sample, load and answer in so
-many seconds, die, hang and wake up, run out of memory, fail, and answer questions of before.
+many seconds, die, hang and wake up, run out of memory, fail, and answer questions of before. Their
+machines, two workers each, are taken away with more or less notice.
 """
 
 from __future__ import annotations
 
 import asyncio
 import logging
+import math
 from collections import Counter
 from dataclasses import dataclass, field
 from types import CoroutineType
@@ -55,6 +57,7 @@ class Scripted:
         self.next: list[str] = []
         """What becomes of its next rollouts: `fail`, `stale` answer."""
         self.sampling: dict[str, float] = {}
+        self.node, self.is_placed = world.node(), True
 
     async def prepare(self) -> None:
         await self._spend(1.0)
@@ -123,6 +126,30 @@ class Scripted:
             task.cancel()
 
 
+@dataclass
+class Spot:
+    """Machines of which some are taken away."""
+
+    gone_at: dict[str, float] = field(default_factory=dict)
+    has_room: bool = True
+    sound: frozenset[str] = frozenset()
+
+    async def look(self) -> None:
+        return
+
+    async def doubt(self, node: str) -> None:
+        return
+
+    @property
+    def leaving(self) -> dict[str, float]:
+        now = asyncio.get_running_loop().time()
+        return {node: at - now for node, at in self.gone_at.items()}
+
+    @property
+    def avoided(self) -> frozenset[str]:
+        return frozenset(self.gone_at)
+
+
 class FleetMachine(RuleBasedStateMachine):
     """No group lost or delivered twice, no work for who is not well, no budget exceeded, and in the
     end everything ends."""
@@ -137,6 +164,7 @@ class FleetMachine(RuleBasedStateMachine):
         self.clock = Clock()
         self.runner = asyncio.Runner(loop_factory=lambda: _VirtualLoop(self.clock))
         self.workers: list[Scripted] = []
+        self.machines, self.births = Spot(), 0
         self.asked: dict[str, Asked] = {}
         self.events: list[Event] = []
         self.was_retired: set[int] = set()
@@ -155,11 +183,18 @@ class FleetMachine(RuleBasedStateMachine):
             max_attempts=MAX_ATTEMPTS,
         )
         self.section = section
-        self.fleet = Fleet(section, self._spawn, self.events.append)
+        self.fleet = Fleet(section, self._spawn, self.events.append, self.machines)
         self.runner.run(self.fleet.start())
         self.is_started = True
         self.publish()
         self.pass_time(5.0)
+
+    def node(self) -> str:
+        """Where the next worker is born."""
+        while (node := f"machine {self.births // 2}") in self.machines.gone_at:
+            self.births += 1
+        self.births += 1
+        return node
 
     def _spawn(self) -> Scripted:
         self.workers.append(Scripted(self))
@@ -230,6 +265,27 @@ class FleetMachine(RuleBasedStateMachine):
         worker.die(OutOfMemoryError("oom") if lacks_memory else WorkerDiedError("SIGSEGV"))
 
     @precondition(lambda self: self._living())
+    @rule(data=st.data(), seconds=st.sampled_from([1.0, 12.0, 60.0, math.inf]))
+    def take_away(self, data: st.DataObject, seconds: float) -> None:
+        """A machine, and with it who is there by then."""
+        node = data.draw(st.sampled_from(self._living())).node
+        if node in self.machines.gone_at:
+            return
+
+        async def begin() -> None:
+            loop = asyncio.get_running_loop()
+            self.machines.gone_at[node] = loop.time() + seconds
+            if seconds < math.inf:
+                loop.call_later(seconds, self._lose, node)
+
+        self.runner.run(begin())
+
+    def _lose(self, node: str) -> None:
+        for worker in self.workers:
+            if worker.node == node:
+                worker.die(WorkerDiedError("its machine is gone"))
+
+    @precondition(lambda self: self._living())
     @rule(data=st.data(), seconds=st.sampled_from([0.0, 2.5]))
     def hang(self, data: st.DataObject, seconds: float) -> None:
         """For long enough, then, to be suspected and not yet given up."""
@@ -259,6 +315,9 @@ class FleetMachine(RuleBasedStateMachine):
             if isinstance(seat.worker, Scripted) and seat.state is State.STARTING:
                 assert not seat.worker.born or seat.worker.share == share
         assert len(self._living()) <= len(seats) + self.section.spare
+        drained = [seat for seat in seats if seat.is_drained and seat.is_retired]
+        marked = [event for event in self.events if event["kind"] == "drained"]
+        assert len(drained) == len(marked)
         staying = [seat for seat in seats if seat.index not in retired and not seat.is_leaving]
         is_lost = len(staying) < self.section.min_workers
         assert is_lost == isinstance(self.fleet._roster._failure, WorkersLostError)

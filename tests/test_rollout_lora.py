@@ -5,11 +5,14 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
+from typing import cast
 
 import pytest
 import ray
 import torch
 from fleet_doubles import RealBirths, make_task, run_fleet
+from ray.actor import ActorHandle
+from remote_keeper import RemoteKeeper
 from rl_doubles import make_group
 from torch import Tensor
 from weight_doubles import Post
@@ -30,8 +33,8 @@ from rollout.fleet import Fleet
 from rollout.gate import Gate
 from rollout.handover import Inbox, Outbox
 from rollout.hf_engine import HfEngine
-from rollout.task import WorkerConfig
-from rollout.weights import Probes, Published, WeightKeeper, this_node
+from rollout.task import BASE, Arriving, WorkerConfig
+from rollout.weights import Probes, Published, WeightKeeper, start_keeper, this_node
 
 pytestmark = pytest.mark.usefixtures("ray_local")
 
@@ -262,8 +265,36 @@ def test_base_and_adapter_of_a_learner_elsewhere_go_to_workers_everywhere(ray_lo
     assert whole["x.weight"].tolist() == [[1.5, 2.0], [1.5, 2.0]]
     assert wanted.checksums == checksums(whole)
     for sent in (published.base, published):
-        carried = bytearray(ray.get(keeper.carry(sent.version)[0]))
-        assert checksums(views(sent.layout, carried)) == sent.checksums
+        carried = b"".join(bytes(ray.get(piece)) for piece in keeper.carry(sent.version))
+        assert checksums(views(sent.layout, bytearray(carried))) == sent.checksums
+
+
+def test_base_and_adapter_come_to_another_machine_in_pieces(ray_local: None) -> None:
+    """A base of 1 MiB in four pieces, once; an adapter of 4 KiB with each version."""
+    actor = start_keeper()
+    try:
+        keeper = RemoteKeeper(actor)
+        outbox, inbox = Outbox(keeper, this_node()), Inbox("another machine")
+        assembly = Assembly(inbox)
+        outbox.found({"x.weight": torch.ones(512, 512)}, 0.5)
+        came: list[Arriving | None] = []
+        for version, filled in enumerate((2.0, 4.0)):
+            halves = {
+                "x.lora_A.weight": torch.full((1, 512), filled),
+                "x.lora_B.weight": torch.ones(512, 1),
+            }
+            outbox.send(outbox.pack(version, halves))
+            whole, _ = assembly.whole(keeper.current())
+            assert torch.equal(whole["x.weight"], torch.full((512, 512), 1.0 + 0.5 * filled))
+            came.append(inbox.arriving)
+        assert [(each.version, each.bytes, each.total) for each in came if each] == [
+            (BASE, 1 << 20, 1 << 20),
+            (1, 4096, 4096),
+        ]
+        pieces = ray.get(actor.carry.remote(BASE))
+        assert [len(ray.get(piece)) for piece in pieces] == [256 << 10] * 4
+    finally:
+        ray.kill(cast(ActorHandle, actor))
 
 
 class AdapterBirths(RealBirths):

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from scipy.stats import binomtest
 
-from rollout.passk import bootstrap, mean_pass_at_k, pass_at_k, wilson
+from rollout.passk import bootstrap, mean_pass_at_k, pass_at_k, passes, wilson
 
 
 def test_two_right_of_four_leave_one_bad_pair_of_six():
@@ -86,3 +86,14 @@ def test_bootstrap_of_nothing_is_refused():
 def test_mean_over_prompts_with_different_numbers_of_samples():
     """5/6 for 2 of 4, 0 for 0 of 2: mean 5/12."""
     assert mean_pass_at_k([(4, 2), (2, 0)], k=2).mean == pytest.approx(5 / 12)
+
+
+def test_a_sample_without_a_verdict_costs_its_own_prompt_alone():
+    """Nine prompts of 4 samples and one of 3: pass@4 over nine, all right; over 8 of 10 nothing."""
+    outcomes = [(4, 4)] * 9 + [(3, 0)]
+    found = passes(outcomes, ks=[4, 1, 1])
+    assert list(found) == ["pass@1", "pass@4"]
+    assert found["pass@1"]["mean"] == pytest.approx(0.9) and "prompts" not in found["pass@1"]
+    assert found["pass@4"]["mean"] == 1.0 and found["pass@4"]["prompts"] == 9
+    assert list(passes([*outcomes[1:], (3, 0)], ks=[1, 4])) == ["pass@1"]
+    assert passes([], ks=[1]) == {}

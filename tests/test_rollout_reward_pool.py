@@ -6,6 +6,7 @@ The completion names the misdeed: `bad_reward` below does what the text says.
 from __future__ import annotations
 
 import os
+import secrets
 import signal
 import subprocess
 import sys
@@ -95,13 +96,21 @@ def hasty(bad_file: Path) -> Iterator[RewardPool]:
         yield pool
 
 
-def marked_processes() -> set[int]:
-    """Processes that were started by, or forked from, a reward process."""
+@pytest.fixture
+def own(monkeypatch: pytest.MonkeyPatch) -> str:
+    """Something in the environment of all processes that this test starts, and of no others."""
+    monkeypatch.setenv("REWARD_TEST", name := secrets.token_hex(8))
+    return name
+
+
+def marked_processes(own: str) -> set[int]:
+    """Processes that were started by, or forked from, a reward process of this test."""
     found = set()
     for process in psutil.process_iter():
         try:
             lives = process.status() != psutil.STATUS_ZOMBIE
-            if lives and "PACKTRAIN_REWARD_PROCESS" in process.environ():
+            environment = process.environ() if lives else {}
+            if environment.get("REWARD_TEST") == own and "PACKTRAIN_REWARD_PROCESS" in environment:
                 found.add(process.pid)
         except psutil.Error:
             continue
@@ -189,18 +198,18 @@ def test_a_raise_of_any_kind_is_told_with_prompt_and_sample(
     assert f"prompt {asked.id}, sample 1" in raised.error and len(raised.error) < 1000
 
 
-def test_what_a_reward_forks_is_gone_after_the_call(pool: RewardPool, hasty: RewardPool):
+def test_what_a_reward_forks_is_gone_after_the_call(own: str, pool: RewardPool, hasty: RewardPool):
     """#19: daemons with a session of their own, after a good call, a hang and an early exit."""
-    before = marked_processes()
+    before = marked_processes(own)
     pool.score(prompt(), ["pass"])
-    (child,) = marked_processes() - before
+    (child,) = marked_processes(own) - before
     fork_and_stay = "subprocess.Popen(['sleep', '300'], start_new_session=True); daemon()"
     assert pool.score(prompt(), [fork_and_stay, "daemon()"]) == [GOOD, GOOD]
-    assert marked_processes() - before == {child}
+    assert marked_processes(own) - before == {child}
     assert pool.score(prompt(), ["daemon(); os._exit(0)"])[0].error.startswith("reward_died")
     (hung,) = hasty.score(prompt(), ["daemon(); time.sleep(60)"])
     assert hung.error.startswith("reward_timeout")
-    assert marked_processes() - before <= {*pool.pids, *hasty.pids}
+    assert marked_processes(own) - before <= {*pool.pids, *hasty.pids}
 
 
 def test_a_flood_of_output_blocks_nothing(bad_file: Path):

@@ -158,7 +158,7 @@ def test_what_converts_to_a_number_is_one(value: object, expected: Score):
 @pytest.mark.parametrize(
     "value",
     [
-        math.nan, math.inf, -math.inf, None, "1", b"1", 1e7, 10**400, 1j, object(),
+        math.nan, math.inf, -math.inf, None, "1", b"1", 1e7, 10**400, 1j, object,
         np.array([1.0, 2.0]), torch.tensor([1.0, 2.0]), torch.tensor(math.nan),
         Score(math.nan, True), Score(1.0, True, {"a": math.inf}),
         Score(1.0, True, {str(n): 1.0 for n in range(33)}),

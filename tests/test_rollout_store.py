@@ -21,7 +21,7 @@ import numpy as np, ray, torch
 from ray.exceptions import OutOfDiskError
 
 from ground.errors import InfraError
-from rollout import weights
+from rollout import carriage, weights
 from rollout.checksums import checksums
 from rollout.handover import Inbox, Outbox
 from rollout.weights import start_keeper
@@ -83,16 +83,16 @@ ray.init(
 FULL = """
 actor, published = kept()
 fillers = full()
-weights._ROOM_SECONDS = 2.0
+carriage._ROOM_SECONDS = 2.0
 told["stop"] = failure(published)
-weights._ROOM_SECONDS = 60.0
-tries, look = [], weights._carried
-def counted(published):
+carriage._ROOM_SECONDS = 60.0
+tries, sleep = [], time.sleep
+def counted(seconds):
     tries.append(None)
     if len(tries) == 3:
         fillers.clear()
-    return look(published)
-weights._carried = counted
+    sleep(seconds)
+carriage.time.sleep = counted
 told["after"], told["tries"] = fetched(published), len(tries)
 print(json.dumps(told))
 """

@@ -20,6 +20,7 @@ import ray
 import torch
 from ray.actor import ActorHandle
 from ray.exceptions import RayActorError
+from remote_keeper import RemoteKeeper
 from safetensors.torch import load_file, save_file
 from weight_doubles import Post
 
@@ -31,7 +32,7 @@ from rollout.checksums import checksums, spread
 from rollout.handover import Inbox, Outbox
 from rollout.layout import Layout, Place
 from rollout.shared_memory import Lock, SharedBuffer, map_buffer
-from rollout.weights import Published, WeightKeeper, start_keeper, this_node
+from rollout.weights import WeightKeeper, start_keeper, this_node
 
 pytestmark = pytest.mark.usefixtures("ray_local")
 
@@ -222,7 +223,7 @@ def test_weights_that_are_gone_or_being_overwritten_are_refused() -> None:
 
 
 def test_another_machine_sends_and_fetches_the_bytes(keeper: ActorHandle) -> None:
-    far = Outbox(_Remote(keeper), node="another machine")
+    far = Outbox(RemoteKeeper(keeper), node="another machine")
     far.send(far.pack(4, _tensors(4.5)))
     version, published = _get(keeper.current.remote())
     assert (version, published.node) == (4, this_node())
@@ -236,28 +237,6 @@ def test_another_machine_sends_and_fetches_the_bytes(keeper: ActorHandle) -> Non
 
 def _get(ref: ray.ObjectRef) -> Any:
     return ray.get(ref, timeout=60)
-
-
-class _Remote:
-    """A keeper in another process, as the outbox calls it."""
-
-    def __init__(self, actor: ActorHandle) -> None:
-        self._actor = actor
-
-    def node(self) -> str:
-        return _get(self._actor.node.remote())
-
-    def buffers(self, size: int, at_least: int = 0) -> list[str]:
-        return _get(self._actor.buffers.remote(size, at_least))
-
-    def publish(self, published: Published) -> None:
-        _get(self._actor.publish.remote(published))
-
-    def has_room(self, size: int) -> bool:
-        return _get(self._actor.has_room.remote(size))
-
-    def deliver(self, published: Published, content: object) -> None:
-        _get(self._actor.deliver.remote(published, content))
 
 
 @pytest.fixture
@@ -277,7 +256,7 @@ class Learner:
 
         os.environ.update(environment or {})
         faults.enter("learner")
-        outbox = Outbox(_Remote(keeper), this_node())
+        outbox = Outbox(RemoteKeeper(keeper), this_node())
         outbox.send(outbox.pack(version, _tensors(float(version))))
         return os.getpid()
 
@@ -302,7 +281,7 @@ def test_weights_outlive_the_process_that_published_them(keeper: ActorHandle) ->
 def test_79_a_sender_killed_at_tensor_k_leaves_the_version_before_whole(
     keeper: ActorHandle, tmp_path: Path, nth: int
 ) -> None:
-    outbox = Outbox(_Remote(keeper), this_node())
+    outbox = Outbox(RemoteKeeper(keeper), this_node())
     outbox.send(outbox.pack(1, _tensors(1.0)))
     plan = Faults(tmp_path).at("learner", "publish.copy", nth=nth).do(kill9)
     with pytest.raises(RayActorError):

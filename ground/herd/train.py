@@ -8,7 +8,6 @@ reasoning-gym               → written         herd/data/{sft,prompts,heldout}.
 from __future__ import annotations
 
 import shutil
-import sys
 import time
 from pathlib import Path
 
@@ -21,6 +20,7 @@ from ground.herd.files import data_files, heldout_tasks
 from ground.herd.lessons import Course, teach
 from ground.herd.shape import new_model
 from ground.herd.tokenizer import build_tokenizer
+from ground.leaving import leave
 from ground.model import export_model
 from ground.storage import commit_directory, verify_directory, write_file
 
@@ -97,4 +97,4 @@ def _raise_model(stage: Stage[HerdSection], name: str, shape: Shape, lessons: Le
 
 
 if __name__ == "__main__":
-    sys.exit(stage_entry("herd", HerdSection, train))
+    leave(stage_entry("herd", HerdSection, train))
