@@ -153,6 +153,11 @@ class ControllerActor:
         self._fence.check(incarnation)
         return await self._controller.evaluate(version)
 
+    async def leave(self, incarnation: int) -> None:
+        """See `Controller.leave`."""
+        self._fence.check(incarnation)
+        self._controller.leave()
+
     async def state(self, incarnation: int) -> dict[str, object]:
         """The books, and how far the ledger's file goes with them."""
         self._fence.check(incarnation)

@@ -22,6 +22,7 @@ import logging
 import time
 from collections.abc import Callable, Coroutine, Mapping, Sequence
 from dataclasses import replace
+from typing import TypeVar
 
 from ground import faults
 from ground.errors import InfraError, WorkersLostError
@@ -41,6 +42,8 @@ from rollout.judge_fleet import Unjudged
 from rollout.seeds import sample_seed
 from rollout.systems import SystemInstruction
 from rollout.task import GroupTask
+
+Found = TypeVar("Found")
 
 logger = logging.getLogger("packtrain")
 
@@ -88,6 +91,7 @@ class Controller:
         self._classroom = Classroom(teachers, books.waits_for, self._record) if teachers else None
         self._asked: int | None = None
         self._since, self._moves = 0.0, 0
+        self._leaving = asyncio.Event()
 
     async def begin(self, version: int, weights: object) -> None:
         """Bring the first weights to the fleet and start sampling."""
@@ -137,10 +141,11 @@ class Controller:
         """Step `version - 1` is done: give the fleet the new weights, free its slots, go on.
 
         With `evaluate` it returns once the validation slice was answered by exactly these weights,
-        and how well: publications come one after another, so the next one waits for it.
+        and how well: publications come one after another, so the next one waits for it. A run that
+        leaves waits for neither.
         """
         faults.point("publish.begin")
-        await self._hand_over(version, weights)
+        await self._unless_leaving(self._hand_over(version, weights))
         faults.point("publish.handed")
         self._admit(self._books.publish(version))
         self._droughts.tell(version)
@@ -156,7 +161,30 @@ class Controller:
         """Pass rate on the validation slice; each look uses the same seeds, so looks compare.
 
         A look that lost a prompt to the machinery would not compare: it gives None and a warning.
+        So does, without a warning, one that a run breaks off because it leaves.
         """
+        return await self._unless_leaving(self._look_at(version))
+
+    def leave(self) -> None:
+        """The run was asked to end: it samples nothing more, and no publication waits for workers.
+
+        There may be none left to wait for, when their machine is the one that is taken away.
+        """
+        self._leaving.set()
+        for task in self._tasks:
+            task.cancel()
+
+    async def _unless_leaving(self, work: Coroutine[None, None, Found]) -> Found | None:
+        """What comes of it; None when the run leaves before that."""
+        task, leaving = asyncio.create_task(work), asyncio.create_task(self._leaving.wait())
+        try:
+            await asyncio.wait({task, leaving}, return_when=asyncio.FIRST_COMPLETED)
+            return task.result() if task.done() else None
+        finally:
+            leaving.cancel()
+            task.cancel()
+
+    async def _look_at(self, version: int) -> float | None:
         start, turns = time.time(), asyncio.Semaphore(self._in_flight)
         if not self._validation:
             return None

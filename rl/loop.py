@@ -171,7 +171,7 @@ class LearnerLoop:
         while version < self._section.steps and self._one_step(version, pending):
             version += 1
         self._tell(self._publication(version))
-        self._publisher.finish()
+        self._publisher.finish(lambda: pending.requested)
         if version < self._section.steps:
             self._publisher.save(self._snapshot(version, with_optimizer=True))
         return version
@@ -188,7 +188,7 @@ class LearnerLoop:
         numbers = self._step(plan)
         stepped, ended = time.monotonic(), time.time()
         self._step_seconds = stepped - began - waited
-        numbers |= self._publish(step + 1, plan.groups)
+        numbers |= self._publish(step + 1, plan.groups, pending)
         now = time.monotonic()
         clock = {
             "seconds": now - began,
@@ -202,7 +202,9 @@ class LearnerLoop:
         )
         return True
 
-    def _publish(self, version: int, trained: Sequence[Group]) -> dict[str, float]:
+    def _publish(
+        self, version: int, trained: Sequence[Group], pending: Pending
+    ) -> dict[str, float]:
         """Begin to publish a copy of the weights; returns what it took."""
         evaluate, save = self._is_look_due(version), self._is_cut_due(version)
         began = time.monotonic()
@@ -211,7 +213,9 @@ class LearnerLoop:
         optimizer = self._learner.optimizer_tensors() if save else {}
         snapshot = Snapshot(version, weights, optimizer, self.guards())
         self._tell(self._publication(version - 1))
-        self._publisher.publish(snapshot, evaluate=evaluate, save=save)
+        self._publisher.publish(
+            snapshot, evaluate=evaluate, save=save, stop=lambda: pending.requested
+        )
         handed = sum(tensor.nbytes for tensor in weights.values())
         return {"pack_seconds": packed - began, "handover_bytes": handed}
 

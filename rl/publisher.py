@@ -4,14 +4,16 @@
 
 One publication at a time, on a thread named `publish`: the learner trains on meanwhile and waits
 only when it has the next version ready before the last one is out. What fails there fails the
-learner at its next call. A score is written down before the best weights are chosen by it, and
-these before the cut: after a kill at any point the rest can be done again (`catch_up`).
+learner at its next call. Once the run is asked to end nobody waits for workers any more: what a
+version is still owed then, its look, it gets after a restart. A score is written down before the
+best weights are chosen by it, and these before the cut: after a kill at any point the rest can be
+done again (`catch_up`).
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
@@ -37,9 +39,17 @@ class Loop(Protocol):
         """Look at the version that was published last."""
         ...
 
+    def leave(self) -> None:
+        """Have what is being published wait for no worker any more; a look that it breaks off has
+        no score."""
+        ...
+
     def state(self) -> dict[str, object]:
         """The books as of the last publication."""
         ...
+
+
+_POLL_SECONDS = 0.2
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,16 +80,18 @@ class Publisher:
         self._digests, self._scores, self._tell_score = digests, scores, tell_score
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="publish")
         self._current: Future[None] | None = None
+        self._is_leaving = False
         self.best = _read_best(best)
 
-    def publish(self, snapshot: Snapshot, *, evaluate: bool, save: bool) -> None:
-        """Begin to publish, once the publication before is done."""
-        self.finish()
+    def publish(
+        self, snapshot: Snapshot, *, evaluate: bool, save: bool, stop: Callable[[], bool]
+    ) -> None:
+        """Begin to publish, once the publication before is done; see `finish` for `stop`."""
+        self.finish(stop)
         self._current = self._thread.submit(self._publish, snapshot, evaluate, save)
 
     def catch_up(self, snapshot: Snapshot, *, evaluate: bool, save: bool) -> None:
         """Begin what the publication of the version that a restart goes on from still owes."""
-        self.finish()
         self._current = self._thread.submit(self._complete, snapshot, evaluate, save)
 
     def repeat(self, version: int, model: Callable[[], Mapping[str, Tensor]]) -> bool:
@@ -111,12 +123,17 @@ class Publisher:
         if self.best is not None and self.best.version > version:
             self.best = None
 
-    def finish(self) -> None:
+    def finish(self, stop: Callable[[], bool]) -> None:
         """Wait for the publication under way, if any, and raise what went wrong in it.
 
-        Its steps (hand-over, evaluation, files) have their own deadlines.
+        Its steps (hand-over, evaluation, files) have their own deadlines; the first two are over as
+        soon as `stop` says so.
         """
         current, self._current = self._current, None
+        while current and not wait([current], _POLL_SECONDS).done:
+            if stop() and not self._is_leaving:
+                self._is_leaving = True
+                self._loop.leave()
         if current:
             current.result()
 
@@ -154,6 +171,8 @@ class Publisher:
             self.save(snapshot)
 
     def _looked(self, snapshot: Snapshot, score: float | None) -> None:
+        if score is None and self._is_leaving:
+            return  # it is owed still
         self._scores.record(snapshot.version, score)
         faults.point("score.recorded")
         if score is not None:

@@ -102,6 +102,10 @@ class RemoteLoop:
         purpose = f"evaluate version {version}"
         return cast(float | None, self._call(purpose, answer, self._look_seconds))
 
+    def leave(self) -> None:
+        """The run was asked to end: what is being published waits for no worker any more."""
+        self._call("leave", self._controller.leave.remote(self._life))
+
     def state(self) -> dict[str, object]:
         """The books as of the last publication."""
         return cast(

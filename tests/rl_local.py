@@ -272,6 +272,9 @@ class LocalLoop:
     def evaluate(self, version: int) -> float | None:
         return self._call(self._controller.evaluate(version))
 
+    def leave(self) -> None:
+        self._loop.call_soon_threadsafe(self._controller.leave)
+
     def state(self) -> dict[str, object]:
         async def state() -> dict[str, object]:
             return {**self._controller.state(), "ledger_bytes": self._ledger.sync()}

@@ -291,6 +291,35 @@ def test_the_wait_for_a_hand_over_ends_and_says_what_to_raise() -> None:
     assert "rl.step_deadline_seconds" in told.value.fix
 
 
+class Emptied(ScriptedFleet):
+    """A fleet whose last worker is gone once version 0 is out, and none comes."""
+
+    async def publish(self, version: int, weights: object) -> None:
+        if version:
+            await asyncio.Event().wait()
+        await super().publish(version, weights)
+
+
+def test_41_a_run_that_leaves_waits_for_no_worker_and_samples_nothing_more() -> None:
+    fleet = Emptied(first_is_right)
+
+    async def run() -> tuple[float | None, object, int]:
+        controller = make_controller(fleet, [], validation=make_pool(2))
+        await controller.begin(0, "weights")
+        for step in (0, 1):
+            await controller.next_batch(step)
+        publication = asyncio.create_task(controller.publish(1, "weights", evaluate=True))
+        await asyncio.sleep(0)
+        controller.leave()
+        score = await publication
+        sampled = len(fleet.finished)
+        await controller.publish(2, "weights")
+        await controller.close("interrupted")
+        return score, controller.state()["version"], len(fleet.finished) - sampled
+
+    assert asyncio.run(run()) == (None, 2, 0)
+
+
 def test_the_wait_for_a_step_ends_and_names_its_slots() -> None:
     async def run() -> None:
         fleet = ScriptedFleet(first_is_right, jitter=60)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import threading
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -31,6 +32,10 @@ from rl.source import Draw
 from rl.versions import Versions
 
 
+def never() -> bool:
+    return False
+
+
 class FakeLoop:
     """A controller that has every plan at once, and scores by the script."""
 
@@ -55,6 +60,9 @@ class FakeLoop:
 
     def evaluate(self, version: int) -> float | None:
         return self._scores.get(version, 0.5)
+
+    def leave(self) -> None:
+        raise AssertionError("nobody asked to end")
 
     def state(self) -> dict[str, object]:
         return {"version": self.published[-1] if self.published else 0}
@@ -222,7 +230,7 @@ def test_a_step_tells_how_its_time_was_spent(
     loop = make_loop(tiny_model, Slow(), publisher, tmp_path, told)
     monkeypatch.setattr(loop, "_pack", pack)
     loop._one_step(0, Pending())
-    publisher.finish()
+    publisher.finish(never)
     [report] = [report for report in told if report.kind == "step"]
     numbers = report.numbers
     assert (numbers["seconds"], numbers["step_seconds"], numbers["pack_seconds"]) == (10, 5, 2)
@@ -285,6 +293,37 @@ def test_a_stop_saves_the_version_it_has_and_trains_no_further(
     assert read_books(latest) == {"version": 2}
 
 
+class NobodyLeft(FakeLoop):
+    """No worker takes version 2, whose look is due; the order to end comes while it is waited."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._left = threading.Event()
+
+    def publish(self, version: int, weights: Mapping[str, Tensor], evaluate: bool) -> float | None:
+        super().publish(version, weights, evaluate)
+        if version < 2:
+            return None
+        self.pending.number = 15
+        assert self._left.wait(60)
+        return None
+
+    def leave(self) -> None:
+        assert not self._left.is_set(), "it was told already"
+        self._left.set()
+
+
+def test_41_a_run_that_is_asked_to_end_saves_although_no_worker_is_left(
+    tiny_model: Path, tmp_path: Path
+) -> None:
+    """Version 3 is made while 2 is waited for; what 3 is owed, and 2's look, come with --resume."""
+    version, _, publisher = run_loop(tiny_model, NobodyLeft(), tmp_path)
+    latest = Checkpoints(tmp_path).latest()
+    assert latest is not None and latest.name == f"step_{version:06}"
+    assert read_books(latest) == {"version": version}
+    assert publisher.best is None and publisher.owes_look(2)
+
+
 def test_75_a_batch_that_diverges_is_kept_aside_and_not_counted_as_consumed(
     tiny_model: Path, tmp_path: Path
 ) -> None:
@@ -307,8 +346,8 @@ def test_of_two_equal_scores_the_later_wins_and_a_restart_remembers_it(tmp_path:
     publisher = make_publisher(FakeLoop({1: 0.5, 2: 0.5, 3: 0.4}), tmp_path, told)
     for version in (1, 2, 3):
         snapshot = Snapshot(version, {"w": torch.full((2,), float(version))}, {})
-        publisher.publish(snapshot, evaluate=True, save=False)
-    publisher.finish()
+        publisher.publish(snapshot, evaluate=True, save=False, stop=never)
+    publisher.finish(never)
     assert told == [(1, 0.5), (2, 0.5), (3, 0.4)]
     again = make_publisher(FakeLoop(), tmp_path, [])
     assert again.best == Best(2, 0.5)
@@ -320,9 +359,9 @@ def test_of_two_equal_scores_the_later_wins_and_a_restart_remembers_it(tmp_path:
 def test_what_fails_in_the_background_fails_the_next_call(tmp_path: Path) -> None:
     publisher = make_publisher(FakeLoop(fail_at=1), tmp_path, [])
     snapshot = Snapshot(1, {"w": torch.zeros(1)}, {})
-    publisher.publish(snapshot, evaluate=False, save=True)
+    publisher.publish(snapshot, evaluate=False, save=True, stop=never)
     with pytest.raises(InfraError, match="hand-over failed"):
-        publisher.publish(snapshot, evaluate=False, save=False)
+        publisher.publish(snapshot, evaluate=False, save=False, stop=never)
     assert Checkpoints(tmp_path).steps() == []
 
 
@@ -346,8 +385,8 @@ def test_the_best_of_versions_that_are_made_again_is_forgotten(tmp_path: Path) -
     publisher = make_publisher(FakeLoop({2: 0.4, 4: 0.9}), tmp_path, told)
     for version in (2, 4):
         snapshot = Snapshot(version, {"w": torch.full((1,), float(version))}, {})
-        publisher.publish(snapshot, evaluate=True, save=False)
-    publisher.finish()
+        publisher.publish(snapshot, evaluate=True, save=False, stop=never)
+    publisher.finish(never)
     assert publisher.best == Best(4, 0.9)
     publisher.forget_after(4)
     assert publisher.best == Best(4, 0.9)
