@@ -50,6 +50,7 @@ bench: $(INSTALLED)
 	$(BIN)/python -m benchmarks.recovery
 	$(BIN)/python -m benchmarks.scale
 	$(BIN)/python -m benchmarks.fleet_overhead
+	$(BIN)/python -m benchmarks.replicas
 	$(BIN)/python -m benchmarks.vllm_handover
 	$(BIN)/python -m benchmarks.overlap
 	$(BIN)/python -m benchmarks.allocation

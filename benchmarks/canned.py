@@ -23,11 +23,11 @@ from typing import cast
 import ray
 
 from ground.records import Segment, Span
-from rl.cluster import system_config
 from rl.config import RlSection
 from rl.controller import Controller
 from rl.journal import Journal
 from rl.simulate import make_books, make_pool, make_section
+from rollout.cluster import system_config
 from rollout.config import FleetSection, SamplingSection
 from rollout.fleet import Fleet
 from rollout.ray_worker import RayWorker

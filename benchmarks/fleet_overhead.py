@@ -29,7 +29,7 @@ from benchmarks.harness import ROOT, Figure, Report, run_benchmark
 from ground.chat import ChatTemplate
 from ground.model import load_model, tensors_of
 from ground.records import Prompt
-from rl.cluster import system_config
+from rollout.cluster import system_config
 from rollout.config import EngineSection, FleetSection, SamplingSection
 from rollout.engine import Engine, Request, generate
 from rollout.engines import open_engine

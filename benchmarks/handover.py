@@ -37,7 +37,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from benchmarks.harness import ROOT, Figure, Report, run_benchmark
 from ground.model import live_tensors
-from rl.cluster import system_config
+from rollout.cluster import system_config
 from rollout.config import EngineSection, FleetSection
 from rollout.handover import Outbox
 from rollout.ray_worker import RayWorker

@@ -38,10 +38,10 @@ from ground.chat import ChatTemplate
 from ground.model import live_tensors, load_model, load_tokenizer, tensors_of
 from ground.records import Group, Message, Prompt, Rollout
 from rl.buffer import Plan
-from rl.cluster import system_config
 from rl.config import RlSection
 from rl.learner import Learner
 from rl.prober import Prober
+from rollout.cluster import system_config
 from rollout.engine import Completion, Request, generate
 from rollout.gate import Gate
 from rollout.handover import Inbox, Outbox

@@ -29,7 +29,7 @@ import ray
 from benchmarks.harness import ROOT, Figure, Report, run_benchmark
 from ground.model import load_model, tensors_of
 from ground.records import Message, Prompt
-from rl.cluster import system_config
+from rollout.cluster import system_config
 from rollout.config import EngineSection, FleetSection, SamplingSection
 from rollout.fleet import Fleet
 from rollout.handover import Outbox

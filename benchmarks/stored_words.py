@@ -15,7 +15,7 @@ T tokens, V vocabulary, H hidden size.
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -33,6 +33,7 @@ from ground.herd.files import data_files
 from ground.logprobs import head_weight
 from ground.model import load_model, load_tokenizer
 from ground.packing import hidden_states
+from ground.records import Demonstration
 from ground.tables import read_demonstrations
 from ground.training_rows import IGNORED, TrainingRow, encode_demonstrations
 
@@ -79,7 +80,7 @@ class Words:
         teacher, student = (load_model(HERD / name) for name in ("teacher", "student"))
         logits, hidden, labels = [], [], []
         with torch.no_grad():
-            for row in demonstrations():
+            for row in training_rows():
                 ids_1T = torch.tensor([row.input_ids])
                 places = [at for at, label in enumerate(row.labels) if label != IGNORED]
                 before = [place - 1 for place in places]
@@ -164,10 +165,15 @@ class Words:
         return torch.autograd.grad(soft_T.sum(), hidden_TH)[0]
 
 
-def demonstrations() -> Iterator[TrainingRow]:
-    """The rows that the herd's student is fine-tuned on."""
+def demonstrations() -> list[Demonstration]:
+    """What the herd's student is fine-tuned on."""
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "sft.jsonl"
         path.write_text(data_files(HerdSection.model_validate({}), seed=0)[path.name])
-        read = read_demonstrations(path, Data())
-    yield from encode_demonstrations(read, ChatTemplate(load_tokenizer(HERD / "student")), 256).rows
+        return read_demonstrations(path, Data())
+
+
+def training_rows() -> Sequence[TrainingRow]:
+    """The same as token ids."""
+    chat = ChatTemplate(load_tokenizer(HERD / "student"))
+    return encode_demonstrations(demonstrations(), chat, 256).rows

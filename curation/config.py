@@ -8,7 +8,7 @@ from typing import Annotated, Literal, Self
 from pydantic import BeforeValidator, Field, model_validator
 
 from ground.config import Section
-from rollout.config import EngineSection, MeasureSection, SamplingSection
+from rollout.config import EnginesSection, MeasureSection, SamplingSection
 
 PRESETS = {"small": 0.5, "behemoth": 0.95}
 """What Meta reports removing: over half of the SFT data for small models, 95 % for Behemoth."""
@@ -125,7 +125,7 @@ class CalibrationSection(Section):
         return self
 
 
-class PruneSection(Section):
+class PruneSection(EnginesSection):
     """Remove the easiest part of the SFT data."""
 
     judge: JudgeSection = LabelJudgeSection()
@@ -142,7 +142,6 @@ class PruneSection(Section):
     others go before the easiest; null looks for none."""
     calibration: CalibrationSection | None = None
     """Ask judges of other kinds about some rows, and report how far they agree; null asks none."""
-    engine: EngineSection = EngineSection()
     shard_size: int = Field(default=1024, ge=1)
     """Rows after which the judgements are committed; --resume goes on behind the last shard."""
 

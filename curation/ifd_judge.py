@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING
 
 from curation.judge import Judgement, too_long
 from ground.records import Demonstration, Message
-from rollout.engine import Engine, Scores
+from rollout.engine import Inference, Scores
 
 if TYPE_CHECKING:
     from ground.chat import ChatTemplate
@@ -39,7 +39,7 @@ class IfdJudge:
         max_length: longest conversation that the engine takes.
     """
 
-    def __init__(self, engine: Engine, chat: ChatTemplate, *, max_length: int) -> None:
+    def __init__(self, engine: Inference, chat: ChatTemplate, *, max_length: int) -> None:
         self._engine, self._chat, self._max_length = engine, chat, max_length
 
     def judge(self, rows: Sequence[Demonstration]) -> list[Judgement]:

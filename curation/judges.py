@@ -20,9 +20,9 @@ from curation.solve_rate_judge import SolveRateJudge
 from ground.chat import ChatTemplate
 from ground.entry import Stage
 from ground.records import Prompt
-from rollout.engine import Engine
-from rollout.engines import open_engine
+from rollout.engine import Inference
 from rollout.evaluation import Measured, measure
+from rollout.inference import inference
 from rollout.reward_pool import RewardPool
 
 
@@ -30,10 +30,11 @@ from rollout.reward_pool import RewardPool
 def open_judges(
     stage: Stage[PruneSection], model: Path, sections: Sequence[JudgeSection]
 ) -> Iterator[list[Judge]]:
-    """Judges of some kinds, which share one engine with the model."""
-    engine, chat = open_engine(model, stage.section.engine)
-    with ExitStack() as stack:
-        stack.callback(engine.close)
+    """Judges of some kinds, which share what the model runs in."""
+    with (
+        inference(model, stage.section, stage.record, "prune") as (engine, chat),
+        ExitStack() as stack,
+    ):
         yield [_judge(stage, engine, chat, section, stack) for section in sections]
 
 
@@ -54,7 +55,7 @@ def fix_for(section: JudgeSection) -> str:
 
 def _judge(
     stage: Stage[PruneSection],
-    engine: Engine,
+    engine: Inference,
     chat: ChatTemplate,
     section: JudgeSection,
     stack: ExitStack,

@@ -20,7 +20,7 @@ from curation.judge import Judgement, too_long
 from curation.label_prompt import Ask
 from ground.errors import DataError
 from ground.records import LABELS, Demonstration, Label
-from rollout.engine import Engine, Scores
+from rollout.engine import Inference, Scores
 
 if TYPE_CHECKING:
     from ground.chat import ChatTemplate
@@ -46,7 +46,7 @@ class LabelJudge:
 
     def __init__(
         self,
-        engine: Engine,
+        engine: Inference,
         chat: ChatTemplate,
         ask: Ask,
         *,

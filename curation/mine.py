@@ -28,9 +28,9 @@ from ground.leaving import leave
 from ground.records import Prompt
 from ground.storage import write_file
 from ground.tables import read_prompts, write_rows
-from rollout.engine import Engine
-from rollout.engines import open_engine
+from rollout.engine import Inference
 from rollout.evaluation import measure
+from rollout.inference import inference
 from rollout.judge_pool import beside_judge
 from rollout.judge_source import judge_of
 from rollout.reward_pool import RewardPool, Verifier
@@ -88,30 +88,27 @@ def _mine(
         prompts[start : start + section.shard_size]
         for start in range(0, len(prompts), section.shard_size)
     ]
-    engine, chat = open_engine(model, section.engine)
     report = reporter(stage.directory)
     mined: list[Mined] = []
-    try:
-        with (
-            RewardPool(
-                section.reward_processes,
-                section.reward_deadline_seconds,
-                stage.head.rewards,
-                sandbox=stage.head.sandbox,
-            ) as rules,
-            beside_judge(rules, judge_of(prompts, stage.trail)) as pool,
-        ):
-            for done in shards.each(cut, partial(_measure_shard, stage, engine, chat, pool)):
-                mined += done.results
-                report(len(mined), len(prompts))
-    finally:
-        engine.close()
+    with (
+        inference(model, section, stage.record, "mine") as (engine, chat),
+        RewardPool(
+            section.reward_processes,
+            section.reward_deadline_seconds,
+            stage.head.rewards,
+            sandbox=stage.head.sandbox,
+        ) as rules,
+        beside_judge(rules, judge_of(prompts, stage.trail)) as pool,
+    ):
+        for done in shards.each(cut, partial(_measure_shard, stage, engine, chat, pool)):
+            mined += done.results
+            report(len(mined), len(prompts))
     return mined
 
 
 def _measure_shard(
     stage: Stage[MineSection],
-    engine: Engine,
+    engine: Inference,
     chat: ChatTemplate,
     pool: Verifier,
     prompts: Sequence[Prompt],

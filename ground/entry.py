@@ -73,6 +73,13 @@ class Stage(Generic[S]):
     incarnation: int = 0
     """Which acquisition of the run's lock this is, from 1."""
 
+    @property
+    def record(self) -> Path:
+        """Where a stage that starts processes notes them, so that its next start can end those
+        that this one left behind."""
+        place = f"{self.of}.evaluation" if self.of else self.name
+        return self.run.path / "log" / f"{place}.processes.json"
+
 
 @dataclass(frozen=True, slots=True)
 class _Order:

@@ -47,6 +47,9 @@ POINTS: tuple[tuple[str, str], ...] = (
     ("reward", "score"),
     ("judge", "judge.open"),
     ("judge", "judge.score"),
+    ("engine", "engine.open"),
+    ("engine", "engine.sample"),
+    ("engine", "engine.score"),
     ("supervisor", "life.begin"),
     ("supervisor", "report"),
     ("supervisor", "sweep"),
@@ -286,7 +289,7 @@ def _plan() -> str:
 
 
 def _first(kind: str) -> str:
-    return f"{kind}/0" if kind in ("rollout", "judge") else kind
+    return f"{kind}/0" if kind in ("rollout", "judge", "engine") else kind
 
 
 def _points_of(kind: str) -> list[str]:

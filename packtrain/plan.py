@@ -28,7 +28,7 @@ from rl.footprint import require_machine
 from rl.forecast import Forecast, forecast
 from rl.hardware import DEVICES, Device
 from rl.roofline import Workload, workload_of
-from rl.room import PlacementError
+from rollout.places import PlacementError
 
 _HERD = FOLDER / "tiny" / "herd"
 """The student and the teacher that `herd` puts into place."""

@@ -19,7 +19,7 @@ from ground.shape import ModelShape
 from rl.adapter_shape import adapter_parameters
 from rl.config import RlSection
 from rl.hardware import Device, Efficiency
-from rl.room import Want, require_room
+from rollout.places import Want, require_room
 
 _FULL = 4
 """Bytes of the learner's numbers: it computes in FP32 where it sums."""

@@ -1,6 +1,6 @@
 """Which model gets how many devices: pure arithmetic on speeds, widths and memory.
 
-    plan(Devices, consumers) ──▶ Placement, or PlacementError with want and have (rl/room.py)
+    plan(Devices, consumers) ──▶ Placement, or PlacementError with want and have (rollout/places.py)
 
 Learner, rollout, teacher, judge and reward all have to be through with a sample before it counts.
 Consumer i takes c_i device-seconds for one and gets n_i devices, so it is through with one every
@@ -22,7 +22,8 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
-from rl.room import Consumer, Devices, Want, fits, refusal
+from rl.room import Consumer, Devices, fits
+from rollout.places import Want, refusal
 
 _HALVINGS = 60
 _ROUNDING = 1e-12

@@ -33,7 +33,7 @@ from ray.train.v2.api.data_parallel_trainer import DataParallelTrainer
 
 from ground.console import plain_text
 from ground.errors import FailureKind, InfraError, PacktrainError, SetupError
-from rl.preflight import ClusterStartError
+from rollout.preflight import ClusterStartError
 
 Settings = Mapping[str, object]
 

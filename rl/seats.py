@@ -14,7 +14,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from rl.room import Want, in_words, places, refusal
+from rollout.places import Want, in_words, places, refusal
 
 Resources = Mapping[str, float]
 

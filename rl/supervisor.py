@@ -26,13 +26,13 @@ from rl.cluster import cluster
 from rl.job import Job, Report
 from rl.learner_process import LearnerProcess
 from rl.pool import Pool
-from rl.preflight import ClusterStartError
-from rl.processes import Reserved
 from rl.pulse import remote_pulse
 from rl.ranks import Ranks
 from rl.share import Share, Split
 from rl.speaker import error_of
 from rl.watchdog import stacks_folder, watched
+from rollout.preflight import ClusterStartError
+from rollout.processes import Reserved
 
 _GRACE_SECONDS = 20.0
 """How long a learner may take to finish its step and save after a signal."""

@@ -4,7 +4,8 @@
                      └─ lost, late, or failed for no fault of the group ─▶ next attempt elsewhere
 
 Who is well is the roster's business, as with the fleet (rollout/roster.py): restarts within
-`rl.fleet.max_restarts`, hung ones are replaced, and the run ends when none is left.
+`rl.fleet.max_restarts`, hung ones are replaced, and the run ends when none is left. Who is asked is
+the dealer's (rollout/dealer.py).
 """
 
 from __future__ import annotations
@@ -15,11 +16,11 @@ from typing import Protocol, cast
 
 from distill.config import RolloutDistillSection
 from distill.word import Word
-from ground.errors import InfraError
 from ground.records import Group
 from rl.teacher_use import TeacherUse
 from rl.teacher_worker import TeacherConfig, TeacherWorker
 from rollout.config import FleetSection
+from rollout.dealer import Dealer
 from rollout.fleet import WorkerStats, stats_of
 from rollout.machines import Machines, StillMachines
 from rollout.ray_worker import RayMember
@@ -29,8 +30,6 @@ from rollout.seat import Crew, Member, Seat
 _CREW = Crew("teacher", "teachers", "rl.distill.pass_tokens", "rl.distill.num_teachers")
 _IN_HAND = 2
 """Groups that a teacher is given at a time: the next one is there when it is through with one."""
-_MAX_FAILED = 3
-"""Groups in a row that may fail on a teacher who still answers pings, before he is replaced."""
 Said = tuple[Word, float]
 """A word, and the seconds that it took."""
 
@@ -82,6 +81,7 @@ class Teachers:
         self._roster = Roster[TeacherMember](
             self._section, spawn, note, machines or StillMachines(), _CREW
         )
+        self._dealer = Dealer(self._roster, self._section.max_attempts, _IN_HAND)
         self._seconds, self._rollouts = 0.0, 0
 
     @property
@@ -107,19 +107,20 @@ class Teachers:
             WorkersLostError: none is left.
             PacktrainError: what a teacher says is wrong with the group, or with itself.
         """
-        causes: list[str] = []
-        tried: set[int] = set()
-        for _ in range(self._section.max_attempts):
-            seat = await self._least_asked(tried)
-            tried.add(seat.index)
-            try:
-                return await self._attempt(seat, group)
-            except InfraError as error:
-                causes.append(f"{seat.name}: {error.what}")
-        raise InfraError(
-            f"a teacher must speak to group {group.id} in {self._section.max_attempts} attempts",
+
+        async def attempt(seat: Seat[TeacherMember], number: int) -> Word:
+            assert seat.worker
+            call, seconds = seat.worker.speak(group), self._deadline * seat.in_flight
+            word, seconds = await seat.within(seconds, f"the word on {group.id}", call)
+            self._seconds += seconds
+            self._rollouts += len(group.rollouts)
+            return word
+
+        return await self._dealer.deal(
+            f"a teacher's word on group {group.id}",
+            attempt,
             where="teachers",
-            why="; ".join(causes),
+            fix="look at the teachers' logs for what this group does to them",
         )
 
     def use(self) -> TeacherUse:
@@ -138,40 +139,3 @@ class Teachers:
     async def close(self) -> None:
         """End all; their processes are gone when this returns."""
         await self._roster.close()
-
-    async def _attempt(self, seat: Seat[TeacherMember], group: Group) -> Word:
-        assert seat.worker
-        life = seat.lost
-        seat.in_flight += 1
-        try:
-            call, seconds = seat.worker.speak(group), self._deadline * seat.in_flight
-            word, seconds = await seat.within(seconds, f"the word on {group.id}", call)
-        except InfraError as error:
-            if not life.done():
-                self._count_failure(seat, error)
-            raise
-        finally:
-            seat.in_flight -= 1
-            self._roster.tell()
-        seat.failures = seat.failed_tasks = 0
-        self._seconds += seconds
-        self._rollouts += len(group.rollouts)
-        return word
-
-    def _count_failure(self, seat: Seat[TeacherMember], error: InfraError) -> None:
-        seat.failed_tasks += 1
-        if seat.failed_tasks >= _MAX_FAILED:
-            seat.lose(f"{seat.failed_tasks} groups in a row failed, the last with: {error.what}")
-
-    async def _least_asked(self, tried: set[int]) -> Seat[TeacherMember]:
-        """Of those with a place free, one that has not failed at this group if there is any.
-
-        A group waits here, where no deadline runs, while all that serve have their hands full.
-        """
-
-        def free() -> list[Seat[TeacherMember]]:
-            seats = [seat for seat in self._roster.seats if seat.is_serving]
-            return [seat for seat in seats if seat.in_flight < _IN_HAND]
-
-        await self._roster.until(lambda: bool(free()))
-        return min(free(), key=lambda seat: (seat.index in tried, seat.in_flight, seat.index))

@@ -25,8 +25,8 @@ from rl.job import Job, Report
 from rl.journal import Journal, read_journal
 from rl.ledger import audit_ledger
 from rl.pool import split_pool
-from rl.processes import Reserved, reserved
 from rollout.judge_source import JudgeSource, judge_of
+from rollout.processes import Reserved, reserved
 from rollout.sandbox_probe import sandbox_facts
 
 if TYPE_CHECKING:
@@ -52,8 +52,7 @@ def train(stage: Stage[RlSection]) -> dict[str, object]:
 
         host(_roll(environment), environment)
         return {}
-    record = stage.run.path / "log" / "rl.processes.json"
-    with _hosts(launch, environment) as hosts, reserved(record) as ours:
+    with _hosts(launch, environment) as hosts, reserved(stage.record) as ours:
         prompts = read_prompts(stage.trail.prompts_before("rl"), stage.head.data, stage.directory)
         sandbox = sandbox_facts(prompts, stage.head.sandbox)
         judge = judge_of(prompts, stage.trail)

@@ -43,14 +43,14 @@ from rl.cluster import Others, free_machines, machines, seats_beside
 from rl.hosts import Hosts, host_life
 from rl.job import Job
 from rl.learner_process import LearnerProcess, learner_process
-from rl.preflight import ClusterStartError
 from rl.ray_train import own_error, seated_trainer
-from rl.room import in_words, wait_for_room
 from rl.seats import Machine
 from rl.speaker import facts_of
 from rl.watchdog import dump_stacks
 from rollout.failures import sorted_failures
 from rollout.luggage import Luggage, own_folder
+from rollout.places import in_words, wait_for_room
+from rollout.preflight import ClusterStartError
 
 _DEVICES = "CUDA_VISIBLE_DEVICES"
 _START_SECONDS = 180.0

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 
 from ground.config import JudgeSettings
 from ground.records import Prompt
-from rollout.engine import Engine, PromptTooLong, Scores
+from rollout.engine import Inference, PromptTooLong, Scores
 from rollout.judge_canaries import Canary, Sung, canaries_of
 from rollout.judge_guard import Cleaned, Refusal, clean, refusal
 from rollout.judge_readers import LikelihoodReader, Reader, Reading, Row, VerdictReader
@@ -45,7 +45,7 @@ class AnswerJudge:
     """
 
     def __init__(
-        self, engine: Engine, chat: ChatTemplate, settings: JudgeSettings, secret: bytes
+        self, engine: Inference, chat: ChatTemplate, settings: JudgeSettings, secret: bytes
     ) -> None:
         self._engine, self._chat, self._settings = engine, chat, settings
         self._reader: Reader = (

@@ -2,7 +2,7 @@
 
 A vLLM engine that is cut over GPUs needs them all on one machine, so a worker with GPUs has one
 bundle of a placement group of its own; importable without Ray. Whether the cluster has room for all
-of them is asked before the first is born (rl/room.py).
+of them is asked before the first is born (rollout/places.py).
 """
 
 from __future__ import annotations

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 from ground.config import Systems
 from ground.records import Message, Prompt
 from rollout.config import EvaluateSection
-from rollout.engine import Engine
+from rollout.engine import Inference
 from rollout.evaluation import Measured, measure
 from rollout.passk import wilson
 from rollout.reward_pool import Verifier
@@ -26,7 +26,7 @@ _SETS: tuple[Among, ...] = ("trained", "untrained")
 
 
 def measure_compliance(
-    engine: Engine,
+    engine: Inference,
     chat: ChatTemplate,
     prompts: Sequence[Prompt],
     pool: Verifier,

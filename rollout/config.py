@@ -169,7 +169,26 @@ class FleetSection(Section):
         return self
 
 
-class MeasureSection(Section):
+class EnginesSection(Section):
+    """What a stage samples and scores with."""
+
+    engine: EngineSection = EngineSection()
+    replicas: int = Field(default=0, ge=0)
+    """Engines in processes of their own, on whatever machines of the Ray cluster have room (on this
+    one where the run is no job of a cluster); 0: one, in the stage's own process. Whoever answers
+    and whoever dies meanwhile, the answers are the same."""
+    cpus_per_replica: float = Field(default=1.0, gt=0)
+    """Processors that Ray reserves for each of them."""
+
+    @property
+    def fleet(self) -> FleetSection:
+        """The replicas, held to the same rules as rollout workers."""
+        return FleetSection(
+            num_workers=max(self.replicas, 1), cpus_per_worker=self.cpus_per_replica, spare=False
+        )
+
+
+class MeasureSection(EnginesSection):
     """How a model is measured on prompts: sampled so and so often, scored, counted."""
 
     samples: int = Field(default=16, ge=1)
@@ -180,7 +199,6 @@ class MeasureSection(Section):
     """Of the samples; entropy is that of the model only at 1."""
     max_new_tokens: int = Field(default=128, ge=1)
     """Tokens of a completion at most; a prompt that leaves less room is skipped and counted."""
-    engine: EngineSection = EngineSection()
     reward_processes: int = Field(default=1, ge=1)
     """Killable verifier processes."""
     reward_deadline_seconds: float = Field(default=10.0, gt=0)

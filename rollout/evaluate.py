@@ -13,7 +13,6 @@ from ground.storage import write_file
 from ground.tables import write_rows
 from rollout.compliance_evaluation import measure_compliance
 from rollout.config import EvaluateSection
-from rollout.engines import open_engine
 from rollout.evaluation import (
     PROMPT_SCHEMA,
     choose_prompts,
@@ -23,6 +22,7 @@ from rollout.evaluation import (
     summarise,
 )
 from rollout.heldout import read_heldout
+from rollout.inference import inference
 from rollout.judge_pool import beside_judge
 from rollout.judge_source import judge_of
 from rollout.reward_pool import RewardPool
@@ -40,38 +40,35 @@ def evaluate(stage: Stage[EvaluateSection]) -> dict[str, object]:
     sandbox = sandbox_facts(prompts, stage.head.sandbox)
     judge = judge_of(prompts, stage.trail)
     start = time.monotonic()
-    engine, chat = open_engine(model, section.engine)
-    try:
-        with (
-            RewardPool(
-                section.reward_processes,
-                section.reward_deadline_seconds,
-                stage.head.rewards,
-                sandbox=stage.head.sandbox,
-            ) as rules,
-            beside_judge(rules, judge) as pool,
-        ):
-            measured = measure(
-                engine,
-                chat,
-                prompts,
-                pool,
-                section.sampling,
-                samples=section.samples,
-                seed=seed,
-                greedy=section.greedy,
-                progress=reporter(stage.directory),
+    with (
+        inference(model, section, stage.record, "evaluate") as (engine, chat),
+        RewardPool(
+            section.reward_processes,
+            section.reward_deadline_seconds,
+            stage.head.rewards,
+            sandbox=stage.head.sandbox,
+        ) as rules,
+        beside_judge(rules, judge) as pool,
+    ):
+        measured = measure(
+            engine,
+            chat,
+            prompts,
+            pool,
+            section.sampling,
+            samples=section.samples,
+            seed=seed,
+            greedy=section.greedy,
+            progress=reporter(stage.directory),
+        )
+        result = {"model": str(model), **sandbox, **summarise(measured, section.k, seed)}
+        if section.greedy:
+            result["greedy"] = greedy_accuracy(measured)
+        systems = stage.head.systems
+        if systems.is_checked and section.systems:
+            result["systems"] = measure_compliance(
+                engine, chat, prompts, pool, section, systems, seed
             )
-            result = {"model": str(model), **sandbox, **summarise(measured, section.k, seed)}
-            if section.greedy:
-                result["greedy"] = greedy_accuracy(measured)
-            systems = stage.head.systems
-            if systems.is_checked and section.systems:
-                result["systems"] = measure_compliance(
-                    engine, chat, prompts, pool, section, systems, seed
-                )
-    finally:
-        engine.close()
     result["seconds"] = round(time.monotonic() - start, 1)
     write_file(stage.directory / "evaluation.json", json.dumps(result, indent=2) + "\n")
     rows = prompt_rows(measured, section.examples)

@@ -22,7 +22,7 @@ import pyarrow as pa
 from ground.errors import DataError, InfraError
 from ground.records import Prompt, Rollout
 from rollout.config import SamplingSection
-from rollout.engine import Completion, Engine, PromptTooLong, Request
+from rollout.engine import Completion, Inference, PromptTooLong, Request
 from rollout.passk import passes, wilson
 from rollout.quality import Fault, fault_of, typical
 from rollout.reward_pool import Verifier
@@ -105,7 +105,7 @@ class Measured:
 
 
 def measure(
-    engine: Engine,
+    engine: Inference,
     chat: ChatTemplate,
     prompts: Sequence[Prompt],
     reward_pool: Verifier,
@@ -249,7 +249,7 @@ class _Asked:
 
 
 def _ask(
-    engine: Engine,
+    engine: Inference,
     chat: ChatTemplate,
     prompt: Prompt,
     max_new_tokens: int,

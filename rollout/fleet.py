@@ -1,10 +1,10 @@
 """The rollout workers of a run as one: gives groups to whoever is well, and again if he is lost.
 
-    rollout(task) → attempt on the healthy worker with the least to do → Group
+    rollout(task) → attempt on a healthy worker → Group
                         └─ lost, late, or failed for no fault of the task ─▶ next attempt elsewhere
 
-Who is well is the roster's business (rollout/roster.py). Nothing is queued or dropped here: a
-caller waits until a worker is there.
+Who is well is the roster's business (rollout/roster.py), who gets a group the dealer's
+(rollout/dealer.py); here are a group's deadlines and what the fleet has done.
 """
 
 from __future__ import annotations
@@ -18,13 +18,13 @@ from dataclasses import dataclass, field
 from ground.errors import InfraError
 from ground.records import Group
 from rollout.config import FleetSection
+from rollout.dealer import Dealer
 from rollout.machines import Machines, StillMachines
 from rollout.roster import Event, Roster
 from rollout.seat import WORKERS, Crew, Seat, Worker
 from rollout.task import GroupResult, GroupTask
 
-_MAX_FAILED_TASKS = 3
-"""Tasks in a row that may fail on a worker which still answers pings, before it is replaced."""
+_FIX = "look at the workers' logs for what this prompt does to them"
 
 
 @dataclass(frozen=True, slots=True)
@@ -125,12 +125,13 @@ class Fleet:
         crew: Crew = WORKERS,
         most_each: float = math.inf,
     ) -> None:
-        self._section, self._note, self._most_each = section, note, most_each
+        self._section, self._note = section, note
         self._full_at, self._now = full_at, now
         self._filled = self._filled_seconds = self._reward_seconds = 0.0
         self._rollouts, self._since = 0, now()
         self._roster = Roster(section, spawn, note, machines or StillMachines(), crew)
-        self._groups = self._tokens = self._retries = 0
+        self._dealer = Dealer(self._roster, section.max_attempts, most_each, self._loaded)
+        self._groups = self._tokens = 0
 
     async def start(self) -> None:
         """Bring up all workers; returns when each has answered or been given up.
@@ -159,22 +160,11 @@ class Fleet:
             WorkersLostError: too few workers are left.
             PacktrainError: what the worker says is wrong with the task.
         """
-        causes: list[str] = []
-        tried: set[int] = set()
-        for attempt in range(self._section.max_attempts):
-            seat = await self._least_loaded(tried)
-            tried.add(seat.index)
-            try:
-                return await self._attempt(seat, task, attempt)
-            except InfraError as error:
-                causes.append(f"{seat.name}: {error.what}")
-                self._retries += 1
-        raise InfraError(
-            f"group {task.id} must be done in {self._section.max_attempts} attempts",
-            where="fleet",
-            why="; ".join(causes),
-            fix="look at the workers' logs for what this prompt does to them",
-        )
+
+        async def attempt(seat: Seat[Worker], number: int) -> Group:
+            return await self._attempt(seat, task, number)
+
+        return await self._dealer.deal(f"group {task.id}", attempt, where="fleet", fix=_FIX)
 
     def resize(self, num_workers: int) -> None:
         """Have so many workers from now on; see `Roster.resize`."""
@@ -198,7 +188,7 @@ class Fleet:
             groups=self._groups,
             tokens=self._tokens,
             restarts=self._roster.restarts,
-            retries=self._retries,
+            retries=self._dealer.retries,
             verdicts=dict(sum((Counter(s.pong.verdicts) for s in self._roster.seats), Counter())),
         )
 
@@ -208,24 +198,14 @@ class Fleet:
 
     async def _attempt(self, seat: Seat[Worker], task: GroupTask, attempt: int) -> Group:
         assert seat.worker
-        started, life = time.time(), seat.lost
-        self._load(seat, 1)
-        try:
-            result = await seat.within(
-                self._section.rollout_deadline_seconds,
-                f"group {task.id}",
-                seat.worker.rollout(task, attempt),
-                more=self._put_offs(seat, task, attempt),
-            )
-            _check_is_ours(result, task, attempt)
-        except InfraError as error:
-            if not life.done():
-                self._count_failure(seat, error)
-            raise
-        finally:
-            self._load(seat, -1)
-            self._roster.tell()
-        seat.failures = seat.failed_tasks = 0
+        started = time.time()
+        result = await seat.within(
+            self._section.rollout_deadline_seconds,
+            f"group {task.id}",
+            seat.worker.rollout(task, attempt),
+            more=self._put_offs(seat, task, attempt),
+        )
+        _check_is_ours(result, task, attempt)
         self._groups += 1
         self._tokens += result.num_tokens
         self._rollouts += len(result.group.rollouts)
@@ -233,11 +213,9 @@ class Fleet:
         self._mark(seat, started, task, attempt, result)
         return result.group
 
-    def _load(self, seat: Seat[Worker], groups: int) -> None:
-        """A worker gets a group, or is rid of one."""
-        before = min(seat.in_flight / self._full_at, 1.0)
-        seat.in_flight += groups
-        self._count(min(seat.in_flight / self._full_at, 1.0) - before)
+    def _loaded(self, before: int, now: int) -> None:
+        """A worker got a group, or is rid of one."""
+        self._count(min(now / self._full_at, 1.0) - min(before / self._full_at, 1.0))
 
     def _count(self, change: float) -> None:
         """Sum up how full the workers were until now; from now on it is so much more."""
@@ -258,22 +236,6 @@ class Fleet:
         if id_ in seat.pong.scoring:
             turns = 1 + seat.in_flight // section.reward_processes
             yield turns * 2 * len(task.seeds) * section.reward_deadline_seconds
-
-    def _count_failure(self, seat: Seat[Worker], error: InfraError) -> None:
-        """A worker may answer pings and still do no work: too many in a row end its life."""
-        seat.failed_tasks += 1
-        if seat.failed_tasks >= _MAX_FAILED_TASKS:
-            seat.lose(f"{seat.failed_tasks} groups in a row failed, the last with: {error.what}")
-
-    async def _least_loaded(self, tried: set[int]) -> Seat[Worker]:
-        """Of those with a place free, one that has not failed at this task if there is any."""
-
-        def free() -> list[Seat[Worker]]:
-            seats = [seat for seat in self._roster.seats if seat.is_serving]
-            return [seat for seat in seats if seat.in_flight < self._most_each]
-
-        await self._roster.until(lambda: bool(free()))
-        return min(free(), key=lambda seat: (seat.index in tried, seat.in_flight, seat.index))
 
     def _mark(
         self, seat: Seat[Worker], started: float, task: GroupTask, attempt: int, result: GroupResult

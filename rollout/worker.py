@@ -29,7 +29,7 @@ from ground.records import Group
 from ground.roles import enter_role
 from rollout.compliance import with_compliance
 from rollout.config import EngineSection
-from rollout.engine import Completion, Engine, Request
+from rollout.engine import Completion, Engine, Request, completed
 from rollout.failures import sorted_failures
 from rollout.judge_reward import AWAITING, JUDGE
 from rollout.luggage import Luggage
@@ -222,10 +222,8 @@ class RolloutWorker:
 
     async def _sample(self, requests: Sequence[Request]) -> list[Completion]:
         """All completions; leaves nothing running if it is cancelled or one of them fails."""
-        futures = []
         try:
-            futures.extend(asyncio.wrap_future(self._engine.submit(each)) for each in requests)
-            return list(await asyncio.gather(*futures))
+            return await completed([self._engine.submit(each) for each in requests])
         except BaseException:
             ids = [request.id for request in requests]
             self._orders.submit(self._engine.abort, ids)

@@ -202,8 +202,8 @@ def armed(ray_local: None, tmp_path: Path) -> Iterator[Callable[[Faults], Faults
 def _start_ray() -> None:
     import ray
 
-    from rl.cluster import system_config
-    from rl.lean_ray import lean_ray
+    from rollout.cluster import system_config
+    from rollout.lean_ray import lean_ray
 
     with lean_ray():
         ray.init(

@@ -25,7 +25,7 @@ from rl.footprint import (
 from rl.forecast import forecast, useful_engines
 from rl.hardware import DEVICES, Efficiency
 from rl.roofline import Workload, decoding_step, handover_seconds, learner_seconds, workload_of
-from rl.room import PlacementError
+from rollout.places import PlacementError
 
 ROOT = Path(__file__).parents[1]
 LLAMA = read_shape(ROOT / "recipes" / "llama8b" / "shape")

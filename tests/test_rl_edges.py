@@ -18,9 +18,9 @@ from rl.cluster import cluster
 from rl.config import RlSection
 from rl.journal import Journal, read_journal
 from rl.pool import split_pool
-from rl.room import PlacementError
 from rl.snapshot import restore
 from rollout.config import EngineSection, FleetSection
+from rollout.places import PlacementError
 
 
 def make_prompts(count: int) -> list[Prompt]:

@@ -19,7 +19,7 @@ START = """
 import subprocess, sys, time
 from psutil import Process
 from pathlib import Path
-from rl.processes import reserved
+from rollout.processes import reserved
 
 SLEEP = [sys.executable, "-c", "import time; time.sleep(600)"]
 with reserved(Path(sys.argv[1])) as ours:
@@ -27,7 +27,7 @@ with reserved(Path(sys.argv[1])) as ours:
         marked = subprocess.Popen(SLEEP, start_new_session=True)
         with (ours.folder / "open").open("w") as file:  # as Ray's workers: the mark is overwritten
             titled = subprocess.Popen(SLEEP, start_new_session=True, env={}, stdout=file)
-        (reaper,) = [p for p in Process().children() if "rl.reaper" in p.cmdline()]
+        (reaper,) = [p for p in Process().children() if "rollout.reaper" in p.cmdline()]
         print(reaper.pid, marked.pid, titled.pid, ours.folder, flush=True)
         time.sleep(600)
 print("done")

@@ -11,7 +11,8 @@ from collections.abc import Sequence
 import pytest
 
 from rl.placement import plan
-from rl.room import Consumer, Devices, PlacementError, Want, fits, require_room
+from rl.room import Consumer, Devices, fits
+from rollout.places import PlacementError, Want, require_room
 
 
 def test_side_by_side_the_learners_share_is_its_cost_over_both() -> None:

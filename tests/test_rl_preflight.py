@@ -18,8 +18,8 @@ import ray
 from ray_nodes import Nodes
 
 from ground.errors import InfraError, SetupError
-from rl import preflight
-from rl.preflight import ClusterStartError, check_cluster
+from rollout import preflight
+from rollout.preflight import ClusterStartError, check_cluster
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(120)]
 
@@ -136,7 +136,7 @@ def test_who_holds_the_clusters_port_is_named(monkeypatch: pytest.MonkeyPatch) -
 OWN = """
 import sys
 from pathlib import Path
-from rl.processes import reserved
+from rollout.processes import reserved
 
 with reserved(Path(sys.argv[1]) / "left.json") as ours:
     import ray

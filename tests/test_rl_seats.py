@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from rl.room import PlacementError, wait_for_room
 from rl.seats import Machine, Wanted, seats
+from rollout.places import PlacementError, wait_for_room
 
 FIX = "add machines"
 

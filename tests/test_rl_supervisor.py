@@ -23,12 +23,12 @@ from ground.stacks import collect
 from ground.strikes import hang_gil, segv
 from rl import learner_process
 from rl.actors import KeeperCheck
-from rl.cluster import ClusterStartError
 from rl.config import RlSection
 from rl.job import Job, Report, phase
 from rl.learner_process import LearnerProcess
 from rl.supervisor import Budget
 from rl.watchdog import LOOP_FILE, Watchdog
+from rollout.preflight import ClusterStartError
 
 LOST = InfraError("the learner must go on, it was silent")
 

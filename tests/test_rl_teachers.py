@@ -23,11 +23,11 @@ from ground.records import Group
 from rl.balance import Balance
 from rl.cluster import cluster
 from rl.groups import outcome_of
-from rl.room import PlacementError, Places, require_places
 from rl.teacher_use import TeacherUse
 from rl.teachers import Teachers
 from rollout.config import EngineSection, FleetSection
 from rollout.fleet import FleetUse
+from rollout.places import PlacementError, Places, require_places
 from rollout.seat import WorkerDiedError
 from rollout.simulation import run_virtual
 from rollout.task import Loaded, Pong
@@ -273,20 +273,22 @@ def test_teachers_without_room_are_refused_with_the_table_before_ray_starts(tmp_
     assert "teachers         4096" in caught.value.why
 
 
+def workers(count: int, bundle: dict[str, float]) -> Places:
+    return Places("rollout workers", count, bundle)
+
+
 def test_on_machines_of_a_cluster_teachers_and_workers_share_the_room() -> None:
     """A GPU each: 2 machines of 1 GPU seat a teacher and a worker, but not two workers as well."""
     nodes = [{"CPU": 4.0, "GPU": 1.0}, {"CPU": 4.0, "GPU": 1.0}]
     device = {"CPU": 1.0, "GPU": 1.0}
     teachers = [Places("teachers", 1, device)]
-    require_places(1, device, nodes, fix="", besides=teachers)
+    require_places(workers(1, device), nodes, where="", fix="", besides=teachers)
     with pytest.raises(PlacementError, match="they want 3 places, there are 2"):
-        require_places(2, device, nodes, fix="", besides=teachers)
+        require_places(workers(2, device), nodes, where="", fix="", besides=teachers)
     four = [Places("teachers", 4, {"CPU": 1.0})]
-    require_places(8, {"CPU": 0.5}, nodes, fix="", besides=four)
+    require_places(workers(8, {"CPU": 0.5}), nodes, where="", fix="", besides=four)
     with pytest.raises(PlacementError, match="they want 13 places, there are 12"):
-        require_places(
-            9, {"CPU": 0.5}, nodes, fix="", besides=[Places("teachers", 4, {"CPU": 1.0})]
-        )
+        require_places(workers(9, {"CPU": 0.5}), nodes, where="", fix="", besides=four)
 
 
 @pytest.mark.slow

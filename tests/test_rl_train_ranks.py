@@ -29,9 +29,7 @@ from ground.roll import Roll
 from ground.strikes import delay
 from rl.cluster import Others, free_machines, machines, seats_beside
 from rl.config import RlSection
-from rl.preflight import ClusterStartError
 from rl.ray_train import own_error
-from rl.room import PlacementError
 from rl.seats import Machine
 from rl.speaker import error_of
 from rl.train_ranks import (
@@ -43,6 +41,8 @@ from rl.train_ranks import (
 )
 from rollout.judge_source import JudgeSource
 from rollout.luggage import Luggage
+from rollout.places import PlacementError
+from rollout.preflight import ClusterStartError
 
 STEPS = 8
 ONE: dict[str, object] = RL | {

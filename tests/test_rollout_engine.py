@@ -5,6 +5,7 @@ Sampling itself (bits, distribution, log-probs) is in test_rollout_hf_engine.py.
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future
 from concurrent.futures import TimeoutError as FutureTimeoutError
@@ -16,9 +17,9 @@ from conftest import make_tiny_llama, make_tiny_model
 
 from ground.errors import DataError, InfraError
 from ground.model import load_model, tensors_of
-from ground.records import Span
+from ground.records import Segment, Span
 from rollout.config import EngineSection
-from rollout.engine import Completion, Engine, Request, generate, spans_of
+from rollout.engine import Completion, Engine, Request, completed, generate, spans_of
 from rollout.engines import open_engine
 from rollout.fake_engine import FakeEngine
 from rollout.seeds import sample_seed, uniforms
@@ -231,3 +232,34 @@ def test_uniforms_are_splitmix64_and_uniform() -> None:
     assert abs(np.corrcoef(numbers[:-1], numbers[1:])[0, 1]) < 0.01
     neighbours = uniforms(np.arange(100_000, dtype=np.uint64), np.zeros(100_000, dtype=np.uint64))
     assert abs(np.corrcoef(neighbours[:-1], neighbours[1:])[0, 1]) < 0.01
+
+
+def test_futures_that_belong_together_wake_their_waiter_once_and_keep_their_order() -> None:
+    wakes: list[object] = []
+
+    async def wait(futures: list[Future[Completion]]) -> list[Completion]:
+        loop = asyncio.get_running_loop()
+        plain = loop.call_soon_threadsafe
+
+        def counted(callback: Callable[[], object]) -> object:
+            wakes.append(callback)
+            return plain(callback)
+
+        loop.call_soon_threadsafe = counted  # pyright: ignore[reportAttributeAccessIssue]
+        waiter = asyncio.create_task(completed(futures))
+        await asyncio.sleep(0)
+        for number in (2, 0, 1):
+            futures[number].set_result(Completion(str(number), Segment("policy", (), ()), "stop"))
+        return await waiter
+
+    found = asyncio.run(wait([Future() for _ in range(3)]))
+    assert [each.id for each in found] == ["0", "1", "2"] and len(wakes) == 1
+    assert asyncio.run(completed([])) == []
+
+
+def test_of_futures_that_belong_together_one_that_fails_fails_them() -> None:
+    good, bad = Future[Completion](), Future[Completion]()
+    good.set_result(Completion("0", Segment("policy", (), ()), "stop"))
+    bad.set_exception(InfraError("the engine is dead"))
+    with pytest.raises(InfraError, match="the engine is dead"):
+        asyncio.run(completed([good, bad]))

@@ -277,7 +277,7 @@ def test_memory_that_runs_out_in_the_decode_thread_replaces_the_worker(
 
     run_fleet(births, scenario)
     [lost] = births.events_of("lost")
-    assert "groups in a row failed" in str(lost["cause"]) and "MemoryError" in str(lost["cause"])
+    assert "tasks in a row failed" in str(lost["cause"]) and "MemoryError" in str(lost["cause"])
 
 
 @pytest.mark.slow

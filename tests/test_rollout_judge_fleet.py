@@ -17,16 +17,16 @@ from ground.errors import DataError, InfraError, WorkersLostError
 from ground.faults import Faults
 from ground.records import Group, Message, Prompt, Rollout, Segment, Span
 from ground.strikes import kill9
-from rl.cluster import Others, _require_processors
+from rl.cluster import Others, need_of
 from rl.config import LearnerSection
-from rl.room import PlacementError, Places, require_places
 from rollout.compliance import Demand
-from rollout.config import FleetSection, SamplingSection
+from rollout.config import EngineSection, FleetSection, SamplingSection
 from rollout.fleet import Event, Fleet
 from rollout.judge_canaries import JudgeError, Sung
 from rollout.judge_fleet import JUDGES, JudgedFleet, Unjudged, as_judge_event
 from rollout.judge_source import JudgeSource
 from rollout.judge_worker import JudgeConfig, JudgedGroup, JudgeTask, JudgeWorker
+from rollout.places import PlacementError, Places, require_places, require_room
 from rollout.reward_pool import ScoredText
 from rollout.simulation import run_virtual
 from rollout.task import GroupResult, GroupTask, Loaded, Pong
@@ -246,9 +246,10 @@ def test_judges_want_room_beside_workers_and_ranks() -> None:
         seed=0,
     )
     fleet, others = FleetSection(num_workers=2), Others(None, source)
-    assert _require_processors(fleet, LearnerSection(), others, 5.0) == 5.0
+    need = need_of(fleet, EngineSection(), LearnerSection(), others, HERD / "student")
+    assert sum(want.count for want in need.processors) == 5.0
     with pytest.raises(PlacementError, match=r"want 5 processors, there are 4.9") as refused:
-        _require_processors(fleet, LearnerSection(), others, 4.9)
+        require_room(need.processors, 4.9, "processors", where=need.where, fix=need.fix)
     assert "judges" in refused.value.why and "judge: replicas x" in refused.value.why
 
 
@@ -256,11 +257,12 @@ def test_a_cluster_must_hold_workers_and_judges_at_once() -> None:
     nodes = [{"CPU": 4.0, "GPU": 2.0}]
     device = {"CPU": 1.0, "GPU": 1.0}
     judges = Places("judges", 1, device)
-    require_places(1, device, nodes, fix="", besides=[judges])
+    workers = Places("rollout workers", 1, device)
+    require_places(workers, nodes, where="", fix="", besides=[judges])
     with pytest.raises(PlacementError, match="want 3 places, there are 2"):
-        require_places(1, device, nodes, fix="", besides=[replace(judges, count=2)])
+        require_places(workers, nodes, where="", fix="", besides=[replace(judges, count=2)])
     with pytest.raises(PlacementError, match="want 4 places, there are 2"):
-        require_places(1, device, nodes, fix="", besides=[replace(judges, count=3)])
+        require_places(workers, nodes, where="", fix="", besides=[replace(judges, count=3)])
 
 
 def test_a_judge_without_a_model_says_where_it_looked(tmp_path: Path) -> None:

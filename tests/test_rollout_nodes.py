@@ -20,7 +20,7 @@ import pytest
 from ray_links import LinkedNodes, why_not
 from rl_runs import wait_until
 
-from rl.cluster import system_config
+from rollout.cluster import system_config
 
 pytestmark = [pytest.mark.launch, pytest.mark.timeout(600)]
 

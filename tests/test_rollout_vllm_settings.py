@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 
 import pytest
@@ -17,7 +18,6 @@ from packtrain.recipe import read_recipe
 from packtrain.validate import check_inputs
 from rl.config import RlSection
 from rl.prober import Prober
-from rl.room import PlacementError, places, require_places
 from rollout import installed
 from rollout.bundle import bundle_of, with_affordable_spare
 from rollout.config import (
@@ -27,6 +27,7 @@ from rollout.config import (
     MeasureSection,
     SamplingSection,
 )
+from rollout.places import PlacementError, Places, places, require_places
 from rollout.task import WorkerConfig
 
 TINY = Path(__file__).parents[1] / "recipes/tiny/recipe.yaml"
@@ -95,6 +96,10 @@ def test_no_spare_holds_gpus_that_a_worker_could_use() -> None:
     assert with_affordable_spare(config(EngineSection()), CLUSTER).spare
 
 
+def workers(count: int, bundle: Mapping[str, float]) -> Places:
+    return Places("rollout workers", count, bundle)
+
+
 @pytest.mark.parametrize(
     ("parallel", "cpus", "nodes"), [(2, 1.0, CLUSTER[:1]), (8, 1.0, CLUSTER), (4, 17.0, CLUSTER)]
 )
@@ -103,7 +108,7 @@ def test_what_no_machine_has_is_refused_with_want_and_have(
 ) -> None:
     section = EngineSection(kind="vllm", tensor_parallel=parallel)
     with pytest.raises(SetupError, match="they want 1 places, there are 0") as error:
-        require_places(1, bundle_of(section, cpus, nodes), nodes, fix="")
+        require_places(workers(1, bundle_of(section, cpus, nodes)), nodes, where="", fix="")
     assert f"each {cpus:g} CPU and {parallel} GPU of one machine" in error.value.why
     assert "4 CPU and 0 GPU: 0" in error.value.why
 
@@ -116,9 +121,9 @@ def test_bundles_are_counted_machine_by_machine() -> None:
     assert places({"CPU": 2.0, "GPU": 4.0}, nodes) == [0, 2, 1]
     assert places({"CPU": 3.0, "GPU": 4.0}, nodes) == [0, 1, 1]
     assert places({"CPU": 0.1}, [{"CPU": 0.3}]) == [3]
-    require_places(7, {"CPU": 2.0}, nodes, fix="")
+    require_places(workers(7, {"CPU": 2.0}), nodes, where="", fix="")
     with pytest.raises(PlacementError, match="they want 8 places, there are 7"):
-        require_places(8, {"CPU": 2.0}, nodes, fix="")
+        require_places(workers(8, {"CPU": 2.0}), nodes, where="", fix="")
 
 
 def test_a_missing_vllm_is_told_before_anything_runs(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -162,6 +167,7 @@ GROUP = """
 import asyncio, sys, time
 from contextlib import suppress
 from dataclasses import replace
+from collections.abc import Mapping
 from pathlib import Path
 sys.path.insert(0, "tests")
 import ray

@@ -78,7 +78,7 @@ def reserved(record: Path) -> Iterator[Reserved]:
     left = {"mark": mark, "folder": str(folder), "host": pid_space()}
     write_file(record, json.dumps(left) + "\n")
     reaper = subprocess.Popen(
-        [sys.executable, "-m", "rl.reaper", f"{MARK}={mark}", str(folder), str(os.getpid())],
+        [sys.executable, "-m", "rollout.reaper", f"{MARK}={mark}", str(folder), str(os.getpid())],
         stdin=subprocess.PIPE,
         start_new_session=True,
     )

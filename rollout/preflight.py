@@ -3,7 +3,7 @@
     asked as we are   ─▶ its versions, or refused, or silent
     asked as nobody   ─▶ must be refused: whoever is let in can run code as us
 
-Each question is put by a process of its own, rl/knock.py, because `ray.init`
+Each question is put by a process of its own, rollout/knock.py, because `ray.init`
 waits for minutes for a cluster that is gone, and says something else of most of these.
 """
 
@@ -23,7 +23,7 @@ import psutil
 import ray
 
 from ground.errors import InfraError, SetupError
-from rl.processes import ADDRESS
+from rollout.processes import ADDRESS
 
 _PROBE_SECONDS = 20.0
 _MODE, _TOKEN, _TOKEN_PATH = "RAY_AUTH_MODE", "RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH"
@@ -59,14 +59,14 @@ def check_cluster(address: str) -> None:
     if address.startswith("ray://"):
         raise SetupError(
             f"{ADDRESS} must name the cluster itself, got a client's address: {address}",
-            where="rl",
+            where="Ray",
             fix="submit the command as a job: ray job submit -- packtrain run …",
         )
     _require_token_file(os.environ)
     answer = _ask(address, os.environ)
     if answer.silence:
         why = answer.silence + _holder_of(address)
-        raise ClusterStartError(must_answer(address), where="rl", why=why)
+        raise ClusterStartError(must_answer(address), where="Ray", why=why)
     if answer.refusal:
         raise _not_let_in(address, answer, os.environ)
     _require_versions(address, answer)
@@ -74,11 +74,11 @@ def check_cluster(address: str) -> None:
     stranger = _ask(address, nobody | {_MODE: "disabled"})
     if stranger.silence:
         why = f"asked without a token: {stranger.silence}"
-        raise ClusterStartError(must_answer(address), where="rl", why=why)
+        raise ClusterStartError(must_answer(address), where="Ray", why=why)
     if not stranger.refusal:
         raise SetupError(
             f"the Ray cluster at {address} must ask for a token, it lets anybody run code",
-            where="rl",
+            where="Ray",
             fix="start every node with RAY_AUTH_MODE=token and the same RAY_AUTH_TOKEN_PATH "
             "(`ray get-auth-token --generate` makes one)",
         )
@@ -91,7 +91,7 @@ def must_answer(address: str) -> str:
 
 def _ask(address: str, environment: Mapping[str, str]) -> Answer:
     """What the cluster says to somebody with this environment."""
-    line = [sys.executable, "-m", "rl.knock", address]
+    line = [sys.executable, "-m", "rollout.knock", address]
     try:
         done = subprocess.run(
             line, env=environment, capture_output=True, text=True, timeout=_PROBE_SECONDS
@@ -110,7 +110,7 @@ def _require_token_file(environment: Mapping[str, str]) -> None:
     if path and not environment.get(_TOKEN) and not Path(path).is_file():
         raise SetupError(
             f"{_TOKEN_PATH} must name the file with the cluster's token, there is none at {path}",
-            where="rl",
+            where="Ray",
             fix=f"copy the token there, or unset {_TOKEN_PATH}",
         )
 
@@ -119,7 +119,7 @@ def _not_let_in(address: str, answer: Answer, environment: Mapping[str, str]) ->
     says = "refuses ours" if environment.get(_MODE) == "token" else f"got none ({_MODE} is not set)"
     return SetupError(
         f"the Ray cluster at {address} asks for its token and {says}",
-        where="rl",
+        where="Ray",
         why=answer.refusal,
         fix=f"set {_MODE}=token, and {_TOKEN_PATH} to a copy of the token file that its nodes were "
         "started with",
@@ -133,7 +133,7 @@ def _require_versions(address: str, answer: Answer) -> None:
         raise SetupError(
             f"the Ray cluster at {address} must run what we run: it has Ray {answer.ray} and "
             f"Python {answer.python}, we have Ray {ours.ray} and Python {ours.python}",
-            where="rl",
+            where="Ray",
             fix=f"run the command with Python {answer.python} and ray=={answer.ray}, or start the "
             "cluster with ours",
         )

@@ -1,6 +1,7 @@
-"""Asks a Ray cluster what it runs: `python -m rl.knock ADDRESS`, in a process that may be killed.
+"""Asks a Ray cluster what it runs: `python -m rollout.knock ADDRESS`,
+in a process that may be killed.
 
-out: one line of JSON with `ray` and `python`, or `refusal`, or `silence` (rl/preflight.py)
+out: one line of JSON with `ray` and `python`, or `refusal`, or `silence` (rollout/preflight.py)
 """
 
 from __future__ import annotations

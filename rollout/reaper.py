@@ -1,4 +1,4 @@
-"""Ends everything of ours once its keeper is gone: `python -m rl.reaper MARK FOLDER PID`.
+"""Ends everything of ours once its keeper is gone: `python -m rollout.reaper MARK FOLDER PID`.
 
     waiting (stdin open) → process PID closed it, or died → all of ours killed → FOLDER removed
 
@@ -13,7 +13,7 @@ import shutil
 import sys
 from pathlib import Path
 
-from rl.processes import end_all
+from rollout.processes import end_all
 
 
 def main() -> int:

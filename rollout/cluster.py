@@ -1,0 +1,157 @@
+"""The Ray cluster that processes of ours live in: one of our own, or the one that we are a job of.
+
+RAY_ADDRESS set (as in a Ray job) → join that cluster       otherwise → start one, end it
+
+What they need of it is compared with what there is first: Ray would wait for ever.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import os
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import ray
+
+from ground import faults, stacks
+from ground.disk import require_space
+from ground.errors import SetupError
+from ground.signals import install_signals
+from rollout.lean_ray import lean_ray
+from rollout.places import Want, require_room, wait_for_room
+from rollout.preflight import ClusterStartError, check_cluster, must_answer
+from rollout.processes import MARK, cluster_address
+
+NAMESPACE = "packtrain"
+"""Of a cluster of our own; in another one each run has a namespace of its own."""
+_TRAVELS = (MARK, faults.VARIABLE, stacks.VARIABLE)
+"""Variables that go to our actors, which somebody else's raylets start; the run's token is none."""
+_SHARED_MEMORY = Path("/dev/shm")
+_OTHER_BYTES = 128 << 20
+"""In the object store, beside weights on their way."""
+
+
+@dataclass(frozen=True, slots=True)
+class Need:
+    """What ours need of a cluster.
+
+    Example:
+        Need([Want("engines", 2, "mine: replicas x cpus_per_replica")], check, "mine", "lower …")
+    """
+
+    processors: Sequence[Want]
+    """Of this machine, where the cluster is one of our own."""
+    check: Callable[[Sequence[Mapping[str, float]]], None]
+    """Refuses machines, by what each has, on which ours find no places."""
+    where: str
+    """The section of the recipe that a refusal names."""
+    fix: str
+    spare_cpus: float = 0.0
+    """Processors that Ray may give away though the machine has not got them."""
+    weights_bytes: int = 0
+    """On their way through the object store at a time."""
+    checks_own: bool = False
+    """Whether machines are checked even where the cluster is one of our own."""
+
+
+def cluster(
+    folder: Path, need: Need, *, namespace: str = NAMESPACE, seconds: float = 0.0
+) -> AbstractContextManager[str]:
+    """Join or start Ray; the body gets its address.
+
+    Args:
+        folder: for the files of a cluster of our own.
+        seconds: to wait for a machine that was lost, in a cluster that is joined.
+
+    Raises:
+        PlacementError: the machines have no room for all of ours.
+        SetupError: this one has less shared memory, or a cluster that we should join is none for us
+            (rollout/preflight.py).
+        ClusterStartError: Ray does not come up, or does not answer.
+    """
+    if address := cluster_address():
+        return _joined(address, need, namespace, seconds)
+    return _started(folder, need, namespace)
+
+
+def system_config() -> dict[str, object]:
+    """Ray's own settings, a new mapping for each start, since Ray adds to what it is given.
+
+    Its workers' niceness is 15 otherwise: beside any other busy program, a thirtieth of a core.
+    """
+    return {"worker_niceness": 0}
+
+
+def resources() -> list[Mapping[str, float]]:
+    """What each living machine of the cluster that we are in has."""
+    return [node["Resources"] for node in ray.nodes() if node["Alive"]]
+
+
+@contextmanager
+def _started(folder: Path, need: Need, namespace: str) -> Iterator[str]:
+    """A cluster on this machine: token authentication, no dashboard, files in `folder`."""
+    have = os.cpu_count() or 1
+    require_room(need.processors, have, "processors", where=need.where, fix=need.fix)
+    num_cpus = sum(want.count for want in need.processors) + need.spare_cpus
+    with _connected(
+        "Ray must come up on this machine",
+        need.where,
+        address="local",
+        num_cpus=max(math.ceil(num_cpus), 1),
+        include_dashboard=False,
+        object_store_memory=_store_bytes(need),
+        namespace=namespace,
+        _temp_dir=str(folder),
+        _system_config=system_config(),
+    ):
+        if need.checks_own:
+            need.check(resources())
+        yield ray.get_runtime_context().gcs_address
+
+
+@contextmanager
+def _joined(address: str, need: Need, namespace: str, seconds: float) -> Iterator[str]:
+    """Somebody's cluster; ours in it are the actors alone, which leave with us."""
+    check_cluster(address)
+    carried = {name: os.environ[name] for name in _TRAVELS if name in os.environ}
+    with _connected(
+        must_answer(address),
+        need.where,
+        address=address,
+        namespace=namespace,
+        runtime_env={"env_vars": carried},
+    ):
+        wait_for_room(lambda: need.check(resources()), seconds)
+        yield ray.get_runtime_context().gcs_address
+
+
+@contextmanager
+def _connected(purpose: str, where: str, **settings: object) -> Iterator[None]:
+    """Ray while the body runs, its failures as ours and its signal handlers undone."""
+    try:
+        with lean_ray():
+            ray.init(log_to_driver=False, logging_level=logging.WARNING, **settings)  # pyright: ignore[reportArgumentType]
+    except ValueError as error:
+        raise SetupError("Ray refuses these settings", where=where, why=str(error)) from error
+    except Exception as error:  # a raylet that is slow to start is a bare Exception
+        ray.shutdown()
+        raise ClusterStartError(purpose, where=where, why=str(error)) from error
+    finally:
+        install_signals()
+    try:
+        yield
+    finally:
+        ray.shutdown()
+        install_signals()
+
+
+def _store_bytes(need: Need) -> int:
+    """Room for the weights that are on their way, in shared memory where there is such a thing."""
+    store = need.weights_bytes + _OTHER_BYTES
+    if _SHARED_MEMORY.is_dir():
+        require_space(_SHARED_MEMORY, store, "Ray's object store")
+    return store

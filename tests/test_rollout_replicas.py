@@ -1,0 +1,229 @@
+"""Several engines as one: who gets what, what comes of it when one is lost, and the same bytes."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Iterator, Sequence
+from concurrent.futures import CancelledError, Future
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+from rl_runs import wait_until, write_project
+
+from ground.errors import DataError, InfraError, PacktrainError, WorkersLostError
+from ground.faults import Faults
+from ground.records import Segment
+from ground.strikes import kill9
+from rollout.cluster import cluster
+from rollout.config import EngineSection, EnginesSection
+from rollout.engine import Completion, PromptTooLong, Request, Scores
+from rollout.places import PlacementError
+from rollout.replicas import Replicas, need_of, running
+from rollout.seat import WorkerDiedError
+from rollout.task import Loaded, Pong
+
+SLOTS, LENGTH = 16, 64
+
+
+def request(number: int, tokens: int = 4) -> Request:
+    return Request(f"r{number}", (1, 5), tokens, 1.0, seed=number, stop_ids=(2,))
+
+
+def completion(asked: Request) -> Completion:
+    return Completion(asked.id, Segment("policy", (asked.seed % 50, 2), (-0.5, -0.25)), "stop")
+
+
+class Scripted:
+    """An engine whose tokens follow from the seed; `faults` are what happens at each asking."""
+
+    node, is_placed = "here", True
+
+    def __init__(self, faults: list[PacktrainError], asked: list[int], gate: asyncio.Event) -> None:
+        self._faults, self.asked, self._gate = faults, asked, gate
+        self._is_dead = False
+
+    async def prepare(self) -> None: ...
+
+    async def open(self, index: int, slots_share: float = 1.0) -> None: ...
+
+    async def ping(self) -> Pong:
+        if self._is_dead:
+            raise WorkerDiedError("gone")
+        return Pong()
+
+    async def load(self, version: int, weights: object) -> Loaded:
+        return Loaded(version, {}, 0.0)
+
+    async def sample(self, requests: Sequence[Request]) -> list[Completion]:
+        self.asked.append(len(requests))
+        await self._gate.wait()
+        self._fail()
+        return [completion(each) for each in requests]
+
+    async def score(self, token_ids: Sequence[Sequence[int]], top_k: int) -> list[Scores]:
+        self.asked.append(len(token_ids))
+        self._fail()
+        return [Scores(tuple(float(-token) for token in ids[1:])) for ids in token_ids]
+
+    def kill(self) -> None:
+        self._is_dead = True
+
+    async def close(self) -> None: ...
+
+    def _fail(self) -> None:
+        if self._faults:
+            fault = self._faults.pop(0)
+            self._is_dead = isinstance(fault, WorkerDiedError)
+            raise fault
+
+
+@contextmanager
+def engines(
+    *faults: PacktrainError, replicas: int = 2, is_open: bool = True
+) -> Iterator[tuple[Replicas, list[int], asyncio.Event]]:
+    """Engines that are up, the sizes of what they are asked, and what lets them answer."""
+    loop, asked, gate = asyncio.new_event_loop(), list[int](), asyncio.Event()
+    section = EnginesSection(
+        engine=EngineSection(num_slots=SLOTS, max_length=LENGTH), replicas=replicas
+    )
+    left = list(faults)
+    if is_open:
+        gate.set()
+    found = Replicas(
+        section, lambda: Scripted(left, asked, gate), loop, where="mine", vocabulary=64
+    )
+    with running(loop):
+        asyncio.run_coroutine_threadsafe(found.start(), loop).result(30)
+        try:
+            yield found, asked, gate
+        finally:
+            asyncio.run_coroutine_threadsafe(found.close(), loop).result(30)
+
+
+def test_answers_come_to_their_requests_whoever_gives_them() -> None:
+    with engines() as (both, asked, _):
+        futures = [both.submit(request(number)) for number in range(100)]
+        assert [f.result(30) for f in futures] == [completion(request(n)) for n in range(100)]
+        assert sum(asked) == 100
+
+
+def test_bundles_fill_an_eighth_of_the_slots_and_shrink_to_the_end() -> None:
+    """Of 36: an eighth of 16 slots is 2, and two engines four times over want an eighth of what is
+    left, which is less than 2 once no more than 8 are."""
+    futures: list[Future[Completion]] = []
+    with engines() as (both, asked, _):
+
+        def submit() -> None:
+            futures.extend(both.submit(request(number)) for number in range(36))
+
+        both._loop.call_soon_threadsafe(submit)  # all at once, as the loop sees it
+        wait_until(lambda: sum(asked) == 36, 30, "36 requests with engines")
+    assert asked == [2] * 14 + [1] * 8
+
+
+def test_what_a_lost_engine_had_begun_another_one_answers() -> None:
+    with engines(WorkerDiedError("killed"), InfraError("late")) as (both, asked, _):
+        futures = [both.submit(request(number)) for number in range(40)]
+        assert [f.result(30) for f in futures] == [completion(request(n)) for n in range(40)]
+        assert sum(asked) > 40
+
+
+def test_what_is_wrong_with_a_request_is_told_at_once_and_costs_nobody() -> None:
+    with engines() as (both, asked, _):
+        with pytest.raises(PromptTooLong, match="must fit max_length 64, got 2 \\+ 63"):
+            both.submit(request(1, tokens=63))
+        with pytest.raises(DataError, match=r"token ids must lie in 0…63"):
+            both.score([[1, 64]])
+        assert not asked
+
+
+def test_when_no_engine_is_left_whoever_waits_is_told() -> None:
+    faults = [WorkerDiedError("killed") for _ in range(50)]
+    with engines(*faults, replicas=1) as (one, _, _):
+        future = one.submit(request(1))
+        with pytest.raises((WorkersLostError, InfraError), match=r"engines|attempts"):
+            future.result(60)
+
+
+def test_aborted_requests_are_forgotten_wherever_they_are() -> None:
+    with engines(is_open=False) as (both, asked, gate):
+        futures = [both.submit(request(number)) for number in range(400)]
+        wait_until(lambda: len(asked) >= 16, 30, "all that engines have in hand")
+        both.abort([f"r{number}" for number in range(400)])
+        both._loop.call_soon_threadsafe(gate.set)
+        for future in futures:
+            with pytest.raises(CancelledError):
+                future.result(30)
+        assert both.submit(request(7)).result(30) == completion(request(7))
+
+
+def test_scores_come_in_the_order_of_the_sequences() -> None:
+    ids = [[1, number % 64] for number in range(30)]
+    with engines(WorkerDiedError("killed")) as (both, asked, _):
+        found = both.score(ids)
+        assert both.score([]) == []
+    assert [each.logprobs[0] for each in found] == [-float(n % 64) for n in range(30)]
+    assert sorted(asked) == [2] + 8 * [4]  # the first asking was in vain
+
+
+def test_engines_without_room_are_refused_with_the_table_before_ray_starts(tmp_path: Path) -> None:
+    section = EnginesSection(replicas=4096)
+    with (
+        pytest.raises(PlacementError, match="they want 4096 processors") as caught,
+        cluster(tmp_path, need_of(section, "mine")),
+    ):
+        pass
+    assert "mine: replicas x cpus_per_replica" in caught.value.why
+    assert "lower mine.replicas" in caught.value.fix
+
+
+def test_machines_must_have_room_for_all_engines_at_once() -> None:
+    """Two machines of 3 processors hold two engines of 2, whatever their sum."""
+    section, nodes = EnginesSection(replicas=2, cpus_per_replica=2), [{"CPU": 3.0}, {"CPU": 3.0}]
+    need_of(section, "mine").check(nodes)
+    with pytest.raises(PlacementError, match="they want 3 places, there are 2"):
+        need_of(section.model_copy(update={"replicas": 3}), "mine").check(nodes)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_a_stage_with_engines_of_which_one_is_killed_writes_the_same_bytes(
+    tmp_path: Path, tiny_model: Path
+) -> None:
+    """Real processes: mine alone, then with two engines, one of which dies in the middle."""
+    alone = mined(tmp_path / "alone", tiny_model, 0, None)
+    faults = Faults(tmp_path).at("engine/1", "engine.sample", nth=2).do(kill9)
+    assert mined(tmp_path / "two", tiny_model, 2, faults) == alone
+    log = "".join(path.read_text() for path in (tmp_path / "two" / "run" / "log").glob("*.log"))
+    assert "engine 1 is lost (1 in a row): ended by SIGKILL" in log
+
+
+def mined(folder: Path, model: Path, replicas: int, faults: Faults | None) -> bytes:
+    """The rows that `mine` writes, by a process of its own that leaves nothing behind."""
+    folder.mkdir()
+    write_project(folder, model)
+    recipe = json.loads((folder / "recipe.yaml").read_text())
+    engine = {"num_slots": 16, "max_length": 128}
+    sampled = {"samples": 6, "k": [1], "max_new_tokens": 24, "pilot": 3}
+    recipe["mine"] = {**sampled, "engine": engine, "replicas": replicas, "cpus_per_replica": 0.5}
+    (folder / "recipe.yaml").write_text(json.dumps(recipe))
+    place = folder / "tmp"
+    place.mkdir()
+    line = [sys.executable, "-m", "curation.mine", str(folder / "recipe.yaml")]
+    done = subprocess.run(
+        [*line, "--run", str(folder / "run")],
+        env=os.environ
+        | {"OMP_NUM_THREADS": "1", "TMPDIR": str(place)}
+        | (faults.environment() if faults else {}),
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert not list((folder / "run" / "log").glob("*.processes.json"))
+    return (folder / "run" / "mine" / "prompts.parquet").read_bytes()
