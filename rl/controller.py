@@ -141,8 +141,8 @@ class Controller:
         """Step `version - 1` is done: give the fleet the new weights, free its slots, go on.
 
         With `evaluate` it returns once the validation slice was answered by exactly these weights,
-        and how well: publications come one after another, so the next one waits for it. A run that
-        leaves waits for neither.
+        and how well: publications come one after another, so the next one waits for it. Neither is
+        waited for by a run that leaves and has no workers left.
         """
         faults.point("publish.begin")
         await self._unless_leaving(self._hand_over(version, weights))
@@ -161,18 +161,20 @@ class Controller:
         """Pass rate on the validation slice; each look uses the same seeds, so looks compare.
 
         A look that lost a prompt to the machinery would not compare: it gives None and a warning.
-        So does, without a warning, one that a run breaks off because it leaves.
+        So does, without a warning, one that is broken off because the run leaves (`leave`).
         """
         return await self._unless_leaving(self._look_at(version))
 
-    def leave(self) -> None:
-        """The run was asked to end: it samples nothing more, and no publication waits for workers.
+    def leave(self, *, is_anybody_serving: bool) -> None:
+        """The run was asked to end: it samples nothing more; what is being published goes on as
+        long as a worker serves.
 
         There may be none left to wait for, when their machine is the one that is taken away.
         """
-        self._leaving.set()
         for task in self._tasks:
             task.cancel()
+        if not is_anybody_serving:
+            self._leaving.set()
 
     async def _unless_leaving(self, work: Coroutine[None, None, Found]) -> Found | None:
         """What comes of it; None when the run leaves before that."""

@@ -4,10 +4,10 @@
 
 One publication at a time, on a thread named `publish`: the learner trains on meanwhile and waits
 only when it has the next version ready before the last one is out. What fails there fails the
-learner at its next call. Once the run is asked to end nobody waits for workers any more: what a
-version is still owed then, its look, it gets after a restart. A score is written down before the
-best weights are chosen by it, and these before the cut: after a kill at any point the rest can be
-done again (`catch_up`).
+learner at its next call. A score is written down before the best weights are chosen by it, and
+these before the cut: after a kill at any point the rest can be done again (`catch_up`). A run that
+is asked to end and has no workers left breaks a look off. No cut is made beyond the version that is
+owed it, so that a restart comes by there: the journal has the steps.
 """
 
 from __future__ import annotations
@@ -40,8 +40,8 @@ class Loop(Protocol):
         ...
 
     def leave(self) -> None:
-        """Have what is being published wait for no worker any more; a look that it breaks off has
-        no score."""
+        """Have what is being published wait for no worker where none is; a look that is broken off
+        has no score. Asked again and again until it is out."""
         ...
 
     def state(self) -> dict[str, object]:
@@ -81,6 +81,7 @@ class Publisher:
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="publish")
         self._current: Future[None] | None = None
         self._is_leaving = False
+        self._owed: int | None = None
         self.best = _read_best(best)
 
     def publish(
@@ -126,19 +127,24 @@ class Publisher:
     def finish(self, stop: Callable[[], bool]) -> None:
         """Wait for the publication under way, if any, and raise what went wrong in it.
 
-        Its steps (hand-over, evaluation, files) have their own deadlines; the first two are over as
-        soon as `stop` says so.
+        Its steps (hand-over, evaluation, files) have their own deadlines; once `stop` says so the
+        first two wait for no worker that may never come.
         """
         current, self._current = self._current, None
         while current and not wait([current], _POLL_SECONDS).done:
-            if stop() and not self._is_leaving:
+            if stop():
                 self._is_leaving = True
                 self._loop.leave()
         if current:
             current.result()
 
     def save(self, snapshot: Snapshot) -> None:
-        """Commit a checkpoint of the last published version."""
+        """Commit a checkpoint of the last published version, unless one before it is owed a look.
+
+        A restart goes on from an older cut then, by way of that version.
+        """
+        if self._owed is not None and snapshot.version > self._owed:
+            return
         books = self._loop.state()
         facts = {"books_version": books["version"]}
 
@@ -172,7 +178,8 @@ class Publisher:
 
     def _looked(self, snapshot: Snapshot, score: float | None) -> None:
         if score is None and self._is_leaving:
-            return  # it is owed still
+            self._owed = self._owed or snapshot.version
+            return
         self._scores.record(snapshot.version, score)
         faults.point("score.recorded")
         if score is not None:

@@ -103,7 +103,7 @@ class RemoteLoop:
         return cast(float | None, self._call(purpose, answer, self._look_seconds))
 
     def leave(self) -> None:
-        """The run was asked to end: what is being published waits for no worker any more."""
+        """The run was asked to end: what is being published waits for no worker where none is."""
         self._call("leave", self._controller.leave.remote(self._life))
 
     def state(self) -> dict[str, object]:

@@ -25,8 +25,12 @@ TWO = RL | {
     "steps": STEPS,
     "fleet": {"num_workers": 2, "spare": False, "backoff_seconds": 0.1},
 }
-ONE = RL | {"steps": 500, "fleet": {"num_workers": 1, "spare": False, "backoff_seconds": 0.1}}
-"""Goes on for longer than any cluster of a test."""
+ONE = RL | {
+    "steps": 500,
+    "fleet": {"num_workers": 1, "spare": False, "backoff_seconds": 0.1},
+    "validation": {"prompts": 0},
+}
+"""Goes on for longer than any cluster of a test, and is never owed a look."""
 
 
 @pytest.fixture

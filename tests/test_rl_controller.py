@@ -310,7 +310,11 @@ def test_41_a_run_that_leaves_waits_for_no_worker_and_samples_nothing_more() -> 
             await controller.next_batch(step)
         publication = asyncio.create_task(controller.publish(1, "weights", evaluate=True))
         await asyncio.sleep(0)
-        controller.leave()
+        controller.leave(is_anybody_serving=True)
+        for _ in range(20):
+            await asyncio.sleep(0)
+        assert not publication.done()  # a worker that serves may yet take it
+        controller.leave(is_anybody_serving=False)
         score = await publication
         sampled = len(fleet.finished)
         await controller.publish(2, "weights")

@@ -294,34 +294,69 @@ def test_a_stop_saves_the_version_it_has_and_trains_no_further(
 
 
 class NobodyLeft(FakeLoop):
-    """No worker takes version 2, whose look is due; the order to end comes while it is waited."""
+    """No worker takes a version any more; the order to end comes once a step's plan was given.
 
-    def __init__(self) -> None:
+    Args:
+        version: whose publication nobody answers, before `leave`.
+        ends_at: the step.
+    """
+
+    def __init__(self, version: int, ends_at: int) -> None:
         super().__init__()
+        self._version, self._ends_at = version, ends_at
         self._left = threading.Event()
 
+    def next_batch(
+        self, step: int, stop: Callable[[], bool], step_seconds: float
+    ) -> tuple[Plan, dict[str, float]] | None:
+        found = super().next_batch(step, stop, step_seconds)
+        if step == self._ends_at:
+            self.pending.number = 15
+        return found
+
     def publish(self, version: int, weights: Mapping[str, Tensor], evaluate: bool) -> float | None:
-        super().publish(version, weights, evaluate)
-        if version < 2:
-            return None
-        self.pending.number = 15
+        score = super().publish(version, weights, evaluate)
+        if version < self._version:
+            return score
         assert self._left.wait(60)
         return None
 
     def leave(self) -> None:
-        assert not self._left.is_set(), "it was told already"
         self._left.set()
 
 
 def test_41_a_run_that_is_asked_to_end_saves_although_no_worker_is_left(
     tiny_model: Path, tmp_path: Path
 ) -> None:
-    """Version 3 is made while 2 is waited for; what 3 is owed, and 2's look, come with --resume."""
-    version, _, publisher = run_loop(tiny_model, NobodyLeft(), tmp_path)
+    """Version 1 has no look due: the cut is of the newest one."""
+    version, _, publisher = run_loop(tiny_model, NobodyLeft(1, ends_at=0), tmp_path)
     latest = Checkpoints(tmp_path).latest()
-    assert latest is not None and latest.name == f"step_{version:06}"
-    assert read_books(latest) == {"version": version}
-    assert publisher.best is None and publisher.owes_look(2)
+    assert version == 1 and latest is not None and latest.name == "step_000001"
+    assert read_books(latest) == {"version": 1}
+
+
+def test_41_a_look_that_nobody_can_make_any_more_is_made_after_a_restart(
+    tiny_model: Path, tmp_path: Path
+) -> None:
+    """Version 2 is owed its look when 3 is made, whose cut is due: a restart must come by 2."""
+    version, _, publisher = run_loop(tiny_model, NobodyLeft(2, ends_at=2), tmp_path)
+    assert version == 3 and publisher.best is None and publisher.owes_look(2)
+    assert Checkpoints(tmp_path).steps() == []
+    again, told = FakeLoop(), list[Report]()
+    publisher = make_publisher(again, tmp_path, [])
+    loop = make_loop(tiny_model, again, publisher, tmp_path, told)
+    version, _ = loop.repeat(0)
+    assert version == 2
+    loop.catch_up(0, version)
+    assert loop.run(version, Pending()) == 4
+    assert not publisher.owes_look(2) and publisher.best == Best(4, 0.5)
+
+
+def test_41_the_version_that_is_owed_its_look_is_saved_itself(
+    tiny_model: Path, tmp_path: Path
+) -> None:
+    run_loop(tiny_model, NobodyLeft(2, ends_at=1), tmp_path)
+    assert [path.name for path in Checkpoints(tmp_path).steps()] == ["step_000002"]
 
 
 def test_75_a_batch_that_diverges_is_kept_aside_and_not_counted_as_consumed(
