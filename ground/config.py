@@ -29,6 +29,7 @@ OPERATIONAL = frozenset(
         *("max_unjudged", "min_canaries", "max_canaries_failed", "canary_every"),
         *("max_restarts", "max_attempts", "backoff_seconds", "start_deadline_seconds"),
         *("rollout_deadline_seconds", "publish_deadline_seconds", "step_deadline_seconds"),
+        "answer_deadline_seconds",
         *("ping_every_seconds", "ping_deadline_seconds", "suspect_after_seconds"),
         *("silent_seconds", "lease_seconds", "watchdog_seconds", "num_slots"),
         *("checkpoint_every", "checkpoints_kept", "save_every", "keep_checkpoints", "log_every"),

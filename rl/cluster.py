@@ -13,9 +13,9 @@ from ray._private.state import available_resources_per_node
 from distill.config import RolloutDistillSection
 from rl.config import LearnerSection, RlSection
 from rl.seats import Machine, Wanted, seats
-from rollout import cluster as ours
 from rollout.bundle import bundle_of
 from rollout.cluster import NAMESPACE, Need
+from rollout.cluster import cluster as ray_cluster
 from rollout.config import EngineSection, FleetSection
 from rollout.judge_source import JudgeSource
 from rollout.places import Places, Want, require_places
@@ -101,7 +101,7 @@ def cluster(
     learner = learner or LearnerSection()
     need = need_of(fleet, engine, learner, Others(distill, judge), model)
     seconds = 0.0 if is_first else learner.room_seconds
-    return ours.cluster(folder, need, namespace=namespace, seconds=seconds)
+    return ray_cluster(folder, need, namespace=namespace, seconds=seconds)
 
 
 def need_of(

@@ -19,7 +19,7 @@ import time
 from collections.abc import Callable, Mapping
 
 from ground import faults, stacks
-from ground.errors import InfraError, PacktrainError, SetupError, WorkersLostError
+from ground.errors import InfraError, PacktrainError, WorkersLostError
 from ground.roles import enter_role
 from rl.actors import start_controller
 from rl.cluster import cluster
@@ -31,14 +31,12 @@ from rl.ranks import Ranks
 from rl.share import Share, Split
 from rl.speaker import error_of
 from rl.watchdog import stacks_folder, watched
+from rollout.cluster import MAX_STARTS, PAUSE_SECONDS, not_started
 from rollout.preflight import ClusterStartError
 from rollout.processes import Reserved
 
 _GRACE_SECONDS = 20.0
 """How long a learner may take to finish its step and save after a signal."""
-_MAX_STARTS = 5
-"""Times in a row that Ray may fail to come up: that is the machine's fault and costs no life."""
-_PAUSE_SECONDS = 2.0
 
 logger = logging.getLogger("packtrain")
 
@@ -142,15 +140,9 @@ class Budget:
         """
         if isinstance(error, ClusterStartError):
             self._unstarted += 1
-            if self._unstarted >= _MAX_STARTS:
-                raise SetupError(
-                    f"{error.what}, it failed {self._unstarted} times in a row",
-                    where="rl",
-                    why=error.why,
-                    fix="look at what keeps the machine busy or ended the cluster, then continue "
-                    "with --resume",
-                ) from error
-            return self._sleep(_PAUSE_SECONDS * self._unstarted)
+            if self._unstarted >= MAX_STARTS:
+                raise not_started(error, self._unstarted) from error
+            return self._sleep(PAUSE_SECONDS * self._unstarted)
         self._lost += 1
         if self._lost > self._max_restarts:
             raise WorkersLostError(

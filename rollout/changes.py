@@ -42,6 +42,16 @@ class Changing:
             ) from None
         self.check()
 
+    async def change(self) -> None:
+        """Wait for the next change, however long that takes: somebody is at work.
+
+        Raises:
+            PacktrainError: what the fleet failed with.
+        """
+        self.check()
+        await self._changed.wait()
+        self.check()
+
     def check(self) -> None:
         """Nothing more comes of a fleet that has failed.
 

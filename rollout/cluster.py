@@ -10,8 +10,9 @@ from __future__ import annotations
 import logging
 import math
 import os
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -33,6 +34,11 @@ _TRAVELS = (MARK, faults.VARIABLE, stacks.VARIABLE)
 _SHARED_MEMORY = Path("/dev/shm")
 _OTHER_BYTES = 128 << 20
 """In the object store, beside weights on their way."""
+MAX_STARTS = 5
+"""Times in a row that Ray may fail to come up: that is the machine's fault and no one else's."""
+PAUSE_SECONDS = 2.0
+
+logger = logging.getLogger("packtrain")
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,6 +84,40 @@ def cluster(
     return _started(folder, need, namespace)
 
 
+@contextmanager
+def patiently(enter: Callable[[], AbstractContextManager[str]]) -> Iterator[str]:
+    """A cluster that may need more than one try: a busy machine, a head that starts anew.
+
+    Raises:
+        SetupError: it failed so many times in a row.
+    """
+    with ExitStack() as stack:
+        for number in range(1, MAX_STARTS + 1):
+            try:
+                address = stack.enter_context(enter())
+                break
+            except ClusterStartError as error:
+                if number == MAX_STARTS:
+                    raise not_started(error, number) from error
+                logger.warning("trying again, since %s", error)
+                time.sleep(PAUSE_SECONDS * number)
+        yield address
+
+
+def not_started(error: ClusterStartError, number: int) -> SetupError:
+    """The end of all tries.
+
+    Args:
+        number: of tries.
+    """
+    return SetupError(
+        f"{error.what}, it failed {number} times in a row",
+        where=error.where,
+        why=error.why,
+        fix="look at what keeps the machine busy or ended the cluster, then continue with --resume",
+    )
+
+
 def system_config() -> dict[str, object]:
     """Ray's own settings, a new mapping for each start, since Ray adds to what it is given.
 
@@ -99,7 +139,6 @@ def _started(folder: Path, need: Need, namespace: str) -> Iterator[str]:
     num_cpus = sum(want.count for want in need.processors) + need.spare_cpus
     with _connected(
         "Ray must come up on this machine",
-        need.where,
         address="local",
         num_cpus=max(math.ceil(num_cpus), 1),
         include_dashboard=False,
@@ -120,7 +159,6 @@ def _joined(address: str, need: Need, namespace: str, seconds: float) -> Iterato
     carried = {name: os.environ[name] for name in _TRAVELS if name in os.environ}
     with _connected(
         must_answer(address),
-        need.where,
         address=address,
         namespace=namespace,
         runtime_env={"env_vars": carried},
@@ -130,16 +168,16 @@ def _joined(address: str, need: Need, namespace: str, seconds: float) -> Iterato
 
 
 @contextmanager
-def _connected(purpose: str, where: str, **settings: object) -> Iterator[None]:
+def _connected(purpose: str, **settings: object) -> Iterator[None]:
     """Ray while the body runs, its failures as ours and its signal handlers undone."""
     try:
         with lean_ray():
             ray.init(log_to_driver=False, logging_level=logging.WARNING, **settings)  # pyright: ignore[reportArgumentType]
     except ValueError as error:
-        raise SetupError("Ray refuses these settings", where=where, why=str(error)) from error
+        raise SetupError("Ray refuses these settings", where="Ray", why=str(error)) from error
     except Exception as error:  # a raylet that is slow to start is a bare Exception
         ray.shutdown()
-        raise ClusterStartError(purpose, where=where, why=str(error)) from error
+        raise ClusterStartError(purpose, where="Ray", why=str(error)) from error
     finally:
         install_signals()
     try:

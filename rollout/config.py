@@ -175,16 +175,26 @@ class EnginesSection(Section):
     engine: EngineSection = EngineSection()
     replicas: int = Field(default=0, ge=0)
     """Engines in processes of their own, on whatever machines of the Ray cluster have room (on this
-    one where the run is no job of a cluster); 0: one, in the stage's own process. Whoever answers
-    and whoever dies meanwhile, the answers are the same."""
+    one where the run is no job of a cluster); 0: one, in the stage's own process. On equal machines
+    the answers are the same, whoever gives them and whoever dies meanwhile."""
     cpus_per_replica: float = Field(default=1.0, gt=0)
     """Processors that Ray reserves for each of them."""
+    start_deadline_seconds: float = Field(default=600.0, gt=0)
+    """From a replica's birth until it has read the model."""
+    answer_deadline_seconds: float = Field(default=600.0, gt=0)
+    """A replica that has requests and answers none of them for so long hangs, and is replaced."""
+    max_restarts: int = Field(default=3, ge=0)
+    """Lives of a replica that may be lost in a row without an answer."""
 
     @property
     def fleet(self) -> FleetSection:
         """The replicas, held to the same rules as rollout workers."""
         return FleetSection(
-            num_workers=max(self.replicas, 1), cpus_per_worker=self.cpus_per_replica, spare=False
+            num_workers=self.replicas,
+            cpus_per_worker=self.cpus_per_replica,
+            start_deadline_seconds=self.start_deadline_seconds,
+            max_restarts=self.max_restarts,
+            spare=False,
         )
 
 

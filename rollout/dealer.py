@@ -111,14 +111,20 @@ class Dealer(Generic[Kind]):
         self._loaded(seat.in_flight - tasks, seat.in_flight)
 
     async def _least_loaded(self, tried: set[int]) -> Seat[Kind]:
-        """Of those with a place free, one that has not failed at this task if there is any."""
+        """Of those with a place free, one that has not failed at this task if there is any.
 
-        def free() -> list[Seat[Kind]]:
-            seats = [seat for seat in self._roster.seats if seat.is_serving]
-            return [seat for seat in seats if seat.in_flight < self._most_each]
+        While some serve and have their hands full, no deadline runs; it does while none serves.
+        """
 
-        await self._roster.until(lambda: bool(free()))
-        return min(free(), key=lambda seat: (seat.index in tried, seat.in_flight, seat.index))
+        def serving() -> list[Seat[Kind]]:
+            return [seat for seat in self._roster.seats if seat.is_serving]
+
+        while True:
+            await self._roster.until(lambda: bool(serving()))
+            if free := [seat for seat in serving() if seat.in_flight < self._most_each]:
+                break
+            await self._roster.change()
+        return min(free, key=lambda seat: (seat.index in tried, seat.in_flight, seat.index))
 
 
 def _count_failure(seat: Seat[Kind], error: InfraError) -> None:

@@ -197,11 +197,12 @@ def generate(
 async def completed(futures: Sequence[Future[Completion]]) -> list[Completion]:
     """The completions of requests that belong together, in their order.
 
-    The loop is woken once, by the last of them: waking takes the interpreter from the engine's
-    thread, which with a tiny model costs a tenth of all tokens when each completion does it.
+    The loop is woken once, by the last of them or the first that fails: waking takes the
+    interpreter from the engine's thread, which with a tiny model costs a tenth of all tokens when
+    each completion does it.
 
     Raises:
-        InfraError: the engine has failed, and with it all of them.
+        PacktrainError: what one of them failed with; the others may go on.
     """
     loop = asyncio.get_running_loop()
     over = loop.create_future()
@@ -211,12 +212,13 @@ async def completed(futures: Sequence[Future[Completion]]) -> list[Completion]:
         if not over.done():
             over.set_result(None)
 
-    def count(_: Future[Completion]) -> None:
+    def count(future: Future[Completion]) -> None:
         nonlocal left
+        has_failed = future.cancelled() or future.exception() is not None
         with lock:
             left -= 1
-            is_last = left == 0
-        if is_last:
+            is_over = left == 0 or has_failed
+        if is_over:
             with suppress(RuntimeError):  # the loop is closed: nobody waits any more
                 loop.call_soon_threadsafe(end)
 
@@ -224,6 +226,9 @@ async def completed(futures: Sequence[Future[Completion]]) -> list[Completion]:
         future.add_done_callback(count)
     if futures:
         await over
+    failed = (f for f in futures if f.done() and (f.cancelled() or f.exception()))
+    if (first := next(failed, None)) is not None:
+        first.result()
     return [future.result() for future in futures]
 
 

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import cast
 
 from ground import faults
-from ground.errors import DataError
+from ground.errors import InfraError
 from ground.exits import pid_space
 from ground.imports import without_collection
 from ground.lease import Fence, Lease
@@ -67,10 +67,11 @@ class EngineWorker:
         if self._lease:  # asked twice, since the answer was lost on its way
             return
         enter_role(f"engine/{index}")
-        with sorted_failures("opening the engine"):
+        with sorted_failures("opening the engine", memory_fix=self._memory_fix):
             faults.point("engine.open")
             self._open(slots_share)
         self._scorer = ThreadPoolExecutor(1, thread_name_prefix="score")
+        self._orders = ThreadPoolExecutor(1, thread_name_prefix="order")
         self._lease = Lease("stage", self._config.lease_seconds)
 
     async def ping(self, incarnation: int) -> Pong:
@@ -95,13 +96,14 @@ class EngineWorker:
             asked: pickle of a list of `Request`s; the answer is one of `Completion`s.
         """
         requests, number = cast(list[Request], pickle.loads(asked)), next(self._numbers)
-        with sorted_failures(f"sampling {requests[0].id} and {len(requests) - 1} more"):
+        name = f"sampling {requests[0].id} and {len(requests) - 1} more"
+        with sorted_failures(name, memory_fix=self._memory_fix):
             faults.point("engine.sample")
             own = [replace(each, id=f"{each.id}#{number}") for each in requests]
             try:
                 found = await completed([self._engine.submit(each) for each in own])
-            except asyncio.CancelledError:
-                await asyncio.to_thread(self._engine.abort, [each.id for each in own])
+            except BaseException:
+                self._orders.submit(self._engine.abort, [each.id for each in own])
                 raise
         pairs = zip(requests, found, strict=True)
         return pickle.dumps([replace(each, id=request.id) for request, each in pairs])
@@ -113,7 +115,8 @@ class EngineWorker:
             asked: pickle of sequences of token ids and of `top_k`; the answer is one of `Scores`.
         """
         token_ids, top_k = cast(tuple[Sequence[Sequence[int]], int], pickle.loads(asked))
-        with sorted_failures(f"scoring {len(token_ids)} sequences"):
+        name = f"scoring {len(token_ids)} sequences"
+        with sorted_failures(name, memory_fix=self._memory_fix):
             faults.point("engine.score")
             loop = asyncio.get_running_loop()
             scores: list[Scores] = await loop.run_in_executor(
@@ -125,13 +128,23 @@ class EngineWorker:
         """End the engine; its children are gone when this returns."""
         await asyncio.to_thread(self._engine.close)
 
+    @property
+    def _memory_fix(self) -> str:
+        """What to do when it is memory that lacks."""
+        where = self._config.where
+        return f"lower {where}.engine.num_slots or {where}.replicas"
+
     def _open(self, slots_share: float) -> None:
-        """Here and not above: whoever only creates engines needs no torch."""
+        """Here and not above: whoever only creates engines needs no torch.
+
+        Raises:
+            InfraError: this machine does not see the model; another one may.
+        """
         from rollout.engines import open_engine
 
         config = self._config
         if not (config.model_path / "config.json").is_file():
-            raise DataError(
+            raise InfraError(
                 f"the model must be readable on every machine, there is none at "
                 f"{config.model_path} on {os.uname().nodename}",
                 where=config.where,

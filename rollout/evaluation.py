@@ -9,11 +9,14 @@ P prompts, n samples of each.
 from __future__ import annotations
 
 import hashlib
+import time
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from concurrent.futures import TimeoutError as FutureTimeoutError
+from contextlib import suppress
 from dataclasses import asdict, dataclass
+from itertools import chain
 from statistics import fmean
 from typing import TYPE_CHECKING
 
@@ -32,8 +35,9 @@ from rollout.seeds import sample_seed
 if TYPE_CHECKING:
     from ground.chat import ChatTemplate
 
-STALL_SECONDS = 900.0
-"""An engine from which no completion comes for so long counts as hung."""
+STALL_SECONDS = 1800.0
+"""An engine from which no completion at all comes for so long counts as hung; `replicas` have the
+time to notice that one of them does, and to have its requests answered by another."""
 UNLABELLED = "unlabelled"
 PROMPT_SCHEMA = pa.schema(
     [
@@ -130,7 +134,7 @@ def measure(
     Raises:
         InfraError: the engine gave nothing for `STALL_SECONDS`, or the reward pool cannot work.
     """
-    asked: list[_Asked] = []
+    asked, clock = list[_Asked](), _StallClock()
     numbers = range(first, first + samples)
     for place, prompt in enumerate(prompts):
         seeds = [sample_seed(seed, prompt.id, occasion, sample) for sample in numbers]
@@ -150,7 +154,10 @@ def measure(
     measured: list[Measured] = []
     threads = ThreadPoolExecutor(reward_pool.num_processes, thread_name_prefix="score")
     try:
-        scored = [threads.submit(_collect, each, samples, chat, reward_pool) for each in asked]
+        clock.watch(each.completions for each in asked)
+        scored = [
+            threads.submit(_collect, each, samples, chat, reward_pool, clock) for each in asked
+        ]
         for future in scored:
             measured.append(future.result())
             if progress is not None:
@@ -281,18 +288,46 @@ def _ask(
     return _Asked(prompt, ids, tuple(futures))
 
 
-def _collect(asked: _Asked, samples: int, chat: ChatTemplate, reward_pool: Verifier) -> Measured:
-    if asked.skipped:
-        return Measured(asked.prompt, (), asked.skipped)
-    try:
-        completions = [future.result(STALL_SECONDS) for future in asked.completions]
-    except FutureTimeoutError:
+class _StallClock:
+    """Seconds since the last completion of anybody."""
+
+    def __init__(self) -> None:
+        self._moved = time.monotonic()
+
+    def watch(self, futures: Iterable[Iterable[Future[Completion]]]) -> None:
+        """Take note of each of these that comes."""
+        for future in chain.from_iterable(futures):
+            future.add_done_callback(self._move)
+
+    def wait(self, future: Future[Completion], prompt: Prompt) -> Completion:
+        """What a future comes to.
+
+        Raises:
+            InfraError: nothing has come of any of them for `STALL_SECONDS`.
+        """
+        while (left := self._moved + STALL_SECONDS - time.monotonic()) > 0:
+            with suppress(FutureTimeoutError):
+                return future.result(left)
         raise InfraError(
-            f"a completion must arrive within {STALL_SECONDS:g} s, "
-            f"prompt {asked.prompt.id} got none",
+            f"completions must come, none has for {STALL_SECONDS:g} s: prompt {prompt.id} waits",
             where="evaluation",
             fix="on a slow machine use fewer slots or shorter completions",
-        ) from None
+        )
+
+    def _move(self, future: Future[Completion]) -> None:
+        self._moved = time.monotonic()
+
+
+def _collect(
+    asked: _Asked,
+    samples: int,
+    chat: ChatTemplate,
+    reward_pool: Verifier,
+    clock: _StallClock,
+) -> Measured:
+    if asked.skipped:
+        return Measured(asked.prompt, (), asked.skipped)
+    completions = [clock.wait(future, asked.prompt) for future in asked.completions]
     texts = texts_of(completions, chat)
     try:
         verdicts = reward_pool.score(asked.prompt, texts)

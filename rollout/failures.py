@@ -27,8 +27,8 @@ _MAX_TEXT = 2000
 
 
 @contextmanager
-def sorted_failures(doing: str) -> Iterator[None]:
-    """Whatever leaves the body is one of our errors; cancelling passes.
+def sorted_failures(doing: str, *, memory_fix: str = _MEMORY_FIX) -> Iterator[None]:
+    """Whatever leaves the body is one of our errors; cancelling passes; see `sort_failure`.
 
     Example:
         with sorted_failures("group 9c1f.0"): …  # MemoryError → InfraError
@@ -38,7 +38,7 @@ def sorted_failures(doing: str) -> Iterator[None]:
     except (PacktrainError, asyncio.CancelledError, GeneratorExit):
         raise
     except BaseException as error:
-        raise sort_failure(error, doing) from None
+        raise sort_failure(error, doing, memory_fix=memory_fix) from None
 
 
 def sort_failure(

@@ -290,7 +290,7 @@ def _own_error(error: RayTaskError) -> PacktrainError:
     if isinstance(cause, PacktrainError):
         return cause
     return PacktrainError(
-        f"a rollout worker failed: {type(cause).__name__}: {cause}",
+        f"a worker process failed: {type(cause).__name__}: {cause}",
         why=str(error),
         fix="this is a defect, please report it with the traceback above",
     )

@@ -3,29 +3,30 @@
     submit ─▶ waiting ─ bundles ─▶ dealer ─▶ engine 0 … n, wherever Ray has room ─▶ completions
     score  ─▶ parts ───────────────▶ │  └─ lost: the bundle goes to another ─▶ the same tokens
 
-A request is a pure function of itself and of the weights, so who answers it changes nothing, and
-neither does the death of whoever had begun to. Ray is started for the stage, or joined, as `rl`
-does it (rollout/cluster.py); everything is over, processes included, when `replicas_of` ends.
+A request is a pure function of itself, the weights and the engine's shape, so on equal machines
+who answers it changes nothing, and neither does the death of whoever had begun to. Ray is started
+for the stage, or joined, as `rl` does it (rollout/cluster.py); everything is over, processes
+included, when `replicas_of` ends.
 """
 
 from __future__ import annotations
 
 import asyncio
-import logging
 import math
 import pickle
 import threading
 from collections import deque
-from collections.abc import Awaitable, Callable, Collection, Coroutine, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Coroutine, Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from contextlib import contextmanager
+from itertools import chain
 from pathlib import Path
 from typing import Protocol, TypeVar
 
 from transformers import AutoConfig
 
 from rollout.bundle import bundle_of
-from rollout.cluster import Need, cluster, resources
+from rollout.cluster import Need, cluster, patiently, resources
 from rollout.config import EnginesSection
 from rollout.dealer import Dealer
 from rollout.engine import Completion, Request, Scores, check_request, check_scorable
@@ -49,10 +50,9 @@ _AHEAD = 4
 _SEQUENCES = 64
 """Most that are scored at a time."""
 _LEASE_SECONDS = 60.0
-_BUNDLE_SECONDS = 900.0
-"""For what an engine has in hand; one that takes longer hangs."""
+_FIX = "look at the stage's log for what these prompts do to the engines"
 
-logger = logging.getLogger("packtrain")
+Pair = tuple[Request, Future[Completion]]
 
 
 class EngineMember(Member, Protocol):
@@ -116,8 +116,9 @@ class Replicas:
         )
         in_hand = _AHEAD * _BUNDLES_OF_SLOTS
         self._dealer = Dealer(self._roster, fleet.max_attempts, in_hand)
-        self._waiting: deque[tuple[Request, Future[Completion]]] = deque()
-        self._bundles: dict[asyncio.Task[None], frozenset[str]] = {}
+        self._waiting: deque[Pair] = deque()
+        self._bundles: dict[asyncio.Task[None], Sequence[Pair]] = {}
+        self._answered: dict[int, float] = {}
         self._room = asyncio.Semaphore(in_hand * section.replicas)
         self._sender: asyncio.Task[None] | None = None
 
@@ -126,7 +127,6 @@ class Replicas:
 
         Raises:
             WorkersLostError: none came up.
-            DataError: a machine does not see the model's folder.
         """
         await self._roster.start()
         await self._roster.refit(0, None)
@@ -137,12 +137,15 @@ class Replicas:
             request, max_length=self._section.engine.max_length, vocabulary=self._vocabulary
         )
         future: Future[Completion] = Future()
-        self._waiting.append((request, future))
-        self._loop.call_soon_threadsafe(self._wake)
+        self._loop.call_soon_threadsafe(self._take, (request, future))
         return future
 
     def abort(self, ids: Collection[str]) -> None:
-        """Forget these requests and cancel their futures; unknown ids are ignored."""
+        """Cancel the futures of these requests; unknown ids are ignored.
+
+        An engine ends those that it has begun where all of their bundle are aborted, and samples
+        the others to their end.
+        """
         self._run(self._abort(frozenset(ids)))
 
     def score(self, token_ids: Sequence[Sequence[int]], top_k: int = 0) -> list[Scores]:
@@ -153,17 +156,17 @@ class Replicas:
 
     async def close(self) -> None:
         """End all engines; their processes are gone when this returns."""
-        await self._abort(frozenset(request.id for request, _ in self._waiting))
-        tasks = [*self._bundles, *([self._sender] if self._sender else [])]
-        for task in tasks:
-            task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)
+        await self._abort(None)
+        if self._sender:
+            self._sender.cancel()
+        await asyncio.gather(*self._bundles, return_exceptions=True)
         await self._roster.close()
 
     def _run(self, work: Coroutine[None, None, Value]) -> Value:
         return asyncio.run_coroutine_threadsafe(work, self._loop).result()
 
-    def _wake(self) -> None:
+    def _take(self, pair: Pair) -> None:
+        self._waiting.append(pair)
         if self._sender is None or self._sender.done():
             self._sender = asyncio.create_task(self._send(), name="send bundles")
 
@@ -173,11 +176,11 @@ class Replicas:
         while self._waiting:
             await self._room.acquire()
             bundle = [self._waiting.popleft() for _ in range(min(self._size, len(self._waiting)))]
-            if not bundle:
+            if not bundle:  # aborted meanwhile
                 self._room.release()
                 return
             task = asyncio.create_task(self._sample(bundle), name=f"bundle of {bundle[0][0].id}")
-            self._bundles[task] = frozenset(request.id for request, _ in bundle)
+            self._bundles[task] = bundle
             task.add_done_callback(self._through)
 
     @property
@@ -191,21 +194,12 @@ class Replicas:
         del self._bundles[task]
         self._room.release()
 
-    async def _sample(self, bundle: Sequence[tuple[Request, Future[Completion]]]) -> None:
+    async def _sample(self, bundle: Sequence[Pair]) -> None:
+        """Have a bundle answered; futures that were cancelled meanwhile want nothing any more."""
         requests = [request for request, _ in bundle]
         name = f"request {requests[0].id} and {len(requests) - 1} more"
-
-        async def attempt(seat: Seat[EngineMember], number: int) -> list[Completion]:
-            assert seat.worker
-            call, seconds = seat.worker.sample(requests), _BUNDLE_SECONDS * seat.in_flight
-            return await seat.within(seconds, name, call)
-
         try:
-            completions = await self._dealt(name, attempt)
-        except asyncio.CancelledError:
-            for _, future in bundle:
-                future.cancel()
-            raise
+            completions = await self._dealt(name, lambda member: member.sample(requests))
         except Exception as error:
             for _, future in bundle:
                 if not future.done():
@@ -218,33 +212,58 @@ class Replicas:
     async def _score(self, token_ids: Sequence[Sequence[int]], top_k: int) -> list[Scores]:
         size = min(math.ceil(len(token_ids) / (_AHEAD * self._section.replicas)), _SEQUENCES)
         parts = [token_ids[start : start + size] for start in range(0, len(token_ids), size or 1)]
-
-        async def scored(part: Sequence[Sequence[int]]) -> list[Scores]:
-            async def attempt(seat: Seat[EngineMember], number: int) -> list[Scores]:
-                assert seat.worker
-                call, seconds = seat.worker.score(part, top_k), _BUNDLE_SECONDS * seat.in_flight
-                return await seat.within(seconds, f"scoring {len(part)} sequences", call)
-
-            return await self._dealt(f"scoring {len(part)} sequences", attempt)
-
-        found = await asyncio.gather(*map(scored, parts))
-        return [scores for part in found for scores in part]
+        name = f"scoring {size} sequences"
+        try:
+            async with asyncio.TaskGroup() as group:
+                works = [self._dealt(name, _scoring(part, top_k)) for part in parts]
+                found = [group.create_task(work) for work in works]
+        except ExceptionGroup as errors:
+            raise errors.exceptions[0] from None
+        return [scores for task in found for scores in task.result()]
 
     async def _dealt(
-        self, task: str, attempt: Callable[[Seat[EngineMember], int], Awaitable[Value]]
+        self, name: str, ask: Callable[[EngineMember], Coroutine[None, None, Value]]
     ) -> Value:
-        fix = "look at the engines' logs for what these prompts do to them"
-        return await self._dealer.deal(task, attempt, where=self._where, fix=fix)
+        """What an engine answers."""
 
-    async def _abort(self, ids: frozenset[str]) -> None:
-        kept = [each for each in self._waiting if each[0].id not in ids]
-        for request, future in self._waiting:
-            if request.id in ids:
+        async def attempt(seat: Seat[EngineMember], number: int) -> Value:
+            assert seat.worker
+            if seat.in_flight == 1:
+                self._answered[seat.index] = self._loop.time()
+            seconds = self._section.answer_deadline_seconds
+            answer = await seat.within(
+                seconds, name, ask(seat.worker), more=self._while_it_answers(seat)
+            )
+            self._answered[seat.index] = self._loop.time()
+            return answer
+
+        return await self._dealer.deal(name, attempt, where=self._where, fix=_FIX)
+
+    def _while_it_answers(self, seat: Seat[EngineMember]) -> Iterator[float]:
+        """Seconds that an answer still has when its deadline has passed: others came meanwhile."""
+        seconds = self._section.answer_deadline_seconds
+        while (left := self._answered[seat.index] + seconds - self._loop.time()) > 0:
+            yield left
+
+    async def _abort(self, ids: frozenset[str] | None) -> None:
+        """See `abort`; None means all."""
+
+        def is_meant(request: Request) -> bool:
+            return ids is None or request.id in ids
+
+        for request, future in [*self._waiting, *chain.from_iterable(self._bundles.values())]:
+            if is_meant(request):
                 future.cancel()
-        self._waiting = deque(kept)
-        for task, own in list(self._bundles.items()):
-            if own <= ids:
+        self._waiting = deque(pair for pair in self._waiting if not is_meant(pair[0]))
+        for task, bundle in list(self._bundles.items()):
+            if all(is_meant(request) for request, _ in bundle):
                 task.cancel()
+
+
+def _scoring(
+    part: Sequence[Sequence[int]], top_k: int
+) -> Callable[[EngineMember], Coroutine[None, None, list[Scores]]]:
+    return lambda member: member.score(part, top_k)
 
 
 @contextmanager
@@ -263,7 +282,8 @@ def replicas_of(
         WorkersLostError: none of them came up.
     """
     vocabulary = int(AutoConfig.from_pretrained(model).get_text_config().vocab_size)
-    with cluster(ours.folder, need_of(section, where), namespace=f"packtrain-{ours.mark}"):
+    need, namespace = need_of(section, where), f"packtrain-{ours.mark}"
+    with patiently(lambda: cluster(ours.folder, need, namespace=namespace)):
         bundle = bundle_of(section.engine, section.cpus_per_replica, resources())
         config = EngineConfig(model.resolve(), section.engine, _LEASE_SECONDS, where)
         loop = asyncio.new_event_loop()

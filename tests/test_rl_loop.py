@@ -329,7 +329,7 @@ def test_41_a_run_that_is_asked_to_end_saves_although_no_worker_is_left(
     tiny_model: Path, tmp_path: Path
 ) -> None:
     """Version 1 has no look due: the cut is of the newest one."""
-    version, _, publisher = run_loop(tiny_model, NobodyLeft(1, ends_at=0), tmp_path)
+    version, _, _ = run_loop(tiny_model, NobodyLeft(1, ends_at=0), tmp_path)
     latest = Checkpoints(tmp_path).latest()
     assert version == 1 and latest is not None and latest.name == "step_000001"
     assert read_books(latest) == {"version": 1}

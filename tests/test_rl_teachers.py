@@ -134,6 +134,30 @@ def test_a_teacher_with_more_groups_than_hands_is_not_blamed_for_their_queue() -
     assert run_virtual(play()).seconds == 120.0 and len(born) == 1
 
 
+def test_whoever_waits_for_a_teacher_that_is_at_work_waits_without_a_deadline() -> None:
+    """Six words of 400 s are 2,400 s; coming up may take 484 s at most (`patience_seconds`)."""
+    turn = asyncio.Lock()
+
+    class Slow(ScriptedTeacher):
+        async def speak(self, group: Group) -> tuple[Word, float]:
+            async with turn:
+                await asyncio.sleep(400)
+            return word_for(group), 400.0
+
+    async def play() -> TeacherUse:
+        section = RolloutDistillSection(num_teachers=1, speak_deadline_seconds=1000)
+        crew = Teachers(section, FLEET, lambda: Slow([], []))
+        await crew.start()
+        try:
+            await asyncio.gather(*(crew.speak(make_group(number)) for number in range(6)))
+            return crew.use()
+        finally:
+            await crew.close()
+
+    assert FLEET.patience_seconds < 2400
+    assert run_virtual(play()).seconds == 2400.0
+
+
 def test_a_teacher_that_dies_or_hangs_is_replaced_and_the_group_asked_again() -> None:
     for fault in (WorkerDiedError("killed"), 1000.0):
         words, heard, use = ask(fault)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
+from concurrent.futures import Future
+from concurrent.futures import TimeoutError as FutureTimeoutError
 from dataclasses import replace
 from pathlib import Path
 
@@ -12,12 +14,13 @@ import pytest
 
 from ground.chat import ChatTemplate
 from ground.entry import stage_entry
-from ground.errors import DataError
+from ground.errors import DataError, InfraError
 from ground.model import load_tokenizer
 from ground.records import Difficulty, Label, Message, Prompt, Rollout, Segment
 from ground.tables import write_jsonl, write_records
+from rollout import evaluation as measuring
 from rollout.config import EngineSection, EvaluateSection, SamplingSection
-from rollout.engine import Request
+from rollout.engine import Completion, Request
 from rollout.engines import open_engine
 from rollout.evaluate import evaluate
 from rollout.evaluation import (
@@ -296,3 +299,30 @@ def test_held_out_prompts_that_are_trained_on_are_refused(
     recipe.write_text(f"{text}heldout: heldout.jsonl}}\nevaluate: {{}}\n")
     assert stage_entry("evaluate", EvaluateSection, evaluate, argv) == 3
     assert "trained on" not in capsys.readouterr().err
+
+
+def test_an_engine_counts_as_hung_only_when_nothing_comes_of_anybody(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """10 s without a completion are too long; one of another prompt comes after 6, then none."""
+    now, told = [100.0], list[float]()
+
+    class Waited(Future[Completion]):
+        def result(self, timeout: float | None = None) -> Completion:
+            assert timeout is not None
+            told.append(timeout)
+            if len(told) == 1:
+                now[0] += 6.0
+                other.set_result(Completion("other", Segment("policy", (), ()), "stop"))
+                timeout -= 6.0
+            now[0] += timeout
+            raise FutureTimeoutError
+
+    monkeypatch.setattr(measuring, "STALL_SECONDS", 10.0)
+    monkeypatch.setattr(measuring.time, "monotonic", lambda: now[0])
+    other, hung = Future[Completion](), Waited()
+    clock = measuring._StallClock()
+    clock.watch([[other, hung]])
+    with pytest.raises(InfraError, match="none has for 10 s: prompt"):
+        clock.wait(hung, prompt(1))
+    assert told == [10.0, 6.0] and now[0] == 116.0

@@ -18,7 +18,7 @@ from rl_runs import wait_until, write_project
 from ground.errors import DataError, InfraError, PacktrainError, WorkersLostError
 from ground.faults import Faults
 from ground.records import Segment
-from ground.strikes import kill9
+from ground.strikes import kill9, raise_
 from rollout.cluster import cluster
 from rollout.config import EngineSection, EnginesSection
 from rollout.engine import Completion, PromptTooLong, Request, Scores
@@ -39,11 +39,14 @@ def completion(asked: Request) -> Completion:
 
 
 class Scripted:
-    """An engine whose tokens follow from the seed; `faults` are what happens at each asking."""
+    """An engine whose tokens follow from the seed; `faults` are what happens at each asking: an
+    error, or None for an answer that never comes."""
 
     node, is_placed = "here", True
 
-    def __init__(self, faults: list[PacktrainError], asked: list[int], gate: asyncio.Event) -> None:
+    def __init__(
+        self, faults: list[PacktrainError | None], asked: list[int], gate: asyncio.Event
+    ) -> None:
         self._faults, self.asked, self._gate = faults, asked, gate
         self._is_dead = False
 
@@ -62,12 +65,12 @@ class Scripted:
     async def sample(self, requests: Sequence[Request]) -> list[Completion]:
         self.asked.append(len(requests))
         await self._gate.wait()
-        self._fail()
+        await self._fail()
         return [completion(each) for each in requests]
 
     async def score(self, token_ids: Sequence[Sequence[int]], top_k: int) -> list[Scores]:
         self.asked.append(len(token_ids))
-        self._fail()
+        await self._fail()
         return [Scores(tuple(float(-token) for token in ids[1:])) for ids in token_ids]
 
     def kill(self) -> None:
@@ -75,21 +78,27 @@ class Scripted:
 
     async def close(self) -> None: ...
 
-    def _fail(self) -> None:
-        if self._faults:
-            fault = self._faults.pop(0)
+    async def _fail(self) -> None:
+        if not self._faults:
+            return
+        fault = self._faults.pop(0)
+        if fault is None:
+            await asyncio.Event().wait()
+        else:
             self._is_dead = isinstance(fault, WorkerDiedError)
             raise fault
 
 
 @contextmanager
 def engines(
-    *faults: PacktrainError, replicas: int = 2, is_open: bool = True
+    *faults: PacktrainError | None, replicas: int = 2, is_open: bool = True, seconds: float = 60.0
 ) -> Iterator[tuple[Replicas, list[int], asyncio.Event]]:
     """Engines that are up, the sizes of what they are asked, and what lets them answer."""
     loop, asked, gate = asyncio.new_event_loop(), list[int](), asyncio.Event()
     section = EnginesSection(
-        engine=EngineSection(num_slots=SLOTS, max_length=LENGTH), replicas=replicas
+        engine=EngineSection(num_slots=SLOTS, max_length=LENGTH),
+        replicas=replicas,
+        answer_deadline_seconds=seconds,
     )
     left = list(faults)
     if is_open:
@@ -142,12 +151,32 @@ def test_what_is_wrong_with_a_request_is_told_at_once_and_costs_nobody() -> None
         assert not asked
 
 
+def test_an_engine_that_answers_pings_and_nothing_else_is_replaced() -> None:
+    with engines(None, replicas=1, seconds=0.2) as (one, asked, _):
+        assert one.submit(request(1)).result(30) == completion(request(1))
+        assert asked == [1, 1]
+
+
 def test_when_no_engine_is_left_whoever_waits_is_told() -> None:
-    faults = [WorkerDiedError("killed") for _ in range(50)]
+    faults = [WorkerDiedError("killed") for _ in range(2000)]
     with engines(*faults, replicas=1) as (one, _, _):
-        future = one.submit(request(1))
-        with pytest.raises((WorkersLostError, InfraError), match=r"engines|attempts"):
-            future.result(60)
+        futures = [one.submit(request(number)) for number in range(200)]
+        for future in futures:
+            with pytest.raises(WorkersLostError, match="engines"):
+                future.result(60)
+        with pytest.raises(WorkersLostError, match="engines"):
+            one.score([[1, 2]])
+
+
+def test_a_bundle_of_which_a_part_is_aborted_goes_on_for_the_rest() -> None:
+    with engines(replicas=1, is_open=False) as (one, asked, gate):
+        futures = [one.submit(request(number)) for number in range(20)]
+        wait_until(lambda: sum(asked) == 20, 30, "all requests with the engine")
+        one.abort([f"r{number}" for number in range(20) if number % 2])
+        one._loop.call_soon_threadsafe(gate.set)
+        for number in range(0, 20, 2):
+            assert futures[number].result(30) == completion(request(number))
+        assert all(future.cancelled() for future in futures[1::2])
 
 
 def test_aborted_requests_are_forgotten_wherever_they_are() -> None:
@@ -200,11 +229,55 @@ def test_a_stage_with_engines_of_which_one_is_killed_writes_the_same_bytes(
     faults = Faults(tmp_path).at("engine/1", "engine.sample", nth=2).do(kill9)
     assert mined(tmp_path / "two", tiny_model, 2, faults) == alone
     log = "".join(path.read_text() for path in (tmp_path / "two" / "run" / "log").glob("*.log"))
-    assert "engine 1 is lost (1 in a row): ended by SIGKILL" in log
+    assert "engine 1 is lost (1 in a row)" in log
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_a_judge_with_engines_of_which_one_is_killed_prunes_the_same_rows(
+    tmp_path: Path, tiny_model: Path
+) -> None:
+    """Real processes; the other engine fails once as it opens."""
+    alone = pruned(tmp_path / "alone", tiny_model, 0, None)
+    faults = Faults(tmp_path).at("engine/0", "engine.open").do(raise_("InfraError"))
+    faults = faults.at("engine/1", "engine.score", nth=2).do(kill9)
+    assert pruned(tmp_path / "two", tiny_model, 2, faults) == alone
+    log = "".join(path.read_text() for path in (tmp_path / "two" / "run" / "log").glob("*.log"))
+    assert "engine 0 is lost (1 in a row)" in log and "engine 1 is lost (1 in a row)" in log
+
+
+def pruned(folder: Path, model: Path, replicas: int, faults: Faults | None) -> bytes:
+    """The rows that `prune` keeps."""
+    folder.mkdir()
+    rows = [
+        {
+            "messages": [
+                {"role": "user", "content": f"count to {number}"},
+                {"role": "assistant", "content": " ".join(map(str, range(1 + number % 17)))},
+            ],
+            "capability": "count",
+        }
+        for number in range(300)
+    ]
+    (folder / "sft.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    recipe = {
+        "name": "toy",
+        "model": {"path": str(model)},
+        "teacher": {"path": str(model)},
+        "data": {"sft": "sft.jsonl"},
+        "prune": {
+            "judge": {"kind": "ifd", "max_unjudged": 1.0, "min_canaries": 0.0},
+            "engine": {"num_slots": 16, "max_length": 128},
+            "replicas": replicas,
+            "cpus_per_replica": 0.5,
+        },
+    }
+    (folder / "recipe.yaml").write_text(json.dumps(recipe))
+    return stage(folder, "curation.prune", faults, "prune/kept.parquet")
 
 
 def mined(folder: Path, model: Path, replicas: int, faults: Faults | None) -> bytes:
-    """The rows that `mine` writes, by a process of its own that leaves nothing behind."""
+    """The rows that `mine` writes."""
     folder.mkdir()
     write_project(folder, model)
     recipe = json.loads((folder / "recipe.yaml").read_text())
@@ -212,11 +285,15 @@ def mined(folder: Path, model: Path, replicas: int, faults: Faults | None) -> by
     sampled = {"samples": 6, "k": [1], "max_new_tokens": 24, "pilot": 3}
     recipe["mine"] = {**sampled, "engine": engine, "replicas": replicas, "cpus_per_replica": 0.5}
     (folder / "recipe.yaml").write_text(json.dumps(recipe))
+    return stage(folder, "curation.mine", faults, "mine/prompts.parquet")
+
+
+def stage(folder: Path, module: str, faults: Faults | None, made: str) -> bytes:
+    """What a stage writes, by a process of its own that leaves nothing behind."""
     place = folder / "tmp"
     place.mkdir()
-    line = [sys.executable, "-m", "curation.mine", str(folder / "recipe.yaml")]
     done = subprocess.run(
-        [*line, "--run", str(folder / "run")],
+        [sys.executable, "-m", module, str(folder / "recipe.yaml"), "--run", str(folder / "run")],
         env=os.environ
         | {"OMP_NUM_THREADS": "1", "TMPDIR": str(place)}
         | (faults.environment() if faults else {}),
@@ -226,4 +303,4 @@ def mined(folder: Path, model: Path, replicas: int, faults: Faults | None) -> by
     )
     assert done.returncode == 0, done.stdout + done.stderr
     assert not list((folder / "run" / "log").glob("*.processes.json"))
-    return (folder / "run" / "mine" / "prompts.parquet").read_bytes()
+    return (folder / "run" / made).read_bytes()
