@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 from pathlib import Path
 
 from ground.config import Head
@@ -12,8 +13,10 @@ from ground.recipe import RecipeDocument, load_recipe
 from ground.trail import made_twice
 from packtrain.recipe import Recipe, read_recipe
 from packtrain.steps import steps_of
+from rollout.bundle import need_of
 from rollout.config import EngineSection
 from rollout.installed import require_engine
+from rollout.places import require_room
 
 NEEDS = {
     "prune": ("teacher.path", "data.sft"),
@@ -60,6 +63,24 @@ def require_engines(recipe: Recipe) -> None:
         require_engine(engine.kind, f"{key}.kind")
     if recipe.judge:
         require_engine(recipe.judge.kind, "judge.kind")
+
+
+def require_processors(recipe: Recipe) -> None:
+    """This machine has what the replicas of each stage take of it, where they are to run here.
+
+    Raises:
+        PlacementError: it has not, with want and have.
+    """
+    from rollout.processes import cluster_address  # it brings psutil along
+
+    if cluster_address():
+        return
+    stages = {"prune": recipe.prune, "mine": recipe.mine, "evaluate": recipe.evaluate}
+    for name, section in stages.items():
+        if section and section.replicas:
+            need = need_of(section, name)
+            have = os.cpu_count() or 1
+            require_room(need.processors, have, "processors", where=name, fix=need.fix)
 
 
 def require_files(document: RecipeDocument, recipe: Recipe) -> None:

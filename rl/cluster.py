@@ -14,11 +14,11 @@ from distill.config import RolloutDistillSection
 from rl.config import LearnerSection, RlSection
 from rl.seats import Machine, Wanted, seats
 from rollout.bundle import bundle_of
-from rollout.cluster import NAMESPACE, Need
+from rollout.cluster import NAMESPACE
 from rollout.cluster import cluster as ray_cluster
 from rollout.config import EngineSection, FleetSection
 from rollout.judge_source import JudgeSource
-from rollout.places import Places, Want, require_places
+from rollout.places import Need, Places, Want, require_places
 
 _MODELS_KEPT = 1
 """Room for a version that goes to another machine; here weights lie in the keeper's own memory."""

@@ -1,4 +1,4 @@
-"""What a rollout worker takes of a Ray cluster: processors, and the GPUs of its engine.
+"""What a worker takes of a Ray cluster: processors, and the GPUs of its engine.
 
 A vLLM engine that is cut over GPUs needs them all on one machine, so a worker with GPUs has one
 bundle of a placement group of its own; importable without Ray. Whether the cluster has room for all
@@ -9,7 +9,8 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
-from rollout.config import EngineSection, FleetSection
+from rollout.config import EngineSection, EnginesSection, FleetSection
+from rollout.places import Need, Places, Want, require_places
 from rollout.task import WorkerConfig
 
 Resources = Mapping[str, float]
@@ -28,6 +29,26 @@ def bundle_of(engine: EngineSection, cpus: float, nodes: Sequence[Resources]) ->
     if engine.kind != "vllm" or (engine.tensor_parallel == 1 and not has_gpus):
         return {"CPU": cpus}
     return {"CPU": cpus, "GPU": float(engine.tensor_parallel)}
+
+
+def need_of(section: EnginesSection, where: str) -> Need:
+    """What the engines need of the cluster."""
+    fix = f"lower {where}.replicas or {where}.cpus_per_replica"
+    count = section.replicas * section.cpus_per_replica
+
+    def check(nodes: Sequence[Mapping[str, float]]) -> None:
+        bundle = bundle_of(section.engine, section.cpus_per_replica, nodes)
+        wanted = Places("engines", section.replicas, bundle)
+        more = f"{fix}, or {where}.engine.tensor_parallel, or add machines"
+        require_places(wanted, nodes, where=where, fix=more)
+
+    return Need(
+        [Want("engines", count, f"{where}: replicas x cpus_per_replica")],
+        check,
+        where,
+        fix,
+        checks_own=True,
+    )
 
 
 def with_affordable_spare(config: WorkerConfig, nodes: Sequence[Resources]) -> FleetSection:

@@ -11,9 +11,8 @@ import logging
 import math
 import os
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, ExitStack, contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 
 import ray
@@ -23,7 +22,7 @@ from ground.disk import require_space
 from ground.errors import SetupError
 from ground.signals import install_signals
 from rollout.lean_ray import lean_ray
-from rollout.places import Want, require_room, wait_for_room
+from rollout.places import Need, require_room, wait_for_room
 from rollout.preflight import ClusterStartError, check_cluster, must_answer
 from rollout.processes import MARK, cluster_address
 
@@ -39,29 +38,6 @@ MAX_STARTS = 5
 PAUSE_SECONDS = 2.0
 
 logger = logging.getLogger("packtrain")
-
-
-@dataclass(frozen=True, slots=True)
-class Need:
-    """What ours need of a cluster.
-
-    Example:
-        Need([Want("engines", 2, "mine: replicas x cpus_per_replica")], check, "mine", "lower …")
-    """
-
-    processors: Sequence[Want]
-    """Of this machine, where the cluster is one of our own."""
-    check: Callable[[Sequence[Mapping[str, float]]], None]
-    """Refuses machines, by what each has, on which ours find no places."""
-    where: str
-    """The section of the recipe that a refusal names."""
-    fix: str
-    spare_cpus: float = 0.0
-    """Processors that Ray may give away though the machine has not got them."""
-    weights_bytes: int = 0
-    """On their way through the object store at a time."""
-    checks_own: bool = False
-    """Whether machines are checked even where the cluster is one of our own."""
 
 
 def cluster(

@@ -65,6 +65,29 @@ class Places:
         return left
 
 
+@dataclass(frozen=True, slots=True)
+class Need:
+    """What ours need of a Ray cluster.
+
+    Example:
+        Need([Want("engines", 2, "mine: replicas x cpus_per_replica")], check, "mine", "lower …")
+    """
+
+    processors: Sequence[Want]
+    """Of this machine, where the cluster is one of our own."""
+    check: Callable[[Sequence[Mapping[str, float]]], None]
+    """Refuses machines, by what each has, on which ours find no places."""
+    where: str
+    """The section of the recipe that a refusal names."""
+    fix: str
+    spare_cpus: float = 0.0
+    """Processors that Ray may give away though the machine has not got them."""
+    weights_bytes: int = 0
+    """On their way through the object store at a time."""
+    checks_own: bool = False
+    """Whether machines are checked even where the cluster is one of our own."""
+
+
 def require_room(wants: Sequence[Want], have: float, unit: str, *, where: str, fix: str) -> None:
     """Refuse at once what would otherwise wait for resources for ever.
 

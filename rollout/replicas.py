@@ -25,14 +25,13 @@ from typing import Protocol, TypeVar
 
 from transformers import AutoConfig
 
-from rollout.bundle import bundle_of
-from rollout.cluster import Need, cluster, patiently, resources
+from rollout.bundle import bundle_of, need_of
+from rollout.cluster import cluster, patiently, resources
 from rollout.config import EnginesSection
 from rollout.dealer import Dealer
 from rollout.engine import Completion, Request, Scores, check_request, check_scorable
 from rollout.engine_worker import EngineConfig, EngineWorker
 from rollout.machines import Machines, StillMachines
-from rollout.places import Places, Want, require_places
 from rollout.processes import Reserved
 from rollout.ray_machines import RayMachines
 from rollout.ray_worker import RayMember
@@ -302,26 +301,6 @@ def replicas_of(
                 yield engines
             finally:
                 asyncio.run_coroutine_threadsafe(engines.close(), loop).result()
-
-
-def need_of(section: EnginesSection, where: str) -> Need:
-    """What the engines need of the cluster."""
-    fix = f"lower {where}.replicas or {where}.cpus_per_replica"
-    count = section.replicas * section.cpus_per_replica
-
-    def check(nodes: Sequence[Mapping[str, float]]) -> None:
-        bundle = bundle_of(section.engine, section.cpus_per_replica, nodes)
-        wanted = Places("engines", section.replicas, bundle)
-        more = f"{fix}, or {where}.engine.tensor_parallel, or add machines"
-        require_places(wanted, nodes, where=where, fix=more)
-
-    return Need(
-        [Want("engines", count, f"{where}: replicas x cpus_per_replica")],
-        check,
-        where,
-        fix,
-        checks_own=True,
-    )
 
 
 @contextmanager

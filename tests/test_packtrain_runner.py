@@ -22,10 +22,14 @@ from ground.run import RunDir
 from packtrain import runner
 from packtrain.cli import parse
 from packtrain.panel import LivePanel
+from packtrain.recipe import read_recipe
 from packtrain.runner import Order, command, discard, require_resumable, run_steps, told_end
 from packtrain.status import read_status
 from packtrain.steps import Step, folders_from, launch_line, start_of, steps_of
+from packtrain.validate import require_processors
+from rollout.places import PlacementError
 
+TINY = Path(__file__).parents[1] / "recipes" / "tiny" / "recipe.yaml"
 STAGE = """\
 import json, os, sys, time
 from pathlib import Path
@@ -99,7 +103,7 @@ def trail(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Trail:
 
 
 def test_the_tiny_recipe_has_ten_steps_in_the_order_of_the_trail() -> None:
-    recipe = Path(__file__).parents[1] / "recipes" / "tiny" / "recipe.yaml"
+    recipe = TINY
     assert [step.title for step in steps_of(load_recipe(recipe))] == [
         *("herd", "evaluate base", "prune", "sft", "evaluate sft", "mine"),
         *("rl", "evaluate rl", "dpo", "evaluate dpo"),
@@ -421,3 +425,16 @@ def test_an_interrupted_run_returns_130_and_says_how_to_go_on(
     shown = capfd.readouterr().err
     assert "step 'sft' was stopped (SIGINT)" in shown
     assert "--resume" in shown
+
+
+def test_replicas_that_this_machine_has_no_processors_for_are_refused_before_any_stage(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Not hours later, when their stage begins; a cluster's machines are asked when it is joined."""
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    recipe = read_recipe(load_recipe(TINY, ["mine.replicas=4096", "evaluate.replicas=1"]))
+    with pytest.raises(PlacementError, match="they want 4096 processors") as caught:
+        require_processors(recipe)
+    assert "lower mine.replicas" in caught.value.fix
+    monkeypatch.setenv("RAY_ADDRESS", "10.0.0.7:6379")
+    require_processors(recipe)

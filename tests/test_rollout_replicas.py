@@ -19,11 +19,12 @@ from ground.errors import DataError, InfraError, PacktrainError, WorkersLostErro
 from ground.faults import Faults
 from ground.records import Segment
 from ground.strikes import kill9, raise_
+from rollout.bundle import need_of
 from rollout.cluster import cluster
 from rollout.config import EngineSection, EnginesSection
 from rollout.engine import Completion, PromptTooLong, Request, Scores
 from rollout.places import PlacementError
-from rollout.replicas import Replicas, need_of, running
+from rollout.replicas import Replicas, running
 from rollout.seat import WorkerDiedError
 from rollout.task import Loaded, Pong
 
