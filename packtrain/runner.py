@@ -36,7 +36,7 @@ from packtrain.panel import LivePanel, Panel, open_panel
 from packtrain.recipe import Recipe, read_recipe
 from packtrain.report import write_report
 from packtrain.steps import STARTS, Step, folders_from, launch_line, start_of, steps_of
-from packtrain.validate import check_inputs, require_processors
+from packtrain.validate import check_runnable
 from packtrain.verdict import headline
 
 NOTE = "runner.json"
@@ -115,8 +115,7 @@ def run_recipe(document: RecipeDocument, wish: Wish) -> int:
     check_words(recipe, steps, wish.start, wish.accelerate)
     discarded = folders_from(start) if start else ()
     order = Order(document, run, steps, wish.accelerate, discarded)
-    check_inputs(document, recipe)
-    require_processors(recipe)
+    check_runnable(document, recipe)
     require_resumable(order, wish.resume or bool(start))
     with run.open() as lock:
         discard(order)

@@ -53,6 +53,17 @@ def check_inputs(document: RecipeDocument, recipe: Recipe) -> None:
     require_files(document, recipe)
 
 
+def check_runnable(document: RecipeDocument, recipe: Recipe) -> None:
+    """The same, and it can be run here and now.
+
+    Raises:
+        RecipeError, SetupError: see `check_inputs`.
+        PlacementError: this machine has not what replicas take of it.
+    """
+    check_inputs(document, recipe)
+    require_processors(recipe)
+
+
 def require_engines(recipe: Recipe) -> None:
     """What the engines of all stages need is installed.
 

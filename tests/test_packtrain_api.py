@@ -67,7 +67,7 @@ def test_a_recipe_is_run_with_overrides_and_a_failure_is_an_error(
     steps = [Step(name, name, f"stage_{name}") for name in ("sft", "dpo")]
     monkeypatch.setattr(runner, "steps_of", lambda document: steps)
     monkeypatch.setattr(runner, "read_recipe", lambda document: document.head())
-    monkeypatch.setattr(runner, "check_inputs", lambda document, recipe: None)
+    monkeypatch.setattr(runner, "check_runnable", lambda document, recipe: None)
     with pytest.raises(PacktrainError, match="the run ended with exit code 3"):
         packtrain.run(trail.recipe, "run", **cast(Any, {"dpo.fail": True}))
     assert trail.finished == ["sft"]

@@ -430,7 +430,7 @@ def test_an_interrupted_run_returns_130_and_says_how_to_go_on(
 def test_replicas_that_this_machine_has_no_processors_for_are_refused_before_any_stage(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """Not hours later, when their stage begins; a cluster's machines are asked when it is joined."""
+    """Not hours later, when their stage begins; a cluster is asked when it is joined."""
     monkeypatch.delenv("RAY_ADDRESS", raising=False)
     recipe = read_recipe(load_recipe(TINY, ["mine.replicas=4096", "evaluate.replicas=1"]))
     with pytest.raises(PlacementError, match="they want 4096 processors") as caught:
