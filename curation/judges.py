@@ -85,6 +85,7 @@ def _judge(
             samples=section.samples,
             seed=stage.head.seed,
             occasion="judge",
+            stall_seconds=stage.section.stall_seconds,
         )
 
     return SolveRateJudge(tried)

@@ -123,6 +123,7 @@ def _measure_shard(
         sampling=section.sampling,
         seed=seed,
         occasion="mine",
+        stall_seconds=section.stall_seconds,
     )
     if section.pilot is None or section.pilot >= section.samples:
         return [Mined.of(each) for each in wave(prompts, samples=section.samples)]

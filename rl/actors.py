@@ -33,7 +33,6 @@ from rollout.judge_worker import IN_HAND, JudgeConfig, JudgeWorker
 from rollout.ray_machines import RayMachines
 from rollout.ray_worker import RayWorker, fleet_of, worker_bundle
 from rollout.roster import Event
-from rollout.seat import State
 from rollout.systems import draw_system
 from rollout.task import WorkerConfig
 from rollout.weights import Published, WeightKeeper, on_this_machine, start_keeper, this_node
@@ -155,10 +154,9 @@ class ControllerActor:
         return await self._controller.evaluate(version)
 
     async def leave(self, incarnation: int) -> None:
-        """See `Controller.leave`; asked again and again until nothing is being published."""
+        """See `Controller.leave`."""
         self._fence.check(incarnation)
-        is_anybody_serving = State.HEALTHY in self._fleet.stats().states
-        self._controller.leave(is_anybody_serving=is_anybody_serving)
+        self._controller.leave()
 
     async def state(self, incarnation: int) -> dict[str, object]:
         """The books, and how far the ledger's file goes with them."""

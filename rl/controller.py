@@ -45,6 +45,9 @@ from rollout.task import GroupTask
 
 Found = TypeVar("Found")
 
+_LEAVE_SECONDS = 5.0
+"""For what is being published when the run is asked to end; its supervisor gives it 20 in all."""
+
 logger = logging.getLogger("packtrain")
 
 
@@ -141,8 +144,8 @@ class Controller:
         """Step `version - 1` is done: give the fleet the new weights, free its slots, go on.
 
         With `evaluate` it returns once the validation slice was answered by exactly these weights,
-        and how well: publications come one after another, so the next one waits for it. Neither is
-        waited for by a run that leaves and has no workers left.
+        and how well: publications come one after another, so the next one waits for it. A run that
+        leaves waits for neither for long (`leave`).
         """
         faults.point("publish.begin")
         await self._unless_leaving(self._hand_over(version, weights))
@@ -165,16 +168,15 @@ class Controller:
         """
         return await self._unless_leaving(self._look_at(version))
 
-    def leave(self, *, is_anybody_serving: bool) -> None:
-        """The run was asked to end: it samples nothing more; what is being published goes on as
-        long as a worker serves.
+    def leave(self) -> None:
+        """The run was asked to end: it samples nothing more, and what is being published has a few
+        seconds left.
 
-        There may be none left to wait for, when their machine is the one that is taken away.
+        There may be no worker to wait for, when their machine is the one that is taken away.
         """
         for task in self._tasks:
             task.cancel()
-        if not is_anybody_serving:
-            self._leaving.set()
+        asyncio.get_running_loop().call_later(_LEAVE_SECONDS, self._leaving.set)
 
     async def _unless_leaving(self, work: Coroutine[None, None, Found]) -> Found | None:
         """What comes of it; None when the run leaves before that."""

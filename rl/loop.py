@@ -243,8 +243,8 @@ class LearnerLoop:
             return None
 
     def _is_look_due(self, version: int) -> bool:
-        is_last = version == self._section.steps
-        return is_last or version % self._section.validation.evaluate_every == 0
+        validation, is_last = self._section.validation, version == self._section.steps
+        return bool(validation.prompts) and (is_last or version % validation.evaluate_every == 0)
 
     def _is_cut_due(self, version: int) -> bool:
         is_last = version == self._section.steps

@@ -6,8 +6,8 @@ One publication at a time, on a thread named `publish`: the learner trains on me
 only when it has the next version ready before the last one is out. What fails there fails the
 learner at its next call. A score is written down before the best weights are chosen by it, and
 these before the cut: after a kill at any point the rest can be done again (`catch_up`). A run that
-is asked to end and has no workers left breaks a look off. No cut is made beyond the version that is
-owed it, so that a restart comes by there: the journal has the steps.
+is asked to end breaks off a look that takes long, for there may be no workers left. No cut is made
+beyond the version that is owed it, so that a restart comes by there: the journal has the steps.
 """
 
 from __future__ import annotations
@@ -40,8 +40,8 @@ class Loop(Protocol):
         ...
 
     def leave(self) -> None:
-        """Have what is being published wait for no worker where none is; a look that is broken off
-        has no score. Asked again and again until it is out."""
+        """Give what is being published a few seconds more; a look that is broken off has no
+        score."""
         ...
 
     def state(self) -> dict[str, object]:
@@ -128,11 +128,11 @@ class Publisher:
         """Wait for the publication under way, if any, and raise what went wrong in it.
 
         Its steps (hand-over, evaluation, files) have their own deadlines; once `stop` says so the
-        first two wait for no worker that may never come.
+        first two have a few seconds left.
         """
         current, self._current = self._current, None
         while current and not wait([current], _POLL_SECONDS).done:
-            if stop():
+            if stop() and not self._is_leaving:
                 self._is_leaving = True
                 self._loop.leave()
         if current:

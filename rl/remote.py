@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Protocol, cast
 
 import numpy as np
@@ -21,6 +21,7 @@ from rollout.handover import Outbox, Parcel
 from rollout.weights import Probes, Published, this_node
 
 _POLL_SECONDS = 0.5
+_LEAVE_SECONDS = 2.0
 _SLACK_SECONDS = 30.0
 """The controller's own deadlines say more, so ours come later."""
 
@@ -103,8 +104,12 @@ class RemoteLoop:
         return cast(float | None, self._call(purpose, answer, self._look_seconds))
 
     def leave(self) -> None:
-        """The run was asked to end: what is being published waits for no worker where none is."""
-        self._call("leave", self._controller.leave.remote(self._life))
+        """The run was asked to end: what is being published has a few seconds left.
+
+        Where that cannot be said, what is being published tells why.
+        """
+        with suppress(InfraError):
+            self._call("leave", self._controller.leave.remote(self._life), _LEAVE_SECONDS)
 
     def state(self) -> dict[str, object]:
         """The books as of the last publication."""

@@ -14,6 +14,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from pathlib import Path
+from typing import Any
 
 import ray
 
@@ -61,8 +62,15 @@ def cluster(
 
 
 @contextmanager
-def patiently(enter: Callable[[], AbstractContextManager[str]]) -> Iterator[str]:
+def patiently(
+    enter: Callable[[], AbstractContextManager[str]],
+    sweep: Callable[[], object],
+    sleep: Callable[[float], None] = time.sleep,
+) -> Iterator[str]:
     """A cluster that may need more than one try: a busy machine, a head that starts anew.
+
+    Args:
+        sweep: ends what a try has left behind.
 
     Raises:
         SetupError: it failed so many times in a row.
@@ -75,8 +83,9 @@ def patiently(enter: Callable[[], AbstractContextManager[str]]) -> Iterator[str]
             except ClusterStartError as error:
                 if number == MAX_STARTS:
                     raise not_started(error, number) from error
-                logger.warning("trying again, since %s", error)
-                time.sleep(PAUSE_SECONDS * number)
+                logger.warning("trying again: %s", error)
+                sweep()
+                sleep(PAUSE_SECONDS * number)
         yield address
 
 
@@ -102,9 +111,14 @@ def system_config() -> dict[str, object]:
     return {"worker_niceness": 0}
 
 
+def living() -> list[Mapping[str, Any]]:
+    """The living machines of the cluster that we are in, as Ray describes them."""
+    return [node for node in ray.nodes() if node["Alive"]]
+
+
 def resources() -> list[Mapping[str, float]]:
-    """What each living machine of the cluster that we are in has."""
-    return [node["Resources"] for node in ray.nodes() if node["Alive"]]
+    """What each of them has."""
+    return [node["Resources"] for node in living()]
 
 
 @contextmanager

@@ -52,6 +52,7 @@ def measure_compliance(
                 samples=section.systems,
                 seed=seed,
                 occasion=f"evaluate {among} systems",
+                stall_seconds=section.stall_seconds,
             )
             found[among] = compliance_of(measured, [system for _, system in asked])
     return found

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Literal, Self
 
 from pydantic import Field, model_validator
@@ -169,6 +170,10 @@ class FleetSection(Section):
         return self
 
 
+STALL_SECONDS = 900.0
+"""An engine from which no completion comes for so long counts as hung."""
+
+
 class EnginesSection(Section):
     """What a stage samples and scores with."""
 
@@ -181,10 +186,16 @@ class EnginesSection(Section):
     """Processors that Ray reserves for each of them."""
     start_deadline_seconds: float = Field(default=600.0, gt=0)
     """From a replica's birth until it has read the model."""
-    answer_deadline_seconds: float = Field(default=600.0, gt=0)
-    """A replica that has requests and answers none of them for so long hangs, and is replaced."""
+    answer_deadline_seconds: float = Field(default=1800.0, gt=0)
+    """A replica that has requests and answers none of them for so long hangs, and is replaced. It
+    answers an eighth of its slots at a time, so the slowest of so many completions counts."""
     max_restarts: int = Field(default=3, ge=0)
     """Lives of a replica that may be lost in a row without an answer."""
+
+    @property
+    def stall_seconds(self) -> float:
+        """After which nobody waits for a completion any more; replicas find out by themselves."""
+        return math.inf if self.replicas else STALL_SECONDS
 
     @property
     def fleet(self) -> FleetSection:

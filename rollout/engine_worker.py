@@ -46,6 +46,10 @@ class EngineConfig:
     """The section of the recipe that it belongs to."""
 
 
+class UnseenModelError(InfraError):
+    """This machine does not see the model's folder; another one may."""
+
+
 class EngineWorker:
     """Serves one engine; wrapped by `ray.remote` in rollout/ray_worker.py."""
 
@@ -138,13 +142,13 @@ class EngineWorker:
         """Here and not above: whoever only creates engines needs no torch.
 
         Raises:
-            InfraError: this machine does not see the model; another one may.
+            UnseenModelError: another machine may see it.
         """
         from rollout.engines import open_engine
 
         config = self._config
         if not (config.model_path / "config.json").is_file():
-            raise InfraError(
+            raise UnseenModelError(
                 f"the model must be readable on every machine, there is none at "
                 f"{config.model_path} on {os.uname().nodename}",
                 where=config.where,

@@ -60,6 +60,7 @@ def evaluate(stage: Stage[EvaluateSection]) -> dict[str, object]:
             seed=seed,
             greedy=section.greedy,
             progress=reporter(stage.directory),
+            stall_seconds=section.stall_seconds,
         )
         result = {"model": str(model), **sandbox, **summarise(measured, section.k, seed)}
         if section.greedy:

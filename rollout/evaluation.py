@@ -9,6 +9,7 @@ P prompts, n samples of each.
 from __future__ import annotations
 
 import hashlib
+import math
 import time
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -24,7 +25,7 @@ import pyarrow as pa
 
 from ground.errors import DataError, InfraError
 from ground.records import Prompt, Rollout
-from rollout.config import SamplingSection
+from rollout.config import STALL_SECONDS, SamplingSection
 from rollout.engine import Completion, Inference, PromptTooLong, Request
 from rollout.passk import passes, wilson
 from rollout.quality import Fault, fault_of, typical
@@ -35,9 +36,6 @@ from rollout.seeds import sample_seed
 if TYPE_CHECKING:
     from ground.chat import ChatTemplate
 
-STALL_SECONDS = 1800.0
-"""An engine from which no completion at all comes for so long counts as hung; `replicas` have the
-time to notice that one of them does, and to have its requests answered by another."""
 UNLABELLED = "unlabelled"
 PROMPT_SCHEMA = pa.schema(
     [
@@ -121,6 +119,7 @@ def measure(
     occasion: str = "evaluate",
     greedy: bool = False,
     progress: Callable[[int, int], None] | None = None,
+    stall_seconds: float = STALL_SECONDS,
 ) -> list[Measured]:
     """Sample and score every prompt; the results come in the order of the prompts.
 
@@ -130,11 +129,12 @@ def measure(
             on equal weights give equal completions.
         greedy: also decode each prompt once at temperature 0.
         progress: called with (prompts done, prompts) after each.
+        stall_seconds: an engine from which no completion at all comes for so long counts as hung.
 
     Raises:
-        InfraError: the engine gave nothing for `STALL_SECONDS`, or the reward pool cannot work.
+        InfraError: the engine gave nothing for `stall_seconds`, or the reward pool cannot work.
     """
-    asked, clock = list[_Asked](), _StallClock()
+    asked, clock = list[_Asked](), _StallClock(stall_seconds)
     numbers = range(first, first + samples)
     for place, prompt in enumerate(prompts):
         seeds = [sample_seed(seed, prompt.id, occasion, sample) for sample in numbers]
@@ -291,8 +291,8 @@ def _ask(
 class _StallClock:
     """Seconds since the last completion of anybody."""
 
-    def __init__(self) -> None:
-        self._moved = time.monotonic()
+    def __init__(self, seconds: float) -> None:
+        self._moved, self._seconds = time.monotonic(), seconds
 
     def watch(self, futures: Iterable[Iterable[Future[Completion]]]) -> None:
         """Take note of each of these that comes."""
@@ -303,16 +303,19 @@ class _StallClock:
         """What a future comes to.
 
         Raises:
-            InfraError: nothing has come of any of them for `STALL_SECONDS`.
+            InfraError: nothing has come of any of them for so long.
         """
-        while (left := self._moved + STALL_SECONDS - time.monotonic()) > 0:
+        while True:
+            left = self._moved + self._seconds - time.monotonic()
             with suppress(FutureTimeoutError):
-                return future.result(left)
-        raise InfraError(
-            f"completions must come, none has for {STALL_SECONDS:g} s: prompt {prompt.id} waits",
-            where="evaluation",
-            fix="on a slow machine use fewer slots or shorter completions",
-        )
+                return future.result(None if math.isinf(left) else max(left, 0.0))
+            if left <= 0:
+                raise InfraError(
+                    f"completions must come, none has for {self._seconds:g} s: prompt {prompt.id} "
+                    "waits",
+                    where="evaluation",
+                    fix="on a slow machine use fewer slots or shorter completions",
+                )
 
     def _move(self, future: Future[Completion]) -> None:
         self._moved = time.monotonic()

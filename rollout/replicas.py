@@ -25,12 +25,13 @@ from typing import Protocol, TypeVar
 
 from transformers import AutoConfig
 
+from ground.errors import DataError, PacktrainError
 from rollout.bundle import bundle_of, need_of
-from rollout.cluster import cluster, patiently, resources
+from rollout.cluster import cluster, living, patiently, resources
 from rollout.config import EnginesSection
 from rollout.dealer import Dealer
 from rollout.engine import Completion, Request, Scores, check_request, check_scorable
-from rollout.engine_worker import EngineConfig, EngineWorker
+from rollout.engine_worker import EngineConfig, EngineWorker, UnseenModelError
 from rollout.machines import Machines, StillMachines
 from rollout.processes import Reserved
 from rollout.ray_machines import RayMachines
@@ -67,12 +68,33 @@ class EngineMember(Member, Protocol):
 
 
 class RayEngine(RayMember[EngineWorker]):
-    """An `EngineMember` in a process of its own, somewhere in the Ray cluster."""
+    """An `EngineMember` in a process of its own, somewhere in the Ray cluster.
+
+    Args:
+        blind: nodes that do not see the model; its own joins them where it finds that out.
+    """
 
     def __init__(
-        self, config: EngineConfig, bundle: Mapping[str, float], avoided: frozenset[str]
+        self,
+        config: EngineConfig,
+        bundle: Mapping[str, float],
+        avoided: frozenset[str],
+        blind: set[str],
     ) -> None:
-        super().__init__(EngineWorker, (config,), bundle, incarnation=0, avoided=avoided)
+        super().__init__(EngineWorker, (config,), bundle, 0, avoided | blind)
+        self._blind = blind
+
+    async def open(self, index: int, slots_share: float = 1.0) -> None:
+        """See `Member.open`.
+
+        Raises:
+            DataError: there is no machine any more that might see the model.
+        """
+        try:
+            await super().open(index, slots_share)
+        except UnseenModelError as error:
+            self._blind.add(self.node)
+            raise told_of(error, self._blind, [node["NodeID"] for node in living()]) from None
 
     async def sample(self, requests: Sequence[Request]) -> list[Completion]:
         """See `EngineWorker.sample`; a pickle each way, Ray's own way costs several times more."""
@@ -230,8 +252,9 @@ class Replicas:
             if seat.in_flight == 1:
                 self._answered[seat.index] = self._loop.time()
             seconds = self._section.answer_deadline_seconds
+            doing = f"{name} (or any other, see {self._where}.answer_deadline_seconds)"
             answer = await seat.within(
-                seconds, name, ask(seat.worker), more=self._while_it_answers(seat)
+                seconds, doing, ask(seat.worker), more=self._while_it_answers(seat)
             )
             self._answered[seat.index] = self._loop.time()
             return answer
@@ -255,7 +278,7 @@ class Replicas:
                 future.cancel()
         self._waiting = deque(pair for pair in self._waiting if not is_meant(pair[0]))
         for task, bundle in list(self._bundles.items()):
-            if all(is_meant(request) for request, _ in bundle):
+            if all(future.cancelled() for _, future in bundle):
                 task.cancel()
 
 
@@ -263,6 +286,13 @@ def _scoring(
     part: Sequence[Sequence[int]], top_k: int
 ) -> Callable[[EngineMember], Coroutine[None, None, list[Scores]]]:
     return lambda member: member.score(part, top_k)
+
+
+def told_of(error: UnseenModelError, blind: set[str], nodes: Collection[str]) -> PacktrainError:
+    """What a machine's blindness is: its own matter, or the end where no other is left."""
+    if blind.issuperset(nodes):
+        return DataError(error.what, where=error.where, fix=error.fix)
+    return error
 
 
 @contextmanager
@@ -282,14 +312,14 @@ def replicas_of(
     """
     vocabulary = int(AutoConfig.from_pretrained(model).get_text_config().vocab_size)
     need, namespace = need_of(section, where), f"packtrain-{ours.mark}"
-    with patiently(lambda: cluster(ours.folder, need, namespace=namespace)):
+    with patiently(lambda: cluster(ours.folder, need, namespace=namespace), ours.sweep):
         bundle = bundle_of(section.engine, section.cpus_per_replica, resources())
         config = EngineConfig(model.resolve(), section.engine, _LEASE_SECONDS, where)
         loop = asyncio.new_event_loop()
-        machines = RayMachines(bundle)
+        machines, blind = RayMachines(bundle), set[str]()
         engines = Replicas(
             section,
-            lambda: RayEngine(config, bundle, machines.avoided),
+            lambda: RayEngine(config, bundle, machines.avoided, blind),
             loop,
             machines,
             where=where,

@@ -273,7 +273,7 @@ class LocalLoop:
         return self._call(self._controller.evaluate(version))
 
     def leave(self) -> None:
-        self._loop.call_soon_threadsafe(lambda: self._controller.leave(is_anybody_serving=True))
+        self._loop.call_soon_threadsafe(self._controller.leave)
 
     def state(self) -> dict[str, object]:
         async def state() -> dict[str, object]:

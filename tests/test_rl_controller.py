@@ -8,6 +8,7 @@ from collections.abc import Callable, Mapping
 
 import pytest
 
+import rl.controller
 from curation.config import CurriculumSection
 from curation.curriculum import Curriculum
 from ground.errors import DataError, InfraError, PacktrainError, WorkersLostError
@@ -300,7 +301,10 @@ class Emptied(ScriptedFleet):
         await super().publish(version, weights)
 
 
-def test_41_a_run_that_leaves_waits_for_no_worker_and_samples_nothing_more() -> None:
+def test_41_a_run_that_leaves_waits_for_no_worker_and_samples_nothing_more(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(rl.controller, "_LEAVE_SECONDS", 0.05)
     fleet = Emptied(first_is_right)
 
     async def run() -> tuple[float | None, object, int]:
@@ -310,11 +314,9 @@ def test_41_a_run_that_leaves_waits_for_no_worker_and_samples_nothing_more() -> 
             await controller.next_batch(step)
         publication = asyncio.create_task(controller.publish(1, "weights", evaluate=True))
         await asyncio.sleep(0)
-        controller.leave(is_anybody_serving=True)
-        for _ in range(20):
-            await asyncio.sleep(0)
-        assert not publication.done()  # a worker that serves may yet take it
-        controller.leave(is_anybody_serving=False)
+        controller.leave()
+        await asyncio.sleep(0)
+        assert not publication.done()  # it has a moment left
         score = await publication
         sampled = len(fleet.finished)
         await controller.publish(2, "weights")

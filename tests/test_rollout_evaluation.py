@@ -318,11 +318,11 @@ def test_an_engine_counts_as_hung_only_when_nothing_comes_of_anybody(
             now[0] += timeout
             raise FutureTimeoutError
 
-    monkeypatch.setattr(measuring, "STALL_SECONDS", 10.0)
     monkeypatch.setattr(measuring.time, "monotonic", lambda: now[0])
     other, hung = Future[Completion](), Waited()
-    clock = measuring._StallClock()
+    clock = measuring._StallClock(10.0)
     clock.watch([[other, hung]])
     with pytest.raises(InfraError, match="none has for 10 s: prompt"):
         clock.wait(hung, prompt(1))
-    assert told == [10.0, 6.0] and now[0] == 116.0
+    assert told == [10.0, 6.0, 0.0] and now[0] == 116.0
+    assert clock.wait(other, prompt(1)).id == "other"  # it is there, however long ago it came

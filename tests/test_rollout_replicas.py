@@ -15,16 +15,18 @@ from pathlib import Path
 import pytest
 from rl_runs import wait_until, write_project
 
-from ground.errors import DataError, InfraError, PacktrainError, WorkersLostError
+from ground.errors import DataError, InfraError, PacktrainError, SetupError, WorkersLostError
 from ground.faults import Faults
 from ground.records import Segment
 from ground.strikes import kill9, raise_
 from rollout.bundle import need_of
-from rollout.cluster import cluster
+from rollout.cluster import cluster, patiently
 from rollout.config import EngineSection, EnginesSection
 from rollout.engine import Completion, PromptTooLong, Request, Scores
+from rollout.engine_worker import UnseenModelError
 from rollout.places import PlacementError
-from rollout.replicas import Replicas, running
+from rollout.preflight import ClusterStartError
+from rollout.replicas import Replicas, running, told_of
 from rollout.seat import WorkerDiedError
 from rollout.task import Loaded, Pong
 
@@ -199,6 +201,34 @@ def test_scores_come_in_the_order_of_the_sequences() -> None:
         assert both.score([]) == []
     assert [each.logprobs[0] for each in found] == [-float(n % 64) for n in range(30)]
     assert sorted(asked) == [2] + 8 * [4]  # the first asking was in vain
+
+
+def test_a_machine_that_does_not_see_the_model_is_the_end_only_when_none_is_left() -> None:
+    error = UnseenModelError("the model must be readable", where="mine", fix="share the folder")
+    assert told_of(error, {"a"}, ["a", "b"]) is error
+    end = told_of(error, {"a", "gone"}, ["a"])
+    assert isinstance(end, DataError) and (end.what, end.fix) == (error.what, error.fix)
+
+
+def test_ray_is_tried_again_once_what_the_last_try_left_is_swept() -> None:
+    told: list[object] = []
+
+    @contextmanager
+    def enter(fails: int) -> Iterator[str]:
+        told.append("try")
+        if told.count("try") <= fails:
+            raise ClusterStartError("Ray must come up", where="Ray", why="busy")
+        yield "10.0.0.7:6379"
+
+    with patiently(lambda: enter(1), lambda: told.append("sweep"), told.append) as address:
+        assert (address, told) == ("10.0.0.7:6379", ["try", "sweep", 2.0, "try"])
+    told.clear()
+    with (
+        pytest.raises(SetupError, match="Ray must come up, it failed 5 times in a row"),
+        patiently(lambda: enter(5), lambda: told.append("sweep"), told.append),
+    ):
+        pass
+    assert told.count("try") == 5 and told[-1] == "try"
 
 
 def test_engines_without_room_are_refused_with_the_table_before_ray_starts(tmp_path: Path) -> None:
