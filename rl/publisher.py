@@ -27,6 +27,9 @@ from rl.snapshot import Snapshot, read_weights, write_cut, write_weights
 from rl.versions import Versions
 from rollout.handover import digest_of
 
+_POLL_SECONDS = 0.2
+"""Between two looks whether the run is asked to end."""
+
 
 class Loop(Protocol):
     """What the learner's side needs of the controller's, wherever that runs."""
@@ -47,9 +50,6 @@ class Loop(Protocol):
     def state(self) -> dict[str, object]:
         """The books as of the last publication."""
         ...
-
-
-_POLL_SECONDS = 0.2
 
 
 @dataclass(frozen=True, slots=True)

@@ -21,7 +21,8 @@ from rollout.handover import Outbox, Parcel
 from rollout.weights import Probes, Published, this_node
 
 _POLL_SECONDS = 0.5
-_LEAVE_SECONDS = 2.0
+_TELL_SECONDS = 2.0
+"""For an order that a controller which is too busy to hear it obeys later."""
 _SLACK_SECONDS = 30.0
 """The controller's own deadlines say more, so ours come later."""
 
@@ -109,7 +110,7 @@ class RemoteLoop:
         Where that cannot be said, what is being published tells why.
         """
         with suppress(InfraError):
-            self._call("leave", self._controller.leave.remote(self._life), _LEAVE_SECONDS)
+            self._call("leave", self._controller.leave.remote(self._life), _TELL_SECONDS)
 
     def state(self) -> dict[str, object]:
         """The books as of the last publication."""

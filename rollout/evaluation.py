@@ -9,21 +9,16 @@ P prompts, n samples of each.
 from __future__ import annotations
 
 import hashlib
-import math
-import time
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from concurrent.futures import TimeoutError as FutureTimeoutError
-from contextlib import suppress
 from dataclasses import asdict, dataclass
-from itertools import chain
 from statistics import fmean
 from typing import TYPE_CHECKING
 
 import pyarrow as pa
 
-from ground.errors import DataError, InfraError
+from ground.errors import DataError
 from ground.records import Prompt, Rollout
 from rollout.config import STALL_SECONDS, SamplingSection
 from rollout.engine import Completion, Inference, PromptTooLong, Request
@@ -32,6 +27,7 @@ from rollout.quality import Fault, fault_of, typical
 from rollout.reward_pool import Verifier
 from rollout.scoring import rollouts_of, texts_of
 from rollout.seeds import sample_seed
+from rollout.stall import StallClock
 
 if TYPE_CHECKING:
     from ground.chat import ChatTemplate
@@ -134,7 +130,7 @@ def measure(
     Raises:
         InfraError: the engine gave nothing for `stall_seconds`, or the reward pool cannot work.
     """
-    asked, clock = list[_Asked](), _StallClock(stall_seconds)
+    asked, clock = list[_Asked](), StallClock(stall_seconds)
     numbers = range(first, first + samples)
     for place, prompt in enumerate(prompts):
         seeds = [sample_seed(seed, prompt.id, occasion, sample) for sample in numbers]
@@ -288,45 +284,12 @@ def _ask(
     return _Asked(prompt, ids, tuple(futures))
 
 
-class _StallClock:
-    """Seconds since the last completion of anybody."""
-
-    def __init__(self, seconds: float) -> None:
-        self._moved, self._seconds = time.monotonic(), seconds
-
-    def watch(self, futures: Iterable[Iterable[Future[Completion]]]) -> None:
-        """Take note of each of these that comes."""
-        for future in chain.from_iterable(futures):
-            future.add_done_callback(self._move)
-
-    def wait(self, future: Future[Completion], prompt: Prompt) -> Completion:
-        """What a future comes to.
-
-        Raises:
-            InfraError: nothing has come of any of them for so long.
-        """
-        while True:
-            left = self._moved + self._seconds - time.monotonic()
-            with suppress(FutureTimeoutError):
-                return future.result(None if math.isinf(left) else max(left, 0.0))
-            if left <= 0:
-                raise InfraError(
-                    f"completions must come, none has for {self._seconds:g} s: prompt {prompt.id} "
-                    "waits",
-                    where="evaluation",
-                    fix="on a slow machine use fewer slots or shorter completions",
-                )
-
-    def _move(self, future: Future[Completion]) -> None:
-        self._moved = time.monotonic()
-
-
 def _collect(
     asked: _Asked,
     samples: int,
     chat: ChatTemplate,
     reward_pool: Verifier,
-    clock: _StallClock,
+    clock: StallClock,
 ) -> Measured:
     if asked.skipped:
         return Measured(asked.prompt, (), asked.skipped)

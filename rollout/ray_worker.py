@@ -30,6 +30,7 @@ from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 from ground.errors import InfraError, PacktrainError
 from ground.exits import ExitWatch, pid_space
 from rollout.bundle import Resources, bundle_of, with_affordable_spare
+from rollout.cluster import resources
 from rollout.config import FleetSection
 from rollout.failures import memory_kills
 from rollout.judge_worker import JudgeWorker
@@ -253,16 +254,12 @@ class RayWorker(RayMember[RolloutWorker | JudgeWorker]):
 
 def fleet_of(config: WorkerConfig) -> FleetSection:
     """The fleet of this cluster: without a spare where workers have GPUs."""
-    return with_affordable_spare(config, _machines())
+    return with_affordable_spare(config, resources())
 
 
 def worker_bundle(config: WorkerConfig) -> dict[str, float]:
     """What a worker takes of one machine of this cluster."""
-    return bundle_of(config.engine, config.fleet.cpus_per_worker, _machines())
-
-
-def _machines() -> list[Resources]:
-    return [node["Resources"] for node in ray.nodes() if node["Alive"]]
+    return bundle_of(config.engine, config.fleet.cpus_per_worker, resources())
 
 
 def _elsewhere(avoided: frozenset[str]) -> dict[str, str] | None:

@@ -18,7 +18,7 @@ from ground.errors import DataError, InfraError
 from ground.model import load_tokenizer
 from ground.records import Difficulty, Label, Message, Prompt, Rollout, Segment
 from ground.tables import write_jsonl, write_records
-from rollout import evaluation as measuring
+from rollout import stall as rollout_stall
 from rollout.config import EngineSection, EvaluateSection, SamplingSection
 from rollout.engine import Completion, Request
 from rollout.engines import open_engine
@@ -37,6 +37,7 @@ from rollout.heldout import shared_ids
 from rollout.passk import wilson
 from rollout.reward_pool import RewardPool
 from rollout.seeds import sample_seed
+from rollout.stall import StallClock
 
 SAMPLING = SamplingSection(temperature=1.0, max_new_tokens=16)
 
@@ -318,9 +319,9 @@ def test_an_engine_counts_as_hung_only_when_nothing_comes_of_anybody(
             now[0] += timeout
             raise FutureTimeoutError
 
-    monkeypatch.setattr(measuring.time, "monotonic", lambda: now[0])
+    monkeypatch.setattr(rollout_stall.time, "monotonic", lambda: now[0])
     other, hung = Future[Completion](), Waited()
-    clock = measuring._StallClock(10.0)
+    clock = StallClock(10.0)
     clock.watch([[other, hung]])
     with pytest.raises(InfraError, match="none has for 10 s: prompt"):
         clock.wait(hung, prompt(1))
