@@ -360,11 +360,11 @@ def test_messages_of_another_life_of_the_run_are_refused() -> None:
 
 def test_a_worker_ends_itself_when_nobody_pings_it() -> None:
     """A lease, for where Ray does not notice that the controller is gone."""
-    worker = RayWorker(WorkerConfig(NO_MODEL, ENGINE, FLEET, lease_seconds=1.0), PretendingWorker)
+    worker = RayWorker(WorkerConfig(NO_MODEL, ENGINE, FLEET, lease_seconds=2.0), PretendingWorker)
 
     async def scenario() -> None:
         await worker.open(0)
-        for _ in range(8):
+        for _ in range(10):
             await worker.ping()
             await asyncio.sleep(0.25)
         assert worker.pid and is_running(worker.pid)

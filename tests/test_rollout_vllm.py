@@ -96,6 +96,14 @@ def learner_logprobs(
     return found[len(request.prompt_ids) - 1 :].tolist()
 
 
+def until_waiting(engine: Engine, count: int) -> None:
+    """Wait until no more than so many requests have no token yet."""
+    deadline = time.monotonic() + 30
+    while len(engine.waiting()) > count:
+        assert time.monotonic() < deadline, engine.waiting()
+        time.sleep(0.005)
+
+
 @pytest.mark.parametrize(("temperature", "shown"), [(1.0, 1.0), (0.6, 0.6), (0.0, 1.0)])
 def test_logprobs_are_those_of_the_sampling_distribution(
     engine: Engine, temperature: float, shown: float
@@ -192,7 +200,7 @@ def test_a_temperature_that_vllm_would_change_is_refused(
 
 def test_a_paused_engine_scores_although_all_slots_are_taken(engine: Engine) -> None:
     futures = [engine.submit(request(f"r{n}", tokens=200)) for n in range(2 * SLOTS)]
-    time.sleep(0.2)
+    until_waiting(engine, SLOTS)
     engine.pause()
     standing = engine.score([(1, 5, 6, 7)] * (3 * SLOTS))
     waiting = engine.waiting()

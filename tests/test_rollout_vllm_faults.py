@@ -16,7 +16,8 @@ import psutil
 import pytest
 from conftest import make_tiny_llama
 from fleet_doubles import RealBirths, is_running, make_task, run_fleet
-from test_rollout_vllm import NATS, STUDENT, nudged, request
+from test_rollout_vllm import NATS, STUDENT, nudged, request, until_waiting
+from test_rollout_worker import sampling
 
 from ground.errors import InfraError
 from ground.model import load_model, tensors_of
@@ -79,7 +80,7 @@ def test_25_a_killed_core_fails_what_is_in_flight_and_whatever_comes_later() -> 
     futures: list[Future[Completion]] = [
         engine.submit(request(f"r{n}", tokens=200)) for n in range(9)
     ]
-    time.sleep(0.3)
+    until_waiting(engine, len(futures) - SECTION.num_slots)
     killed = time.monotonic()
     core.kill()
     for future in futures:
@@ -124,11 +125,12 @@ def test_a_core_that_dies_in_the_last_moment_of_its_start_is_the_machines_fault(
 def test_a_load_that_fails_in_the_middle_ends_the_engine() -> None:
     """Some of the weights are new; nothing may be sampled with them."""
     engine = VllmEngine(STUDENT, SECTION, worker="vllm_doubles.FailsInTheMiddle")
+    tensors = tensors_of(load_model(STUDENT))
     try:
         future = engine.submit(request("a", tokens=200))
         cause = "load of version 1 must be done wholly, got .*half of them"
         with pytest.raises(InfraError, match=cause):
-            engine.load(1, tensors_of(load_model(STUDENT)))
+            engine.load(1, tensors)
         with pytest.raises(InfraError, match=cause):
             future.result(1)
         with pytest.raises(InfraError, match=cause):
@@ -221,8 +223,9 @@ def test_a_worker_whose_core_is_lost_is_replaced_and_the_group_is_sampled_again(
         await fleet.start()
         await fleet.publish(0, births.publish(0))
         cores.extend(cores_of(births.pids()[0]))
+        cores[0].suspend()  # so that no group is done before the blow
         running = asyncio.gather(*(fleet.rollout(make_task(f"n{n}", tokens=200)) for n in range(4)))
-        await asyncio.sleep(0.3)
+        await sampling(births.workers[0])
         cores[0].send_signal(blow)
         groups = await running
         assert all(each.num_tokens for group in groups for each in group.rollouts)
