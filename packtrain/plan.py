@@ -25,7 +25,7 @@ from packtrain.recipes import FOLDER
 from packtrain.validate import require_engines, require_files
 from rl.config import RlSection
 from rl.footprint import require_machine
-from rl.forecast import Forecast, forecast
+from rl.forecast import Forecast, Judges, forecast
 from rl.hardware import DEVICES, Device
 from rl.roofline import Workload, workload_of
 from rollout.places import PlacementError
@@ -51,7 +51,8 @@ def command(arguments: argparse.Namespace) -> int:
     for line in plan_text.step_lines(section, load):
         say(line)
     teacher = _teacher(document, recipe) if section.distill else None
-    planned = forecast(shape, section, device, count, load=load, teacher=teacher)
+    judges = _judges(document, recipe)
+    planned = forecast(shape, section, device, count, load=load, teacher=teacher, judges=judges)
     for line in _lines(section, shape, device, count, planned, load):
         say(line)
     if arguments.simulate:
@@ -59,6 +60,8 @@ def command(arguments: argparse.Namespace) -> int:
         lost = {"skew": arguments.skew, "switch_seconds": arguments.switch}
         for line in simulate.simulation_lines(shape, section, device, count, load, **lost):
             say(line)
+    for line in plan_text.judge_lines(judges, device) if judges else ():
+        say(line)
     has_tokens = arguments.tokens is not None
     for line in plan_text.assumption_lines(shape, device, has_tokens, section.lora):
         say(line)
@@ -99,6 +102,15 @@ def _shape(document: RecipeDocument, recipe: Recipe) -> tuple[ModelShape, str]:
 def _teacher(document: RecipeDocument, recipe: Recipe) -> ModelShape:
     """The same of the teacher."""
     return _shape_of("teacher", recipe.teacher, _HERD / "teacher", document)[0]
+
+
+def _judges(document: RecipeDocument, recipe: Recipe) -> Judges | None:
+    """The judge's shape, which is the teacher's where the recipe names no other."""
+    if recipe.judge is None:
+        return None
+    if recipe.judge.model is None:
+        return Judges(_teacher(document, recipe), recipe.judge)
+    return Judges(_shape_of("judge.model", recipe.judge.model, Path(), document)[0], recipe.judge)
 
 
 def _shape_of(

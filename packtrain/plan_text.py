@@ -9,7 +9,7 @@ from ground.lora import LoraSection
 from ground.shape import ModelShape
 from rl.config import RlSection
 from rl.footprint import host_bytes
-from rl.forecast import LEARNER, ROLLOUT, Forecast, useful_engines
+from rl.forecast import LEARNER, ROLLOUT, Forecast, Judges, useful_engines
 from rl.hardware import Device, Efficiency
 from rl.roofline import Workload
 
@@ -142,6 +142,22 @@ def time_lines(section: RlSection, plan: Forecast) -> Iterator[str]:
     yield f"  a version reaches the engines in {seconds(plan.handover_seconds)}"
     if section.lora:
         yield "  not counted: each worker adds it to its base and puts the sums into its engine"
+
+
+def judge_lines(judges: Judges, device: Device) -> Iterator[str]:
+    """What is said of judges beside the consumers."""
+    settings = judges.settings
+    yield ""
+    if judges.on(device):
+        yield (
+            "judges: counted as if every prompt had `reward: judge`, and as if a reference were as "
+            "long as an answer"
+        )
+    else:
+        yield (
+            f"judges: {settings.replicas} x {settings.cpus_per_replica:g} processors beside these "
+            "devices (judge.kind=vllm puts them there)"
+        )
 
 
 def assumption_lines(

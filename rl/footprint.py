@@ -1,4 +1,4 @@
-"""What lies in a device's memory, part by part: the learner's side, an engine's, a teacher's.
+"""What lies in a device's memory, part by part: the learner's, an engine's, a teacher's.
 
 The learner holds weights, gradients and two moments in FP32, 16 bytes a parameter, sharded over all
 its devices (FSDP2 or ZeRO-3), and activations of one micro-batch: what enters each layer in BF16,
@@ -19,6 +19,7 @@ from ground.shape import ModelShape
 from rl.adapter_shape import adapter_parameters
 from rl.config import RlSection
 from rl.hardware import Device, Efficiency
+from rollout.config import EngineSection
 from rollout.places import Want, require_room
 
 _FULL = 4
@@ -102,10 +103,10 @@ def teacher_footprint(
     return Footprint({}, {}, parts)
 
 
-def engine_footprint(shape: ModelShape, device: Device, section: RlSection) -> Footprint:
+def engine_footprint(shape: ModelShape, device: Device, engine: EngineSection) -> Footprint:
     """Weights, and keys and values of every place at its full length."""
     each = device.number_bytes
-    cache = section.engine.num_slots * section.engine.max_length * shape.cache_bytes(each)
+    cache = engine.num_slots * engine.max_length * shape.cache_bytes(each)
     return Footprint({}, {"weights": float(shape.parameters * each), "KV cache": float(cache)}, {})
 
 
@@ -127,7 +128,7 @@ def engine_width(shape: ModelShape, device: Device, section: RlSection, counted:
                 where="placement",
             )
         return named
-    footprint, width = engine_footprint(shape, device, section), 1
+    footprint, width = engine_footprint(shape, device, section.engine), 1
     while sum(footprint.on_each(1, width).values()) > device.memory * counted.memory:
         within = 2 * width <= device.per_machine
         if shape.heads % (2 * width) if within else 2 * width > shape.layers * device.per_machine:

@@ -12,6 +12,7 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+from ground.config import JudgeSettings
 from ground.shape import ModelShape
 from rl.config import RlSection
 from rl.footprint import (
@@ -28,13 +29,31 @@ from rl.roofline import (
     Workload,
     decoding_step,
     handover_seconds,
+    judge_seconds,
     learner_seconds,
     rollout_seconds,
     teacher_seconds,
 )
 from rl.room import Consumer, Devices
+from rollout.judge_source import judge_engine
 
-LEARNER, ROLLOUT, TEACHER = "learner", "rollout", "teacher"
+LEARNER, ROLLOUT, TEACHER, JUDGE = "learner", "rollout", "teacher", "judge"
+
+
+@dataclass(frozen=True, slots=True)
+class Judges:
+    """The model behind `reward: judge`, and how the recipe asks it.
+
+    Example:
+        Judges(read_shape(folder), recipe.judge)
+    """
+
+    shape: ModelShape
+    settings: JudgeSettings
+
+    def on(self, device: Device) -> bool:
+        """Whether they compute on such devices: transformers judges on processors alone."""
+        return device.name == "cpu" or self.settings.kind == "vllm"
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,17 +102,19 @@ def forecast(
     load: Workload,
     counted: Efficiency | None = None,
     teacher: ModelShape | None = None,
+    judges: Judges | None = None,
 ) -> Forecast:
     """Place a recipe on so many devices and estimate its step.
 
     Args:
         teacher: where the recipe has `distill`; its replicas are as many as that says.
+        judges: where the recipe has `judge`; the same.
 
     Raises:
         PlacementError: it does not fit; with want and have.
     """
     counted = counted or Efficiency()
-    consumers, footprints = wanted(shape, section, device, load, counted, teacher)
+    consumers, footprints = wanted(shape, section, device, load, counted, teacher, judges)
     room = Devices.of(
         count, per_machine=device.per_machine, bytes_each=device.memory * counted.memory
     )
@@ -117,12 +138,13 @@ def wanted(
     load: Workload,
     counted: Efficiency,
     teacher: ModelShape | None = None,
+    judges: Judges | None = None,
 ) -> tuple[tuple[Consumer, ...], dict[str, Footprint]]:
-    """Learner, rollout and perhaps teacher as plan() takes them, and their memory by part."""
+    """Learner, rollout, perhaps teacher and judge as plan() takes them; their memory by part."""
     across = learner_width(shape, device, section, counted)
     width = engine_width(shape, device, section, counted)
     training = learner_footprint(shape, device, section, across)
-    engine = engine_footprint(shape, device, section)
+    engine = engine_footprint(shape, device, section.engine)
     learner = Consumer(
         LEARNER,
         learner_seconds(shape, device, load, section, counted),
@@ -138,18 +160,30 @@ def wanted(
         least=section.fleet.min_workers,
         most=useful_engines(section),
     )
-    footprints = {LEARNER: training, ROLLOUT: engine}
-    if section.distill is None or teacher is None:
-        return (learner, rollout), footprints
-    reading = teacher_footprint(teacher, device, section.distill)
-    speaker = Consumer(
-        TEACHER,
-        teacher_seconds(teacher, device, load, counted),
-        device_bytes=sum(reading.device.values()),
-        least=section.distill.num_teachers,
-        most=section.distill.num_teachers,
-    )
-    return (learner, rollout, speaker), footprints | {TEACHER: reading}
+    consumers, footprints = [learner, rollout], {LEARNER: training, ROLLOUT: engine}
+    if section.distill is not None and teacher is not None:
+        footprints[TEACHER] = teacher_footprint(teacher, device, section.distill)
+        speaker = Consumer(
+            TEACHER,
+            teacher_seconds(teacher, device, load, counted),
+            device_bytes=sum(footprints[TEACHER].device.values()),
+            least=section.distill.num_teachers,
+            most=section.distill.num_teachers,
+        )
+        consumers.append(speaker)
+    if judges is not None and judges.on(device):
+        settings = judges.settings
+        footprints[JUDGE] = engine_footprint(judges.shape, device, judge_engine(settings))
+        judge = Consumer(
+            JUDGE,
+            judge_seconds(judges.shape, device, load, settings, counted),
+            width=settings.tensor_parallel,
+            replica_bytes=sum(footprints[JUDGE].replica.values()),
+            least=settings.replicas,
+            most=settings.replicas,
+        )
+        consumers.append(judge)
+    return tuple(consumers), footprints
 
 
 def useful_engines(section: RlSection) -> int:

@@ -12,6 +12,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
+from ground.config import JudgeSettings
 from ground.lora import LoraSection
 from ground.shape import ModelShape
 from rl.adapter_shape import adapter_parameters
@@ -132,6 +133,22 @@ def teacher_seconds(
     """
     flops = load.tokens * shape.flops(load.tokens / 2, is_routed=False)
     return load.trained_per_slot * flops / (device.flops * counted.prefill)
+
+
+def judge_seconds(
+    shape: ModelShape,
+    device: Device,
+    load: Workload,
+    settings: JudgeSettings,
+    counted: Efficiency,
+) -> float:
+    """Device-seconds of the judges for a sample: question, answer and a reference of the answer's
+    length are read, in each order that is asked, and nothing is written. Of every group that is
+    sampled, as if all prompts had `reward: judge`."""
+    answer = min(load.new_tokens, settings.max_answer_tokens)
+    tokens = min(load.prompt_tokens + load.new_tokens + answer, settings.max_length)
+    flops = (1 + settings.both_orders) * tokens * shape.flops(tokens / 2)
+    return load.sampled_per_slot * flops / (device.flops * counted.prefill)
 
 
 def handover_seconds(

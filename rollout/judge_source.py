@@ -35,15 +35,8 @@ class JudgeSource(Section):
 
     @property
     def engine(self) -> EngineSection:
-        """What the model runs in; `hf` scores in small batches whatever its slots."""
-        settings = self.settings
-        return EngineSection(
-            kind=settings.kind,
-            num_slots=_VLLM_SLOTS if settings.kind == "vllm" else SLOT_STEP,
-            max_length=settings.max_length,
-            threads=settings.threads,
-            tensor_parallel=settings.tensor_parallel,
-        )
+        """What the model runs in."""
+        return judge_engine(self.settings)
 
     @property
     def fleet(self) -> FleetSection:
@@ -57,6 +50,17 @@ class JudgeSource(Section):
             max_restarts=settings.max_restarts,
             spare=False,
         )
+
+
+def judge_engine(settings: JudgeSettings) -> EngineSection:
+    """What a judge's model runs in; `hf` scores in small batches whatever its slots."""
+    return EngineSection(
+        kind=settings.kind,
+        num_slots=_VLLM_SLOTS if settings.kind == "vllm" else SLOT_STEP,
+        max_length=settings.max_length,
+        threads=settings.threads,
+        tensor_parallel=settings.tensor_parallel,
+    )
 
 
 def judge_of(prompts: Iterable[Prompt], trail: Trail) -> JudgeSource | None:

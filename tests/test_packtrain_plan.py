@@ -7,12 +7,13 @@ from pathlib import Path
 import pytest
 
 from distill.teacher import LOGITS
+from ground.config import JudgeSettings
 from ground.errors import DataError, RecipeError
 from ground.lora import LoraSection
 from ground.recipe import load_recipe
 from ground.shape import read_shape
 from packtrain.cli import main
-from packtrain.plan_text import seconds, short
+from packtrain.plan_text import judge_lines, seconds, short
 from packtrain.recipe import read_recipe
 from rl.config import RlSection
 from rl.footprint import (
@@ -22,7 +23,7 @@ from rl.footprint import (
     learner_footprint,
     require_machine,
 )
-from rl.forecast import forecast, useful_engines
+from rl.forecast import Judges, forecast, useful_engines
 from rl.hardware import DEVICES, Efficiency
 from rl.roofline import Workload, decoding_step, handover_seconds, learner_seconds, workload_of
 from rollout.places import PlacementError
@@ -284,6 +285,43 @@ def test_a_teacher_is_placed_beside_the_others_as_often_as_the_recipe_says() -> 
     with pytest.raises(PlacementError) as caught:
         forecast(LLAMA, section, H100, 3, load=load, teacher=LLAMA)
     assert "teacher     2" in caught.value.why
+
+
+def test_judges_are_placed_beside_the_others_where_they_compute() -> None:
+    """512 + 2 x 1024 tokens in two orders for 1.3 groups; vLLM's on two GPUs each, in BF16."""
+    section = _section()
+    load = workload_of(section, 1024)
+    assert (load.prompt_tokens, load.new_tokens, load.sampled_per_slot) == (512, 1024, 1.3)
+    settings = JudgeSettings(
+        kind="vllm", replicas=3, tensor_parallel=2, max_length=4096, max_answer_tokens=2048
+    )
+    planned = forecast(LLAMA, section, H100, 16, load=load, judges=Judges(LLAMA, settings))
+    assert planned.placement.devices["judge"] == 6
+    assert planned.memory("judge")["weights"] == LLAMA.parameters * 2 / 2
+    cost = 1.3 * 2 * 2560 * LLAMA.flops(1280) / (989e12 * 0.4)
+    assert planned.placement.paces["judge"] == pytest.approx(cost / 6)
+    short = settings.model_copy(update={"max_answer_tokens": 488, "both_orders": False})
+    planned = forecast(LLAMA, section, H100, 16, load=load, judges=Judges(LLAMA, short))
+    cost = 1.3 * 2024 * LLAMA.flops(1012) / (989e12 * 0.4)
+    assert planned.placement.paces["judge"] == pytest.approx(cost / 6)
+    beside = Judges(LLAMA, JudgeSettings(replicas=3))
+    planned = forecast(LLAMA, section, H100, 16, load=load, judges=beside)
+    assert "judge" not in planned.placement.devices
+    assert [line for line in judge_lines(beside, H100) if line] == [
+        "judges: 3 x 1 processors beside these devices (judge.kind=vllm puts them there)"
+    ]
+
+
+def test_a_plan_counts_the_judge_that_the_recipe_names(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    recipe = tmp_path / "r.yaml"
+    recipe.write_text(f"extends: {ROOT}/recipes/tiny/recipe.yaml\njudge: {{replicas: 2}}\n")
+    assert main(["plan", str(recipe), "--gpu", "cpu", "--gpus", "3"]) == 4
+    assert "they want 4 devices, there are 3" in capsys.readouterr().err
+    assert main(["plan", str(recipe), "--gpu", "cpu", "--gpus", "4"]) == 0
+    said = capsys.readouterr().out
+    assert "judge         2 devices" in said and "as if every prompt had `reward: judge`" in said
 
 
 def test_a_teachers_chunk_of_logits_is_that_of_its_code() -> None:
