@@ -1,8 +1,9 @@
-"""What curation and RL left in a run, row by row and without a frame library.
+"""What the stages left in a run, row by row and without a frame library.
 
     prune/kept, dropped ─▶ judged_rows      prune/calibration ─▶ calibration_rows
     mine/prompts ─▶ mined_rows      rl/ledger ─▶ ledger_ends
     rl/groups/step_* ─▶ group_rows, rollouts_of, draw_rows      rl/curriculum/round_* ─▶ round_rows
+    metrics of sft, taught, rl ─▶ teacher_rows     MODEL/evaluation/prompts ─▶ evaluated_rows
 
 Rows are read in batches, so the memory needed does not grow with a run. What is missing or cannot
 be read is left out: a run may be at work, or may have been killed. Texts of models and data sets
@@ -23,6 +24,8 @@ import pyarrow.parquet as pq
 from curation.judge import PARTS
 from ground.console import plain_text
 from ground.logs import redact
+from ground.metrics import read_metrics
+from ground.trail import PLACES
 
 logger = logging.getLogger("packtrain")
 
@@ -47,6 +50,9 @@ _GROUP = (
     *("opened_at", "version", "passed", "rewards", "num_tokens"),
 )
 _DRAW = ("prompt_id", "capability", "opened_at", "version", "state", "reason", "passed")
+_EVALUATED = ("id", "messages", "capability", "label", "successes", "trials")
+_SHARES = {"sft": "alpha/", "taught": "alpha/", "rl": "distill_weight/"}
+"""Stage or arm → what its metrics call the teacher's share of a capability."""
 _ANSWERS = ("texts", "advantages", "finish", "errors", "reward_parts")
 _OF_ROLLOUT = {
     **{"rewards": "reward", "passed": "passed", "advantages": "advantage"},
@@ -187,6 +193,38 @@ def ledger_ends(run: Path) -> Iterator[tuple[int, str, str, str]]:
         ends[number] = (record.get("state", ""), record.get("reason", ""))
     for number, end in ends.items():
         yield (*drawn.get(number, (0, "")), *end)
+
+
+def teacher_rows(run: Path) -> Iterator[Row]:
+    """What the teacher's word counted for each capability in the steps of sft and rl."""
+    for stage, prefix in _SHARES.items():
+        for record in read_metrics(run / stage / "metrics.jsonl"):
+            for key in record:
+                if key.startswith(prefix):
+                    name = key.removeprefix(prefix)
+                    yield {
+                        "stage": stage,
+                        "step": record.get("step"),
+                        "capability": shown(name),
+                        "share": record[key],
+                        "distance": record.get(f"teacher_kl/{name}"),
+                    }
+
+
+def evaluated_rows(run: Path) -> Iterator[Row]:
+    """What each model that was evaluated made of each held-out prompt."""
+    for place in PLACES:
+        for row in read_batches(run / place / "evaluation" / "prompts.parquet", _EVALUATED):
+            yield {
+                "model": place,
+                "prompt_id": row["id"],
+                "capability": shown(row["capability"]),
+                "label": row["label"],
+                "question": conversation(row["messages"]),
+                "successes": row["successes"],
+                "trials": row["trials"],
+                "pass_rate": row["successes"] / row["trials"] if row["trials"] else None,
+            }
 
 
 def read_batches(path: Path, columns: Sequence[str]) -> Iterator[Row]:

@@ -1,7 +1,8 @@
-"""Tidy frames of what curation and RL did in a run: one row is one observation.
+"""Tidy frames of what the stages did in a run: one row is one observation.
 
     judged ──▶ fates ──▶ shares         mined, groups, rounds ──▶ history of a prompt
     groups, rollouts                    rounds ──▶ curriculum         ledger ──▶ funnel
+    teacher                             evaluated
 
 They are read from files (curation/artefacts.py), also while the run goes on; what is missing is an
 empty frame with all its columns.
@@ -20,12 +21,14 @@ from curation.artefacts import (
     Row,
     calibration_rows,
     draw_rows,
+    evaluated_rows,
     group_rows,
     judged_rows,
     ledger_ends,
     mined_rows,
     rollouts_of,
     round_rows,
+    teacher_rows,
 )
 from curation.calibration import agreements
 from curation.config import PruneSection
@@ -55,6 +58,11 @@ ROUNDS = ("version", *ROUND)
 FUNNEL = ("version", "capability", "state", "reason", "draws")
 HISTORY = (
     *("version", "source", "successes", "trials", "pass_rate", "low", "high", "group", "outcome"),
+)
+TEACHER = ("stage", "step", "capability", "share", "distance")
+EVALUATED = (
+    *("model", "prompt_id", "capability", "label", "question", "successes", "trials"),
+    "pass_rate",
 )
 OWN = ("own_reward", "own_passed", "own_error")
 
@@ -222,6 +230,25 @@ def funnel(run: Path | str) -> pd.DataFrame:
     """
     table = pd.DataFrame(ledger_ends(Path(run)), columns=list(FUNNEL[:-1]))
     return table.value_counts(sort=False).rename("draws").reset_index()
+
+
+def teacher(run: Path | str) -> pd.DataFrame:
+    """What share the teacher's word had, per step of sft, its arm or rl and per capability.
+
+    `share` is that of the soft target in sft and the weight of the soft loss in rl; `distance` is
+    the student's KL from the teacher on its own answers, in nats a token, and empty in sft.
+    """
+    return _frame(teacher_rows(Path(run)), TEACHER)
+
+
+def evaluated(run: Path | str) -> pd.DataFrame:
+    """What each model made of each held-out prompt; one that could not be asked has 0 trials.
+
+    Example:
+        rates = evaluated(run).pivot(index="prompt_id", columns="model", values="pass_rate")
+        (rates["taught"] - rates["sft"]).mean() → what the teacher's word added
+    """
+    return _frame(evaluated_rows(Path(run)), EVALUATED)
 
 
 def _own(result: Score | Refusal) -> Row:

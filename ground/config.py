@@ -12,6 +12,9 @@ from ground.positions import PlacedText
 
 STAGES = ("herd", "prune", "targets", "sft", "mine", "rl", "dpo")
 """Stages in the order of the trail; a stage is on iff its section is present."""
+ARMS = {"taught": "sft"}
+"""Stages that are made once more in another way, to be compared with: name of the arm → stage. An
+arm has a folder of its own beside the stage's, and no stage goes on from what it made."""
 SECTIONS = (*STAGES, "evaluate")
 """Top-level keys that belong to a stage rather than to the head."""
 

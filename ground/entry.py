@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Generic, TypeVar
 
-from ground.config import STAGES, Head, Section
+from ground.config import ARMS, STAGES, Head, Section
 from ground.disk import disk_errors
 from ground.errors import PacktrainError, RecipeError
 from ground.lock import TOKEN
@@ -62,14 +62,16 @@ class Stage(Generic[S]):
     section: S
     run: RunDir
     directory: Path
-    """`<run>/<name>`; for an evaluation `<run>/<of>/evaluation`."""
+    """`<run>/<name>`; for an arm `<run>/<arm>`, for an evaluation `<run>/<of>/evaluation`."""
     trail: Trail
     """Where the inputs are."""
     metrics: Metrics
     resume: bool
     """--resume was given: go on from the checkpoints in `directory`, if there are any."""
     of: str = ""
-    """The model that an evaluation is of: base, sft, rl or dpo."""
+    """The model that an evaluation is of, one of `ground.trail.PLACES`."""
+    arm: str = ""
+    """As what the stage is made once more, see `ground.config.ARMS`; empty on the trail itself."""
     incarnation: int = 0
     """Which acquisition of the run's lock this is, from 1."""
 
@@ -77,7 +79,7 @@ class Stage(Generic[S]):
     def record(self) -> Path:
         """Where a stage that starts processes notes them, so that its next start can end those
         that this one left behind."""
-        place = f"{self.of}.evaluation" if self.of else self.name
+        place = f"{self.of}.evaluation" if self.of else self.arm or self.name
         return self.run.path / "log" / f"{place}.processes.json"
 
 
@@ -92,12 +94,13 @@ class _Order:
     resume: bool
     overwrite: bool
     of: str
+    arm: str
     rank: int
 
     @property
     def place(self) -> str:
         """The stage's folder within the run."""
-        return f"{self.of}/evaluation" if self.of else self.name
+        return f"{self.of}/evaluation" if self.of else self.arm or self.name
 
     @property
     def log_name(self) -> str:
@@ -161,11 +164,20 @@ def _parse(name: str, argv: Sequence[str] | None) -> _Order:
     parser.add_argument("--overwrite", action="store_true", help="make the stage again")
     if name not in STAGES:
         parser.add_argument("--of", choices=PLACES, required=True, help="the model to evaluate")
+    if arms := [arm for arm, stage in ARMS.items() if stage == name]:
+        parser.add_argument("--as", dest="arm", choices=arms, help="make it for comparison")
     given = parser.parse_intermixed_args(argv)
-    of = "" if name in STAGES else str(given.of)
-    rank = int(os.environ.get("RANK", "0"))
-    overrides = tuple(given.overrides)
-    return _Order(name, given.recipe, overrides, given.run, given.resume, given.overwrite, of, rank)
+    return _Order(
+        name,
+        given.recipe,
+        tuple(given.overrides),
+        given.run,
+        given.resume,
+        given.overwrite,
+        of=getattr(given, "of", ""),
+        arm=getattr(given, "arm", None) or "",
+        rank=int(os.environ.get("RANK", "0")),
+    )
 
 
 def _carry_out(
@@ -193,6 +205,7 @@ def _carry_out(
                 metrics=metrics,
                 resume=order.resume,
                 of=order.of,
+                arm=order.arm,
                 incarnation=incarnation,
             )
         )

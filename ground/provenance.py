@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING
 
 import psutil
 
-from ground.config import OPERATIONAL, STAGES, Head, ModelSource
+from ground.config import ARMS, OPERATIONAL, STAGES, Head, ModelSource
 from ground.manifest import MANIFEST, digest
 from ground.recipe import RecipeDocument
 
@@ -49,16 +49,20 @@ def stage_settings(document: RecipeDocument, run: RunDir, place: str) -> dict[st
     made, as far as the recipe turns that stage on.
     """
     head = document.head()
-    section = "evaluate" if place.endswith("evaluation") else place
+    section = "evaluate" if place.endswith("evaluation") else ARMS.get(place, place)
+    is_beside = document.at("sft", "distill", "as_arm") is True
+    left_out = {"distill"} if is_beside and place == "sft" else set[str]()
     settings = {key: document.fingerprint(key) for key in _SHARED if document.has(key)}
-    settings[section] = document.fingerprint(section, without=OPERATIONAL)
+    settings[section] = document.fingerprint(section, without=OPERATIONAL | left_out)
     settings |= _contents(head)
     if document.has("judge") and section in _JUDGED:
         settings["judge"] = document.fingerprint("judge", without=OPERATIONAL)
         settings |= _folder("judge", head.judge.model if head.judge else None)
-    for stage in _before(place):
-        if document.has(stage) and run.is_done(stage):
-            settings[f"stage {stage}"] = run.manifest(stage).content
+    for made in _before(place):
+        if made == "targets" and is_beside and place != "taught":
+            continue  # only the arm reads them
+        if document.has(ARMS.get(made, made)) and run.is_done(made):
+            settings[f"stage {made}"] = run.manifest(made).content
     return settings
 
 
@@ -87,12 +91,12 @@ def environment() -> dict[str, object]:
 
 
 def _before(place: str) -> tuple[str, ...]:
-    """Stages whose outputs the stage at `place` may use."""
-    stage = place.removesuffix("/evaluation")
-    if stage == "base":
+    """Stages and arms whose outputs the stage at `place` may use."""
+    made = place.removesuffix("/evaluation")
+    if made == "base":
         return ("herd",)
-    end = STAGES.index(stage) + (1 if place != stage else 0)
-    return STAGES[:end]
+    earlier = STAGES[: STAGES.index(ARMS.get(made, made))]
+    return earlier if made == place else (*earlier, made)
 
 
 def _contents(head: Head) -> dict[str, str]:

@@ -61,6 +61,13 @@ class RecipeDocument:
         """Whether a stage section (or any top-level key) is present."""
         return section in self.values
 
+    def at(self, *keys: str) -> Value:
+        """What the recipe says under nested keys, as it is written; None where it says nothing."""
+        value: Value = dict(self.values)
+        for key in keys:
+            value = value.get(key) if isinstance(value, dict) else None
+        return value
+
     @property
     def stages(self) -> tuple[str, ...]:
         """The stages that are on, in the order of the trail."""

@@ -18,7 +18,7 @@ from ground.storage import commit_directory
 def stage_card(stage: Stage[S], base: Path) -> dict[str, object]:
     """What the model card of every stage tells first: where the model comes from."""
     return {
-        "stage": stage.name,
+        "stage": stage.arm or stage.name,
         "run": stage.head.name,
         "base": f"{base.parent.name}/{base.name}",
         "recipe_sha256": digest(stage.run.path / "recipe.resolved.yaml").sha256,

@@ -3,6 +3,7 @@
 A stage that the recipe does not turn on counts as absent, whatever an older recipe left of it.
 
     herd → prune → targets → sft → mine → rl → dpo          (evaluate follows base, sft, rl, dpo)
+                          ↘ taught                           (an arm, with its own evaluation)
 
 What a stage of ours made is verified against its manifest before its path is given out.
 """
@@ -13,13 +14,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from ground.config import STAGES, Head
+from ground.config import ARMS, STAGES, Head
 from ground.errors import DataError, RecipeError
 from ground.manifest import read_manifest
 from ground.run import RunDir
 from ground.storage import verify_directory, verify_file
 
-PLACES = ("base", "sft", "rl", "dpo")
+PLACES = ("base", "sft", "taught", "rl", "dpo")
 """Models that can be evaluated."""
 
 _MODELS = {"herd": "student", "sft": "model", "rl": "model", "dpo": "model"}
@@ -48,7 +49,7 @@ class Trail:
         return self._made_before(stage, _MODELS) or _given("model", "model.path", own)
 
     def model_of(self, place: str) -> Path:
-        """The model to evaluate at `base`, `sft`, `rl` or `dpo`.
+        """The model to evaluate at one of `PLACES`.
 
         Raises:
             RecipeError: there is no such place, or its stage is off or not finished.
@@ -57,19 +58,21 @@ class Trail:
             raise RecipeError(f"a model to evaluate is one of {', '.join(PLACES)}, got '{place}'")
         if place == "base":
             return self.model_before("prune")
-        if place not in self.stages:
+        stage = ARMS.get(place, place)
+        if stage not in self.stages:
             raise RecipeError(
-                f"stage {place} is off, so there is no model of it to evaluate",
+                f"stage {stage} is off, so there is no model of it to evaluate",
                 where=str(self.run.path),
-                fix=f"give the recipe a section '{place}', or evaluate another model",
+                fix=f"give the recipe a section '{stage}', or evaluate another model",
             )
         if not self.run.is_done(place):
+            again = f"python -m {stage}.train RECIPE" + f" --as {place}" * (place in ARMS)
             raise RecipeError(
                 f"stage {place} is not finished, so its model cannot be evaluated",
                 where=str(self.run.path),
-                fix=f"run the stage first: python -m {place}.train RECIPE",
+                fix=f"run the stage first: {again}",
             )
-        return self._verified(place, _MODELS[place])
+        return self._verified(place, _MODELS[stage])
 
     def teacher(self) -> Path:
         """The model that judges and teaches."""

@@ -15,7 +15,7 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from ground.config import STAGES
+from ground.config import ARMS, STAGES
 from ground.errors import PacktrainError
 from ground.metrics import read_metrics
 from ground.recipe import load_recipe
@@ -50,7 +50,9 @@ class Run:
     @property
     def metrics(self) -> Mapping[str, pa.Table]:
         """The numbers of each stage that has any, one row per record, in order."""
-        found = {name: read_metrics(self.path / name / "metrics.jsonl") for name in STAGES}
+        found = {
+            name: read_metrics(self.path / name / "metrics.jsonl") for name in (*STAGES, *ARMS)
+        }
         return {name: pa.Table.from_pylist(_even(rows)) for name, rows in found.items() if rows}
 
     def groups(self) -> pa.Table:

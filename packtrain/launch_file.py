@@ -11,6 +11,7 @@ from pathlib import Path
 
 import yaml
 
+from distill.ranks import require_whole_weights
 from ground.errors import RecipeError, SetupError
 from ground.launch import Launch, launch_of
 from packtrain.recipe import Recipe
@@ -38,6 +39,9 @@ def require_launchable(launch: Launch, recipe: Recipe) -> None:
     for stage, section in (("sft", recipe.sft), ("rl", recipe.rl), ("dpo", recipe.dpo)):
         if section and section.lora:
             section.lora.require_launch(launch, stage)
+    for stage, section in (("sft", recipe.sft), ("rl", recipe.rl)):
+        if section and section.distill:
+            require_whole_weights(launch, stage)
 
 
 def check_launch_file(path: Path) -> Launch:

@@ -14,7 +14,7 @@ from typing import Literal
 
 import pyarrow.parquet as pq
 
-from ground.config import STAGES
+from ground.config import ARMS, STAGES
 from rollout.passk import Estimate
 
 State = Literal["done", "running", "failed", "waiting"]
@@ -87,7 +87,7 @@ def read_progress(directory: Path) -> Progress | None:
 
 
 def evaluation(run: Path, where: str) -> dict[str, object]:
-    """evaluation.json of base, sft, rl or dpo; empty when it has not been made."""
+    """evaluation.json of a model of the trail; empty when it has not been made."""
     return read_json(run / where / "evaluation" / "evaluation.json")
 
 
@@ -131,8 +131,18 @@ def series(rows: Sequence[Mapping[str, object]], key: str) -> tuple[tuple[float,
 
 
 def present_stages(run: Path, recipe: Mapping[str, object]) -> list[str]:
-    """Stages that the recipe asks for or that have left a directory."""
-    return [stage for stage in STAGES if stage in recipe or (run / stage).is_dir()]
+    """Stages that the recipe asks for or that have left a directory; arms follow their stage."""
+    found = []
+    for stage in STAGES:
+        if stage in recipe or (run / stage).is_dir():
+            found.append(stage)
+        asked = mapping(mapping(recipe.get(stage)).get("distill"))
+        found += [
+            arm
+            for arm, of in ARMS.items()
+            if of == stage and (asked.get("as_arm") is True or (run / arm).is_dir())
+        ]
+    return found
 
 
 def _object(content: bytes) -> dict[str, object]:

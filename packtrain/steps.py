@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from ground.config import STAGES
+from ground.config import ARMS, STAGES
 from ground.errors import RecipeError
 from ground.recipe import RecipeDocument
 from ground.trail import PLACES
@@ -25,8 +25,8 @@ ENTRIES = {
 EVALUATION = "rollout.evaluate"
 LAUNCHED = ("sft", "rl", "dpo")
 """Stages that `accelerate launch` may start."""
-STARTS = (STAGES[0], "base", *STAGES[1:], "evaluate")
-"""Where `--from` can begin: the trail in order, or the evaluations alone."""
+STARTS = (STAGES[0], "base", *STAGES[1:], *ARMS, "evaluate")
+"""Where `--from` can begin: the trail in order, or with an arm or the evaluations alone."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,7 +45,7 @@ class Step:
 
     @property
     def stage(self) -> str:
-        """The stage this belongs to: `sft` for both sft and its evaluation."""
+        """The stage or arm this belongs to: `sft` for both sft and its evaluation."""
         return self.folder.split("/")[0]
 
     @property
@@ -78,6 +78,9 @@ def steps_of(document: RecipeDocument) -> list[Step]:
     for stage in stages:
         steps.append(Step(stage, stage, ENTRIES[stage]))
         steps += _evaluations(document, "base" if stage == "herd" else stage)
+        for arm in arms_of(document, stage):
+            steps.append(Step(arm, arm, ENTRIES[stage], ("--as", arm)))
+            steps += _evaluations(document, arm)
     return steps
 
 
@@ -85,12 +88,18 @@ def folders_from(start: str) -> tuple[str, ...]:
     """Folders of the trail from `start` on, whether a recipe turns them on or not.
 
     Example:
-        folders_from("rl") → ("rl", "dpo");  folders_from("evaluate") → every evaluation's
+        folders_from("rl") → ("rl", "dpo");  folders_from("evaluate") → every evaluation's;
+        folders_from("taught") → ("taught",), for no stage goes on from an arm
     """
     if start == "evaluate":
         return tuple(f"{place}/evaluation" for place in PLACES)
-    trail = STARTS[STARTS.index(start) : -1]
-    return tuple("base/evaluation" if name == "base" else name for name in trail)
+    if start in ARMS:
+        return (start,)
+    folders: list[str] = []
+    for name in STARTS[STARTS.index(start) : STARTS.index(STAGES[-1]) + 1]:
+        folders.append("base/evaluation" if name == "base" else name)
+        folders += [arm for arm, stage in ARMS.items() if stage == name]
+    return tuple(folders)
 
 
 def start_of(step: Step, changes: Sequence[str]) -> str:
@@ -105,10 +114,17 @@ def launch_line(
 ) -> list[str]:
     """The command of a step, as it is run and printed: it can be typed again as it stands."""
     own = ["-m", step.module, str(recipe), *step.arguments, "--run", str(run), *flags]
-    if accelerate is not None and step.title in LAUNCHED:
+    stage = ARMS.get(step.stage, step.stage)
+    if accelerate is not None and stage in LAUNCHED and not step.is_evaluation:
         module = ["-m", "accelerate.commands.launch", "--config_file", str(accelerate)]
         return [sys.executable, *module, *own]
     return [sys.executable, *own]
+
+
+def arms_of(document: RecipeDocument, stage: str) -> list[str]:
+    """What the recipe wants of a stage beside what the trail goes on from."""
+    is_wanted = stage == "sft" and document.at("sft", "distill", "as_arm") is True
+    return ["taught"] if is_wanted else []
 
 
 def _evaluations(document: RecipeDocument, where: str) -> list[Step]:

@@ -16,6 +16,7 @@ from typing import Literal
 
 import numpy as np
 
+from ground.config import ARMS
 from ground.trail import PLACES
 from packtrain.observe import estimate, evaluation, mapping, number, read_rows, text
 from rollout.passk import Estimate
@@ -25,7 +26,7 @@ DRAWS = 2000
 Measure = Literal["pass@1", "corner cases"]
 COLUMNS: dict[Measure, str] = {"pass@1": "successes", "corner cases": "num_faulty"}
 """Where prompts.parquet counts it."""
-NAMES = {"base": "base", "sft": "SFT", "rl": "RL", "dpo": "DPO"}
+NAMES = {"base": "base", "sft": "SFT", "taught": "taught SFT", "rl": "RL", "dpo": "DPO"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,7 +56,7 @@ class Gain:
     @property
     def sentence(self) -> str:
         """One sentence for a person."""
-        name = NAMES[self.after]
+        name = NAMES[self.after][0].upper() + NAMES[self.after][1:]
         mean, low, high = (100 * x for x in (self.change.mean, self.change.low, self.change.high))
         interval = f"95% interval {low:+.1f} to {high:+.1f}, {self.num_prompts} prompts"
         if not self.is_clear:
@@ -72,11 +73,20 @@ def evaluated(run: Path) -> list[str]:
 
 
 def gains(run: Path) -> list[Gain]:
-    """Each evaluated model against the one before it; DPO's by its corner cases too."""
-    pairs = list(itertools.pairwise(evaluated(run)))
+    """Each evaluated model against the one before it, and an arm's against that of its stage;
+    DPO's by its corner cases too."""
+    pairs: list[tuple[str, str]] = []
+    places = evaluated(run)
+    for before, after in itertools.pairwise(_on_the_trail(places)):
+        pairs.append((before, after))
+        pairs += [(after, arm) for arm, of in ARMS.items() if of == after and arm in places]
     found = [gain_between(run, a, b) for a, b in pairs]
     found += [gain_between(run, a, b, "corner cases") for a, b in pairs if b == "dpo"]
     return [gain for gain in found if gain is not None]
+
+
+def _on_the_trail(places: Sequence[str]) -> list[str]:
+    return [place for place in places if place not in ARMS]
 
 
 def gain_between(run: Path, before: str, after: str, of: Measure = "pass@1") -> Gain | None:
@@ -91,7 +101,7 @@ def gain_between(run: Path, before: str, after: str, of: Measure = "pass@1") -> 
 
 def headline(run: Path) -> str:
     """The run in one line: first and last evaluated model."""
-    places = evaluated(run)
+    places = _on_the_trail(evaluated(run))
     scores = [estimate(evaluation(run, place).get("pass@1")) for place in places]
     if not scores or scores[0] is None or scores[-1] is None:
         return "No evaluation is finished yet."

@@ -13,6 +13,7 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 from curation.mixture import require_quotas
+from distill.ranks import require_whole_weights
 from ground.console import progress
 from ground.entry import Stage, stage_entry
 from ground.errors import SetupError
@@ -44,7 +45,7 @@ def train(stage: Stage[RlSection]) -> dict[str, object]:
     if stage.section.lora:
         stage.section.lora.require_launch(launch, "rl")
     if stage.section.distill:
-        require_whole_weights(launch)
+        require_whole_weights(launch, "rl")
     for name in environment:  # our learner is a rank; Ray's processes are none
         os.environ.pop(name, None)
     if not launch.is_main:
@@ -101,21 +102,6 @@ def require_known(launch: Launch) -> None:
             why="cuts read moments where DeepSpeed keeps them on the device",
             fix="set offload_optimizer_device and offload_param_device to none, as in "
             "recipes/accelerate/zero3.yaml, and use more ranks",
-        )
-
-
-def require_whole_weights(launch: Launch) -> None:
-    """Refuse ranks that hold parts of a model, where a teacher speaks.
-
-    Raises:
-        SetupError: the soft loss reads the LM head's weights as they are.
-    """
-    if launch.kind == "zero3":
-        raise SetupError(
-            f"rl.distill needs the whole model on each rank, got {launch}",
-            where="accelerate launch",
-            why="its loss reads the LM head's weights, of which each rank would hold a part",
-            fix="use recipes/accelerate/ddp.yaml or zero2.yaml",
         )
 
 

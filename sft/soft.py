@@ -23,8 +23,7 @@ from distill.plan import read_note, token_row
 from distill.store import TargetStore
 from distill.targets import TeacherTargets, fitted, joined
 from distill.weighting import Weighting, weighting_of
-from ground.errors import DataError, SetupError
-from ground.launch import Launch
+from ground.errors import DataError
 from ground.trail import Trail
 from ground.trainer_config import TrainerSection
 from ground.training_rows import IGNORED, TrainingRow, TrainingRows
@@ -81,21 +80,6 @@ def open_soft(
         vocab_size=note.identity.vocabulary,
     )
     return Soft(section, store, divergence, weighting, held), rows
-
-
-def require_whole_weights(launch: Launch) -> None:
-    """Refuse ranks that hold parts of a model.
-
-    Raises:
-        SetupError: the loss reads the LM head's weights as they are.
-    """
-    if launch.kind in ("zero3", "fsdp2"):
-        raise SetupError(
-            f"sft.distill needs the whole model on each rank, got {launch}",
-            where="accelerate launch",
-            why="its loss reads the LM head's weights, of which each rank would hold a part",
-            fix="use recipes/accelerate/ddp.yaml or zero2.yaml",
-        )
 
 
 def split(rows: TrainingRows, num_heldout: int, seed: int) -> tuple[TrainingRows, TrainingRows]:

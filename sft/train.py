@@ -8,6 +8,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 from distill.config import DistillSection
+from distill.ranks import require_whole_weights
 from ground.adapter import Adapter, base_identity
 from ground.chat import ChatTemplate
 from ground.checkpoints import Checkpoints
@@ -23,19 +24,26 @@ from ground.tables import read_demonstrations, write_jsonl
 from ground.training import Fit
 from ground.training_rows import TrainingRows, encode_demonstrations
 from sft.config import SftSection
-from sft.soft import Soft, open_soft, require_whole_weights, warn_of_unobserved
+from sft.soft import Soft, open_soft, warn_of_unobserved
 from sft.trainer import run_sft
 
 logger = logging.getLogger(__name__)
 
 
 def train(stage: Stage[SftSection]) -> dict[str, object]:
-    """Imitate the demonstrations, and the teacher where the recipe says so.
+    """Imitate the demonstrations, and the teacher where the recipe says so: in this model, or in
+    the arm `taught` beside it.
 
     Leaves `model/`, and what was skipped in `skipped.jsonl`; with LoRA `adapter/` too, which is
     already added into `model/`.
     """
     section, trail = stage.section, stage.trail
+    if stage.arm and not (section.distill and section.distill.as_arm):
+        raise RecipeError(
+            f"the recipe wants no arm '{stage.arm}'",
+            where=f"--as {stage.arm}",
+            fix="set sft.distill.as_arm: true",
+        )
     if section.lora:
         section.lora.require_launch(launch_of(os.environ), "sft")
     ranks, base = join_ranks("sft"), trail.model_before("sft")
@@ -44,7 +52,7 @@ def train(stage: Stage[SftSection]) -> dict[str, object]:
     _check_context(section.max_length, read_config(base))
     rows = _read_rows(stage, chat, is_main=ranks.is_main)
     soft = None
-    if section.distill is not None:
+    if section.distill is not None and section.distill.as_arm == bool(stage.arm):
         soft, rows = _open_soft(stage, section.distill, rows, ranks)
     model = load_model(base)
     identity = {"rows": rows.fingerprint, "template": chat.fingerprint}
@@ -97,7 +105,7 @@ def _open_soft(
     stage: Stage[SftSection], section: DistillSection, rows: TrainingRows, ranks: Ranks
 ) -> tuple[Soft, TrainingRows]:
     """The teacher's word, and the rows that are left to train on."""
-    require_whole_weights(ranks.launch)
+    require_whole_weights(ranks.launch, "sft")
     soft, rows = open_soft(section, stage.section.trainer, stage.trail, rows, stage.head.seed)
     if ranks.is_main:
         warn_of_unobserved(soft, rows)

@@ -245,3 +245,47 @@ def test_a_run_that_has_left_nothing_or_rubbish_gives_empty_frames(tmp_path: Pat
     assert list(inspect.curriculum(tmp_path).columns)[:2] == ["version", "active"]
     assert inspect.history(tmp_path, "x").empty and inspect.funnel(tmp_path).empty
     assert inspect.shares(inspect.fates(inspect.judged(tmp_path))).empty
+
+
+def test_the_teachers_share_is_told_by_stage_step_and_capability(tmp_path: Path) -> None:
+    for stage, lines in (
+        ("sft", [{"step": 1, "loss": 2.0}]),
+        ("taught", [{"step": 1, "loss": 2.0, "alpha/a": 0.7, "alpha/b": 0.5}]),
+        ("rl", [{"step": 4, "distill_weight/a": 0.3, "teacher_kl/a": 0.02, "teacher_kl": 0.02}]),
+    ):
+        (tmp_path / stage).mkdir()
+        text = "".join(json.dumps(line) + "\n" for line in lines)
+        (tmp_path / stage / "metrics.jsonl").write_text(text)
+    frame = inspect.teacher(tmp_path)
+    assert list(frame.columns) == list(inspect.TEACHER)
+    assert frame.fillna(-1).to_numpy().tolist() == [
+        ["taught", 1, "a", 0.7, -1],
+        ["taught", 1, "b", 0.5, -1],
+        ["rl", 4, "a", 0.3, 0.02],
+    ]
+    assert list(inspect.teacher(tmp_path / "none").columns) == list(inspect.TEACHER)
+
+
+def test_evaluated_prompts_have_a_row_for_each_model(tmp_path: Path) -> None:
+    """In the order of the trail, the arm behind its stage; one prompt could not be asked."""
+    for place, successes in (("taught", 3), ("sft", 1)):
+        rows = [
+            {
+                "id": name,
+                "messages": [{"role": "user", "content": f"ask {name}"}],
+                "capability": "a",
+                "successes": successes if trials else 0,
+                "trials": trials,
+            }
+            for name, trials in (("p0", 4), ("p1", 0))
+        ]
+        (tmp_path / place / "evaluation").mkdir(parents=True)
+        path = tmp_path / place / "evaluation" / "prompts.parquet"
+        pq.write_table(pa.Table.from_pylist(rows), path)
+    frame = inspect.evaluated(tmp_path)
+    assert list(frame.columns) == list(inspect.EVALUATED)
+    assert frame["model"].tolist() == ["sft", "sft", "taught", "taught"]
+    rates = frame.pivot(index="prompt_id", columns="model", values="pass_rate")
+    assert rates.loc["p0"].to_dict() == {"sft": 0.25, "taught": 0.75}
+    assert rates.loc["p1"].isna().all()
+    assert frame["question"].tolist()[0] == "ask p0"

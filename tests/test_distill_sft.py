@@ -153,6 +153,34 @@ def test_a_share_of_zero_is_plain_sft(tmp_path: Path):
         assert number(ours, "loss") > hard + 1e-4, "the balancing loss comes on top"
 
 
+def test_as_an_arm_the_taught_student_is_beside_the_plain_one(tmp_path: Path):
+    """Each as it would be alone, bit for bit; the plain one needs no targets."""
+    whole = "{weighting: {kind: static, share: 0.5}}"
+    case = Case(tmp_path / "both", distill=whole.replace("}}", "}, as_arm: true}"))
+    assert case.run() == 0 and case.fill() == 0 and case.run("--as", "taught") == 0
+    taught = Case(tmp_path / "taught", distill=whole)
+    taught.both()
+    plain = Case(tmp_path / "plain")
+    lines = plain.recipe.read_text().splitlines()
+    plain.recipe.write_text("\n".join(line for line in lines if "distill" not in line))
+    assert plain.run() == 0
+    models = {
+        place: tensors_of(load_model(each.folder / "run" / place.split()[-1] / "model"))
+        for place, each in (
+            *(("our sft", case), ("our taught", case)),
+            *(("plain sft", plain), ("taught sft", taught)),
+        )
+    }
+
+    def are_equal(one: str, other: str) -> bool:
+        return all(torch.equal(models[one][name], models[other][name]) for name in models[one])
+
+    assert are_equal("our sft", "plain sft") and are_equal("our taught", "taught sft")
+    assert not are_equal("our sft", "our taught")
+    assert "alpha" in case.summary("taught") and "alpha" not in case.summary("sft")
+    assert plain.run("--as", "taught") == 2
+
+
 def test_the_teacher_is_learnt_and_costs_one_pass_per_row(tmp_path: Path):
     """Share 1: after two epochs the student is nearer; the store was filled once."""
     case = Case(

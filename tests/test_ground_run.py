@@ -515,6 +515,34 @@ def test_settings_leave_out_how_a_stage_runs(tmp_path: Path, run: RunDir) -> Non
     assert changed(before, settings("{steps: 4, engine: {max_length: 64}}")) == ["rl"]
 
 
+def test_an_arm_beside_a_stage_is_nothing_to_the_trail(tmp_path: Path, run: RunDir) -> None:
+    """Whatever the teacher says is the arm's alone; without `as_arm` it is the stage's."""
+
+    def settings(sft: str, place: str) -> dict[str, str]:
+        text = f"name: t\ntargets: {{}}\nsft: {sft}\nrl: {{}}\n"
+        return stage_settings(document(tmp_path, text), run, place)
+
+    finished(run, "targets")
+    beside, other = (f"{{epochs: 1, distill: {{k: {k}, as_arm: true}}}}" for k in (1, 2))
+    assert settings(beside, "sft") == settings(other, "sft")
+    assert changed(settings(beside, "taught"), settings(other, "taught")) == ["sft"]
+    assert changed(settings(beside, "sft"), settings("{epochs: 2}", "sft")) == [
+        "sft",
+        "stage targets",
+    ]
+    plain, taught = settings("{epochs: 1}", "sft"), settings("{epochs: 1, distill: {k: 1}}", "sft")
+    assert changed(plain, settings(beside, "sft")) == ["stage targets"]
+    assert changed(plain, taught) == ["sft"]
+    for place, is_input in (("sft", False), ("taught", True), ("rl", False)):
+        assert ("stage targets" in settings(beside, place)) is is_input, place
+    finished(run, "sft")
+    finished(run, "taught")
+    assert "stage taught" in settings(beside, "taught/evaluation")
+    for place in ("sft", "taught", "sft/evaluation", "rl"):
+        assert "stage taught" not in settings(beside, place), place
+    assert "stage sft" not in settings(beside, "taught/evaluation")
+
+
 def test_settings_follow_the_code_of_the_users_rewards(tmp_path: Path, run: RunDir) -> None:
     (tmp_path / "mine.py").write_text("def mine(): return 0")
     text = "name: t\nrewards: [mine.py]\nrl: {}\n"

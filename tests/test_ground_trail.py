@@ -22,6 +22,7 @@ OUTPUTS = {
     ),
     "prune": ("kept.parquet", "dropped.parquet"),
     "sft": ("model/w",),
+    "taught": ("model/w",),
     "mine": ("prompts.parquet",),
     "rl": ("model/w", "groups/step_000001.parquet", "groups/step_000002.parquet"),
     "dpo": ("model/w",),
@@ -127,8 +128,20 @@ def test_a_stage_that_is_not_finished_has_no_model_to_evaluate(run: RunDir, head
     with pytest.raises(RecipeError) as caught:
         Trail(head, run, STAGES).model_of("rl")
     assert caught.value.what == "stage rl is not finished, so its model cannot be evaluated"
-    with pytest.raises(RecipeError, match="one of base, sft, rl, dpo, got 'mine'"):
+    with pytest.raises(RecipeError, match="one of base, sft, taught, rl, dpo, got 'mine'"):
         Trail(head, run, STAGES).model_of("mine")
+
+
+def test_no_stage_goes_on_from_an_arm(run: RunDir, head: Head, tmp_path: Path) -> None:
+    trail = Trail(head, run, STAGES)
+    with pytest.raises(RecipeError, match="stage taught is not finished") as caught:
+        trail.model_of("taught")
+    assert caught.value.fix == "run the stage first: python -m sft.train RECIPE --as taught"
+    finish(run, "taught")
+    assert trail.model_of("taught") == run.path / "taught/model"
+    assert trail.model_before("rl") == tmp_path / "base"
+    with pytest.raises(RecipeError, match="stage sft is off, so there is no model of it"):
+        Trail(head, run, ("rl",)).model_of("taught")
 
 
 def test_damaged_outputs_of_a_stage_are_refused_by_name(run: RunDir, head: Head) -> None:

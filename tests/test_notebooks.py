@@ -34,8 +34,9 @@ def inspected(source: str) -> set[str]:
     }
 
 
-def test_there_are_three() -> None:
-    assert [path.stem for path in NOTEBOOKS] == ["1_pruning", "2_curriculum", "3_groups"]
+def test_there_are_four() -> None:
+    names = ["1_pruning", "2_curriculum", "3_groups", "4_teacher"]
+    assert [path.stem for path in NOTEBOOKS] == names
 
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)

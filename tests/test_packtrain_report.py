@@ -214,6 +214,24 @@ def test_the_headline_says_what_the_pairing_can_tell(
     assert headline(tmp_path) == expected
 
 
+def test_an_arm_is_judged_by_its_stage_and_the_headline_by_the_trail(tmp_path: Path) -> None:
+    """Four prompts of 16 answers."""
+    for place, count in (("base", 4), ("sft", 8), ("taught", 12), ("rl", 8)):
+        folder = tmp_path / place / "evaluation"
+        folder.mkdir(parents=True)
+        scores = {"pass@1": {"mean": count / 16, "low": count / 16, "high": count / 16}}
+        (folder / "evaluation.json").write_text(json.dumps(scores))
+        rows = [{"id": str(i), "successes": count, "trials": 16} for i in range(4)]
+        pq.write_table(pa.Table.from_pylist(rows), folder / "prompts.parquet")
+    found = gains(tmp_path)
+    pairs = [(gain.before, gain.after, gain.change.mean) for gain in found]
+    assert pairs == [("base", "sft", 0.25), ("sft", "taught", 0.25), ("sft", "rl", 0.0)]
+    assert found[1].sentence.startswith("Taught SFT added 25.0 points of pass@1 over SFT")
+    assert headline(tmp_path) == "pass@1 rose from 25.0% (base) to 50.0% (RL)."
+    (tmp_path / "sft" / "evaluation" / "evaluation.json").unlink()
+    assert [(gain.before, gain.after) for gain in gains(tmp_path)] == [("base", "rl")]
+
+
 def test_dpo_is_judged_by_its_corner_cases_too(run: Path) -> None:
     told = [gain.sentence for gain in gains(run)]
     assert len(told) == 4

@@ -102,11 +102,11 @@ def trail(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Trail:
     return Trail(tmp_path)
 
 
-def test_the_tiny_recipe_has_ten_steps_in_the_order_of_the_trail() -> None:
+def test_the_tiny_recipe_has_thirteen_steps_in_the_order_of_the_trail() -> None:
     recipe = TINY
     assert [step.title for step in steps_of(load_recipe(recipe))] == [
-        *("herd", "evaluate base", "prune", "sft", "evaluate sft", "mine"),
-        *("rl", "evaluate rl", "dpo", "evaluate dpo"),
+        *("herd", "evaluate base", "prune", "targets", "sft", "evaluate sft"),
+        *("taught", "evaluate taught", "mine", "rl", "evaluate rl", "dpo", "evaluate dpo"),
     ]
 
 
@@ -116,6 +116,28 @@ def test_without_a_herd_the_base_is_evaluated_first(tmp_path: Path) -> None:
     assert [step.folder for step in steps_of(load_recipe(path))] == [
         *("base/evaluation", "sft", "sft/evaluation")
     ]
+
+
+def test_an_arm_is_made_behind_its_stage_and_evaluated(tmp_path: Path) -> None:
+    path = tmp_path / "r.yaml"
+    sections = "targets: {}\nsft: {distill: {as_arm: true}}\nrl: {}\nevaluate: {}\n"
+    path.write_text(f"name: x\n{sections}")
+    steps = steps_of(load_recipe(path))
+    assert [step.folder for step in steps] == [
+        *("base/evaluation", "targets", "sft", "sft/evaluation", "taught", "taught/evaluation"),
+        *("rl", "rl/evaluation"),
+    ]
+    arm, after = steps[4:6]
+    assert start_of(arm, ["sft"]) == "taught" and folders_from("taught") == ("taught",)
+    assert start_of(after, ["stage taught"]) == "evaluate"
+    assert launch_line(arm, path, Path("runs/x"), [])[1:] == [
+        *("-m", "sft.train", str(path), "--as", "taught", "--run", "runs/x")
+    ]
+    for step, launched in ((arm, True), (after, False)):
+        line = launch_line(step, path, Path("runs/x"), [], Path("ddp.yaml"))
+        assert ("accelerate.commands.launch" in line) is launched
+    path.write_text("name: x\ntargets: {}\nsft: {distill: {}}\n")
+    assert [step.title for step in steps_of(load_recipe(path))] == ["targets", "sft"]
 
 
 def test_a_recipe_without_stages_is_refused(tmp_path: Path) -> None:
@@ -307,12 +329,12 @@ def test_what_from_discards() -> None:
         "base/evaluation",
         "prune",
         "targets",
-        "sft",
+        *("sft", "taught"),
         *folders_from("mine"),
     )
     assert folders_from("herd") == ("herd", *folders_from("base"))
     assert folders_from("evaluate") == tuple(
-        f"{p}/evaluation" for p in ("base", "sft", "rl", "dpo")
+        f"{p}/evaluation" for p in ("base", "sft", "taught", "rl", "dpo")
     )
 
 

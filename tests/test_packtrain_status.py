@@ -71,6 +71,14 @@ def test_a_run_at_work_shows_who_holds_it_and_how_far_it_is(
         assert f"held by pid {os.getpid()}" in capsys.readouterr().out
 
 
+def test_an_arm_stands_behind_its_stage_as_soon_as_it_is_asked_for(half: Path) -> None:
+    recipe = half / "recipe.resolved.yaml"
+    recipe.write_text(recipe.read_text().replace("sft: {}", "sft: {distill: {as_arm: true}}"))
+    stages = {stage.name: stage.state for stage in read_status(half).stages}
+    assert list(stages) == ["base", "herd", "prune", "sft", "taught", "mine", "rl", "dpo"]
+    assert stages["taught"] == "waiting"
+
+
 def test_a_run_that_nobody_holds_has_failed_where_it_stands(half: Path) -> None:
     with RunLock.acquire(half) as lock:
         dead = {**asdict(lock.holder), "born": 0.0}

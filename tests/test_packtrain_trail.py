@@ -81,7 +81,7 @@ def test_the_trail_survives_a_kill_of_the_whole_command(tmp_path: Path) -> None:
     assert "pass@1 by capability" in (run / "report.html").read_text()
     third = subprocess.run(again, cwd=tmp_path, capture_output=True, text=True, timeout=SECONDS)
     assert third.returncode == 0
-    assert "nothing to do: all 10 steps" in third.stdout
+    assert "nothing to do: all 13 steps" in third.stdout
     assert processes_of(run) == []
 
 

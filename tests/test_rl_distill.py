@@ -18,6 +18,7 @@ from test_rl_learner import traced
 
 from distill.config import AlignedWeight, RolloutDistillSection
 from distill.plan import plan_teaching
+from distill.ranks import require_whole_weights
 from distill.word import Teaching
 from ground.errors import DataError, DivergedError, RecipeError, SetupError
 from ground.launch import Launch
@@ -30,7 +31,6 @@ from rl.batch import rows_of
 from rl.buffer import Plan
 from rl.consumed import Consumed
 from rl.learner import Learner
-from rl.train import require_whole_weights
 
 STATIC: dict[str, object] = {"weighting": {"kind": "static", "share": 0.5}}
 
@@ -303,8 +303,8 @@ def test_what_makes_no_sense_in_rl_is_refused_by_name(override: str, message: st
 
 def test_ranks_that_hold_parts_of_a_model_are_refused_under_a_launcher_too() -> None:
     with pytest.raises(SetupError, match="zero3 on 2 ranks"):
-        require_whole_weights(Launch("zero3", 0, 2))
-    require_whole_weights(Launch("zero2", 0, 2))
+        require_whole_weights(Launch("zero3", 0, 2), "rl")
+    require_whole_weights(Launch("zero2", 0, 2), "rl")
 
 
 def test_a_recipe_without_a_teacher_is_refused(tiny_model: Path, tmp_path: Path) -> None:
