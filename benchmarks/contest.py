@@ -27,13 +27,14 @@ from ground.errors import DivergedError
 from ground.metrics import read_metrics
 from rl.snapshot import read_weights
 
-GROUPS, EXAM_EVERY, WARM_UP, BETAS = 16, 5, 3, (0.9, 0.95)
+GROUPS, EXAM_EVERY, WARM_UP, BETAS = 8, 5, 3, (0.9, 0.95)
 THREADS = 2
 MINED = 4
 """Answers to each prompt by which ours learns what a prompt is good for."""
 OUR_STEPS, TRL_STEPS = 35, 200
 """At most."""
 _TRL_ROWS_PER_PASS = 64
+"""All of a step."""
 _FIRST = 10
 """Steps of TRL whose share of flat groups is that of the pool, more or less."""
 _DEADLINE_SECONDS = 1500

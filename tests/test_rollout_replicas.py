@@ -13,8 +13,9 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
-from rl_runs import wait_until, write_project
+from rl_runs import MORE, wait_until, write_project
 
+from benchmarks.processes import EARLY
 from ground.errors import DataError, InfraError, PacktrainError, SetupError, WorkersLostError
 from ground.faults import Faults
 from ground.records import Segment
@@ -265,19 +266,64 @@ def test_a_stage_with_engines_of_which_one_is_killed_writes_the_same_bytes(
 
 @pytest.mark.slow
 @pytest.mark.timeout(600)
+@pytest.mark.parametrize(
+    ("judge", "point"),
+    [
+        pytest.param({"kind": "ifd"}, "engine.score", id="scores"),
+        pytest.param(
+            {"kind": "solve_rate", "samples": 2, "max_new_tokens": 16},
+            "engine.sample",
+            id="samples",
+        ),
+    ],
+)
 def test_a_judge_with_engines_of_which_one_is_killed_prunes_the_same_rows(
-    tmp_path: Path, tiny_model: Path
+    tmp_path: Path, tiny_model: Path, judge: dict[str, object], point: str
 ) -> None:
     """Real processes; the other engine fails once as it opens."""
-    alone = pruned(tmp_path / "alone", tiny_model, 0, None)
+    alone = pruned(tmp_path / "alone", tiny_model, 0, None, judge)
     faults = Faults(tmp_path).at("engine/0", "engine.open").do(raise_("InfraError"))
-    faults = faults.at("engine/1", "engine.score", nth=2).do(kill9)
-    assert pruned(tmp_path / "two", tiny_model, 2, faults) == alone
+    faults = faults.at("engine/1", point, nth=2).do(kill9)
+    assert pruned(tmp_path / "two", tiny_model, 2, faults, judge) == alone
     log = "".join(path.read_text() for path in (tmp_path / "two" / "run" / "log").glob("*.log"))
     assert "engine 0 is lost (1 in a row)" in log and "engine 1 is lost (1 in a row)" in log
 
 
-def pruned(folder: Path, model: Path, replicas: int, faults: Faults | None) -> bytes:
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_an_evaluation_with_engines_of_which_one_is_killed_finds_the_same(
+    tmp_path: Path, tiny_model: Path
+) -> None:
+    """Samples and greedy answers."""
+    alone = evaluated(tmp_path / "alone", tiny_model, 0, None)
+    faults = Faults(tmp_path).at("engine/1", "engine.sample", nth=2).do(kill9)
+    assert evaluated(tmp_path / "two", tiny_model, 2, faults) == alone
+    [log] = (tmp_path / "two" / "run" / "log").glob("*.log")
+    assert "engine 1 is lost (1 in a row)" in log.read_text()
+
+
+def evaluated(folder: Path, model: Path, replicas: int, faults: Faults | None) -> bytes:
+    """What `evaluate` finds out of each prompt."""
+    folder.mkdir()
+    write_project(folder, model)
+    recipe = json.loads((folder / "recipe.yaml").read_text())
+    recipe["data"]["heldout"] = recipe["data"]["prompts"]
+    recipe["evaluate"] = {
+        **{"samples": 4, "k": [1], "max_new_tokens": 24, "greedy": True, "replicas": replicas},
+        **{"engine": {"num_slots": 16, "max_length": 128}, "cpus_per_replica": 0.5},
+    }
+    (folder / "recipe.yaml").write_text(json.dumps(recipe))
+    made = "base/evaluation/prompts.parquet"
+    return stage(folder, "rollout.evaluate", faults, made, "--of", "base")
+
+
+def pruned(
+    folder: Path,
+    model: Path,
+    replicas: int,
+    faults: Faults | None,
+    judge: dict[str, object],
+) -> bytes:
     """The rows that `prune` keeps."""
     folder.mkdir()
     rows = [
@@ -286,18 +332,20 @@ def pruned(folder: Path, model: Path, replicas: int, faults: Faults | None) -> b
                 {"role": "user", "content": f"count to {number}"},
                 {"role": "assistant", "content": " ".join(map(str, range(1 + number % 17)))},
             ],
-            "capability": "count",
+            **{"capability": "count", "reward": "first", "answer": "any"},
         }
         for number in range(300)
     ]
+    (folder / "rewards.py").write_text(EARLY + MORE)
     (folder / "sft.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     recipe = {
         "name": "toy",
         "model": {"path": str(model)},
         "teacher": {"path": str(model)},
         "data": {"sft": "sft.jsonl"},
+        "rewards": ["rewards.py"],
         "prune": {
-            "judge": {"kind": "ifd", "max_unjudged": 1.0, "min_canaries": 0.0},
+            "judge": {**judge, "max_unjudged": 1.0, "min_canaries": 0.0},
             "engine": {"num_slots": 16, "max_length": 128},
             "replicas": replicas,
             "cpus_per_replica": 0.5,
@@ -319,12 +367,13 @@ def mined(folder: Path, model: Path, replicas: int, faults: Faults | None) -> by
     return stage(folder, "curation.mine", faults, "mine/prompts.parquet")
 
 
-def stage(folder: Path, module: str, faults: Faults | None, made: str) -> bytes:
+def stage(folder: Path, module: str, faults: Faults | None, made: str, *more: str) -> bytes:
     """What a stage writes, by a process of its own that leaves nothing behind."""
     place = folder / "tmp"
     place.mkdir()
+    line = [sys.executable, "-m", module, str(folder / "recipe.yaml"), *more]
     done = subprocess.run(
-        [sys.executable, "-m", module, str(folder / "recipe.yaml"), "--run", str(folder / "run")],
+        [*line, "--run", str(folder / "run")],
         env=os.environ
         | {"OMP_NUM_THREADS": "1", "TMPDIR": str(place)}
         | (faults.environment() if faults else {}),
