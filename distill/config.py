@@ -6,7 +6,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Annotated, Literal, Self
 
-from pydantic import BeforeValidator, Field, model_validator
+from pydantic import BeforeValidator, Field, StrictBool, model_validator
 
 from ground.config import Section
 
@@ -180,10 +180,10 @@ class DistillSection(Section):
 
     weighting: WeightingSection = AlignedShare()
     """How soft and hard target share a token."""
-    as_arm: bool = False
-    """Teach a second student, beside the one that learns from the rows alone, and evaluate both:
-    what is the teacher's word worth here? The trail goes on from the plain one; the other is the
-    arm `taught`, in a folder of that name."""
+    as_arm: StrictBool = False
+    """Teach a second student beside the one that learns from the rows alone: what is the teacher's
+    word worth here? The trail goes on from the plain one. The other is the arm `taught`, in a
+    folder of that name; `evaluate` measures both."""
     divergence: DivergenceKind = "forward"
     """`forward`: KL(teacher || student), which covers all that the teacher does. `reverse`:
     KL(student || teacher), which keeps to what it does most. `jsd`: between the two, see `beta`."""

@@ -20,5 +20,5 @@ def require_whole_weights(launch: Launch, stage: str) -> None:
             where="accelerate launch",
             why="its loss reads the LM head's weights, of which each rank would hold a part",
             fix=f"use recipes/accelerate/ddp.yaml or zero2.yaml, or go without the teacher: "
-            f"{stage}.distill=null",
+            f"{stage}.distill=null{' targets=null' * (stage == 'sft')}",
         )

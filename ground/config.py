@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import typing
+from dataclasses import dataclass
 from pathlib import Path
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
@@ -12,9 +13,33 @@ from ground.positions import PlacedText
 
 STAGES = ("herd", "prune", "targets", "sft", "mine", "rl", "dpo")
 """Stages in the order of the trail; a stage is on iff its section is present."""
-ARMS = {"taught": "sft"}
-"""Stages that are made once more in another way, to be compared with: name of the arm → stage. An
-arm has a folder of its own beside the stage's, and no stage goes on from what it made."""
+
+
+@dataclass(frozen=True, slots=True)
+class Arm:
+    """A stage that is made once more in another way, to be compared with.
+
+    Example:
+        Arm("sft", section="distill", key="as_arm", reads="targets")
+    """
+
+    stage: str
+    section: str
+    """Part of the stage's section that the arm has, and the stage itself then does without."""
+    key: str
+    """Within that part; true where the arm is wanted."""
+    reads: str
+    """The stage that only the arm reads."""
+
+    @property
+    def switch(self) -> str:
+        """The recipe's key that turns it on."""
+        return f"{self.stage}.{self.section}.{self.key}"
+
+
+ARMS = {"taught": Arm("sft", section="distill", key="as_arm", reads="targets")}
+"""By their names, which are those of their folders beside the stages'. No stage goes on from what
+an arm made."""
 SECTIONS = (*STAGES, "evaluate")
 """Top-level keys that belong to a stage rather than to the head."""
 

@@ -164,7 +164,8 @@ def _parse(name: str, argv: Sequence[str] | None) -> _Order:
     parser.add_argument("--overwrite", action="store_true", help="make the stage again")
     if name not in STAGES:
         parser.add_argument("--of", choices=PLACES, required=True, help="the model to evaluate")
-    if arms := [arm for arm, stage in ARMS.items() if stage == name]:
+    parser.set_defaults(of="", arm="")
+    if arms := [each for each, arm in ARMS.items() if arm.stage == name]:
         parser.add_argument("--as", dest="arm", choices=arms, help="make it for comparison")
     given = parser.parse_intermixed_args(argv)
     return _Order(
@@ -174,8 +175,8 @@ def _parse(name: str, argv: Sequence[str] | None) -> _Order:
         given.run,
         given.resume,
         given.overwrite,
-        of=getattr(given, "of", ""),
-        arm=getattr(given, "arm", None) or "",
+        of=given.of,
+        arm=given.arm,
         rank=int(os.environ.get("RANK", "0")),
     )
 
@@ -190,6 +191,12 @@ def _carry_out(
     head, section = document.stage(order.name, model)
     if doubled := made_twice(head, document.stages):
         raise RecipeError("\n  ".join(doubled), where=document.shown)
+    if order.arm and order.arm not in document.arms:
+        raise RecipeError(
+            f"the recipe wants no arm '{order.arm}'",
+            where=document.shown,
+            fix=f"set {ARMS[order.arm].switch}: true, or leave out --as {order.arm}",
+        )
     run = RunDir(order.run or Path("runs") / head.name)
 
     def work(metrics: Metrics, incarnation: int) -> Mapping[str, object]:
@@ -201,7 +208,7 @@ def _carry_out(
                 section=section,
                 run=run,
                 directory=directory,
-                trail=Trail(head, run, document.stages),
+                trail=Trail(head, run, (*document.stages, *document.arms)),
                 metrics=metrics,
                 resume=order.resume,
                 of=order.of,
@@ -231,7 +238,7 @@ def _lead(order: _Order, run: RunDir, document: RecipeDocument, head: Head, work
             run.describe(document)
         tell(str(lock.incarnation))
         directory = run.stage(order.place)
-        sinks = open_sinks(head.sinks, directory, head.name)
+        sinks = open_sinks(head.sinks, directory, f"{head.name}/{order.place}")
         with (
             raw_output_redacted(run.path / "log", "*.err"),
             disk_errors(directory),
@@ -277,7 +284,8 @@ def _warn_of_gaps(order: _Order, run: RunDir, document: RecipeDocument) -> None:
     if order.of:
         return
     for stage in STAGES[: STAGES.index(order.name)]:
-        if document.has(stage) and not run.is_done(stage):
+        is_read = order.arm or stage not in document.aside
+        if is_read and document.has(stage) and not run.is_done(stage):
             _LOG.warning("%s goes without %s, which is not finished", order.name, stage)
 
 

@@ -23,7 +23,7 @@ import psutil
 
 from ground.config import ARMS, OPERATIONAL, STAGES, Head, ModelSource
 from ground.manifest import MANIFEST, digest
-from ground.recipe import RecipeDocument
+from ground.recipe import RecipeDocument, said
 
 if TYPE_CHECKING:
     from ground.run import RunDir
@@ -49,21 +49,35 @@ def stage_settings(document: RecipeDocument, run: RunDir, place: str) -> dict[st
     made, as far as the recipe turns that stage on.
     """
     head = document.head()
-    section = "evaluate" if place.endswith("evaluation") else ARMS.get(place, place)
-    is_beside = document.at("sft", "distill", "as_arm") is True
-    left_out = {"distill"} if is_beside and place == "sft" else set[str]()
+    section = "evaluate" if place.endswith("evaluation") else _stage_of(place)
     settings = {key: document.fingerprint(key) for key in _SHARED if document.has(key)}
-    settings[section] = document.fingerprint(section, without=OPERATIONAL | left_out)
+    without = OPERATIONAL | _left_to_arms(document, place)
+    settings[section] = document.fingerprint(section, without=without)
     settings |= _contents(head)
     if document.has("judge") and section in _JUDGED:
         settings["judge"] = document.fingerprint("judge", without=OPERATIONAL)
         settings |= _folder("judge", head.judge.model if head.judge else None)
     for made in _before(place):
-        if made == "targets" and is_beside and place != "taught":
-            continue  # only the arm reads them
-        if document.has(ARMS.get(made, made)) and run.is_done(made):
+        if made in document.aside and (place not in ARMS or ARMS[place].reads != made):
+            continue
+        if document.has(_stage_of(made)) and run.is_done(made):
             settings[f"stage {made}"] = run.manifest(made).content
     return settings
+
+
+def _stage_of(place: str) -> str:
+    return ARMS[place].stage if place in ARMS else place
+
+
+def _left_to_arms(document: RecipeDocument, place: str) -> set[str]:
+    """Parts of a stage's section that its arms have instead of it, or that are null: there, what is
+    null is not there."""
+    mine = {name: arm for name, arm in ARMS.items() if arm.stage == place}
+    return {
+        arm.section
+        for name, arm in mine.items()
+        if name in document.arms or said(document.values, place, arm.section) is None
+    }
 
 
 def fingerprint(settings: Mapping[str, str]) -> str:
@@ -95,7 +109,7 @@ def _before(place: str) -> tuple[str, ...]:
     made = place.removesuffix("/evaluation")
     if made == "base":
         return ("herd",)
-    earlier = STAGES[: STAGES.index(ARMS.get(made, made))]
+    earlier = STAGES[: STAGES.index(_stage_of(made))]
     return earlier if made == place else (*earlier, made)
 
 

@@ -21,7 +21,7 @@ from typing import TypeVar
 import yaml
 from pydantic import BaseModel
 
-from ground.config import SECTIONS, STAGES, Head
+from ground.config import ARMS, SECTIONS, STAGES, Head
 from ground.errors import RecipeError
 from ground.positions import (
     KeyPath,
@@ -61,17 +61,20 @@ class RecipeDocument:
         """Whether a stage section (or any top-level key) is present."""
         return section in self.values
 
-    def at(self, *keys: str) -> Value:
-        """What the recipe says under nested keys, as it is written; None where it says nothing."""
-        value: Value = dict(self.values)
-        for key in keys:
-            value = value.get(key) if isinstance(value, dict) else None
-        return value
-
     @property
     def stages(self) -> tuple[str, ...]:
         """The stages that are on, in the order of the trail."""
         return tuple(stage for stage in STAGES if self.has(stage))
+
+    @property
+    def arms(self) -> tuple[str, ...]:
+        """The arms that are wanted."""
+        return arms_in(self.values)
+
+    @property
+    def aside(self) -> tuple[str, ...]:
+        """Stages that nothing but these arms reads."""
+        return tuple(ARMS[arm].reads for arm in self.arms)
 
     def read(self, model: type[M]) -> M:
         """Validate the whole recipe against `model`; all errors at once."""
@@ -161,6 +164,21 @@ def load_recipe(path: Path, overrides: Sequence[str] = ()) -> RecipeDocument:
             problems.append(Problem(placed.origins[(name,)], text))
     raise_problems(problems)
     return RecipeDocument(path, str(path), placed.values, placed.origins, tuple(overrides))
+
+
+def arms_in(values: Mapping[str, Value]) -> tuple[str, ...]:
+    """The arms that a recipe wants."""
+    return tuple(
+        name for name, arm in ARMS.items() if said(values, arm.stage, arm.section, arm.key) is True
+    )
+
+
+def said(values: Mapping[str, Value], *keys: str) -> Value:
+    """What a recipe says under nested keys, as it is written; None where it says nothing."""
+    value: Value = dict(values)
+    for key in keys:
+        value = value.get(key) if isinstance(value, dict) else None
+    return value
 
 
 def _pruned(value: Value, names: Collection[str]) -> Value:

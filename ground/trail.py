@@ -34,14 +34,14 @@ class Trail:
     """The inputs of the stages of one run.
 
     Example:
-        Trail(head, run, document.stages).model_before("rl") → runs/tiny/sft/model once sft is
+        Trail(head, run, ("herd", "sft", "rl")).model_before("rl") → runs/tiny/sft/model once sft is
         done, runs/tiny/herd/student before that, head.model.path without a herd
     """
 
     head: Head
     run: RunDir
     stages: tuple[str, ...]
-    """Those that the recipe turns on."""
+    """Those that the recipe turns on, arms among them."""
 
     def model_before(self, stage: str) -> Path:
         """The model that `stage` starts from."""
@@ -58,15 +58,17 @@ class Trail:
             raise RecipeError(f"a model to evaluate is one of {', '.join(PLACES)}, got '{place}'")
         if place == "base":
             return self.model_before("prune")
-        stage = ARMS.get(place, place)
-        if stage not in self.stages:
+        arm = ARMS.get(place)
+        stage = arm.stage if arm else place
+        if place not in self.stages:
+            on = f"set {arm.switch}: true" if arm else f"give the recipe a section '{stage}'"
             raise RecipeError(
-                f"stage {stage} is off, so there is no model of it to evaluate",
+                f"stage {place} is off, so there is no model of it to evaluate",
                 where=str(self.run.path),
-                fix=f"give the recipe a section '{stage}', or evaluate another model",
+                fix=f"{on}, or evaluate another model",
             )
         if not self.run.is_done(place):
-            again = f"python -m {stage}.train RECIPE" + f" --as {place}" * (place in ARMS)
+            again = f"python -m {stage}.train RECIPE" + f" --as {place}" * bool(arm)
             raise RecipeError(
                 f"stage {place} is not finished, so its model cannot be evaluated",
                 where=str(self.run.path),

@@ -163,7 +163,8 @@ def _run_arguments(parser: argparse.ArgumentParser) -> None:
         default="",
         metavar="STAGE",
         help="discard STAGE and all that comes after it, and go on from there; `base` and "
-        "`evaluate` stand for the evaluation of the base and for all evaluations",
+        "`evaluate` stand for the evaluation of the base and for all evaluations, and nothing "
+        "comes after `taught`",
     )
     parser.add_argument(
         "--accelerate",

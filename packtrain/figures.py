@@ -119,14 +119,16 @@ def corner_cases(run: Path) -> list[Figure]:
 def training(run: Path) -> list[Figure]:
     """Losses of SFT and DPO, and what RL watches."""
     sft, rl, dpo = (steps(run, stage) for stage in ("sft", "rl", "dpo"))
-    taught, looks = steps(run, "taught") or sft, steps(run, "rl", phase="validation")
+    looks = steps(run, "rl", phase="validation")
+    shared = by_capability(sft, "alpha/")
+    pupil, name = (sft, "SFT") if shared else (steps(run, "taught"), "Taught SFT")
     targets = {"loss_hard": "the rows' own tokens", "loss_soft": "the teacher's word"}
     solved = {"pass_rate": "pass rate"}
     return _drawn(
         [
             _lines("SFT loss", sft, {"loss": "training"}, "nats per token"),
-            _lines("Taught SFT: what it learns", taught, targets, "nats per token"),
-            _lines("SFT: share of the teacher", taught, by_capability(taught, "alpha/"), "share"),
+            _lines(f"{name}: what it learns", pupil, targets, "nats per token"),
+            _lines(f"{name}: share of the teacher", pupil, by_capability(pupil, "alpha/"), "share"),
             _lines("RL: reward and pass rate", rl, {"reward": "reward", **solved}, "mean"),
             _lines("RL: pass rate on its validation slice", looks, solved, "mean"),
             _lines("RL: entropy", rl, {"entropy": "entropy"}, "nats per token"),

@@ -15,6 +15,8 @@ from typing import Literal
 import pyarrow.parquet as pq
 
 from ground.config import ARMS, STAGES
+from ground.positions import Value
+from ground.recipe import arms_in
 from rollout.passk import Estimate
 
 State = Literal["done", "running", "failed", "waiting"]
@@ -130,19 +132,13 @@ def series(rows: Sequence[Mapping[str, object]], key: str) -> tuple[tuple[float,
     return tuple((step, value) for step, value in points if step is not None and value is not None)
 
 
-def present_stages(run: Path, recipe: Mapping[str, object]) -> list[str]:
+def present_stages(run: Path, recipe: Mapping[str, Value]) -> list[str]:
     """Stages that the recipe asks for or that have left a directory; arms follow their stage."""
-    found = []
-    for stage in STAGES:
-        if stage in recipe or (run / stage).is_dir():
-            found.append(stage)
-        asked = mapping(mapping(recipe.get(stage)).get("distill"))
-        found += [
-            arm
-            for arm, of in ARMS.items()
-            if of == stage and (asked.get("as_arm") is True or (run / arm).is_dir())
-        ]
-    return found
+    wanted = {*recipe, *arms_in(recipe)}
+    order = [
+        name for stage in STAGES for name in (stage, *(a for a in ARMS if ARMS[a].stage == stage))
+    ]
+    return [name for name in order if name in wanted or (run / name).is_dir()]
 
 
 def _object(content: bytes) -> dict[str, object]:

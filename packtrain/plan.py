@@ -58,8 +58,11 @@ def command(arguments: argparse.Namespace) -> int:
     if arguments.simulate:
         simulate = importlib.import_module("packtrain.simulate")  # it takes a second to import
         lost = {"skew": arguments.skew, "switch_seconds": arguments.switch}
-        for line in simulate.simulation_lines(shape, section, device, count, load, **lost):
+        others = planned.num_beside
+        for line in simulate.simulation_lines(shape, section, device, count - others, load, **lost):
             say(line)
+        if others:
+            say(f"  teachers and judges are not played; they keep {others:,} of {count:,} devices")
     for line in plan_text.judge_lines(judges, device) if judges else ():
         say(line)
     has_tokens = arguments.tokens is not None
@@ -110,7 +113,8 @@ def _judges(document: RecipeDocument, recipe: Recipe) -> Judges | None:
         return None
     if recipe.judge.model is None:
         return Judges(_teacher(document, recipe), recipe.judge)
-    return Judges(_shape_of("judge.model", recipe.judge.model, Path(), document)[0], recipe.judge)
+    shape, _ = _shape_of("judge.model", recipe.judge.model, recipe.judge.model.path, document)
+    return Judges(shape, recipe.judge)
 
 
 def _shape_of(

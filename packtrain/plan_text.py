@@ -156,7 +156,7 @@ def judge_lines(judges: Judges, device: Device) -> Iterator[str]:
     else:
         yield (
             f"judges: {settings.replicas} x {settings.cpus_per_replica:g} processors beside these "
-            "devices (judge.kind=vllm puts them there)"
+            "devices, their time is not counted (judge.kind=vllm puts them there)"
         )
 
 

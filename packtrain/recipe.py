@@ -35,7 +35,7 @@ class Recipe(Head):
     dpo: DpoSection | None = None
     """Light preference optimisation for corner cases."""
     evaluate: EvaluateSection | None = None
-    """Evaluate the base and what sft, rl and dpo made of it."""
+    """Evaluate the base, what sft, rl and dpo made of it, and arms."""
 
 
 def read_recipe(document: RecipeDocument) -> Recipe:

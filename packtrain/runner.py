@@ -113,7 +113,7 @@ def run_recipe(document: RecipeDocument, wish: Wish) -> int:
     steps = tuple(steps_of(document))
     start = STARTS[0] if wish.overwrite else wish.start
     check_words(recipe, steps, wish.start, wish.accelerate)
-    discarded = folders_from(start) if start else ()
+    discarded = folders_from(start, document.arms) if start else ()
     order = Order(document, run, steps, wish.accelerate, discarded)
     check_runnable(document, recipe)
     require_resumable(order, wish.resume or bool(start))

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from ground.config import ARMS
 from ground.logs import redact
 from packtrain.observe import number, read_rows, text
 from packtrain.verdict import NAMES, evaluated
@@ -40,9 +41,11 @@ class Comparison:
 
     @property
     def change(self) -> float:
-        """Pass rate of the last model minus that of the first."""
-        rates = [answer.successes / max(answer.trials, 1) for answer in self.answers]
-        return rates[-1] - rates[0]
+        """Pass rate of the trail's last model minus that of its first."""
+        arms = {NAMES[arm] for arm in ARMS}
+        models = [answer for answer in self.answers if answer.model not in arms]
+        rates = [answer.successes / max(answer.trials, 1) for answer in models]
+        return rates[-1] - rates[0] if rates else 0.0
 
 
 def comparisons(run: Path, limit: int = 8) -> list[Comparison]:

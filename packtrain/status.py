@@ -18,6 +18,7 @@ from ground.console import plain_text
 from ground.errors import PacktrainError
 from ground.lock import Holder, is_held, read_holder
 from ground.manifest import read_manifest
+from ground.positions import Value
 from ground.recipe import load_recipe
 from ground.run import STARTED, require_run
 from ground.trail import PLACES
@@ -167,7 +168,7 @@ def _problem(name: str, state: State, note: Mapping[str, object]) -> str:
     return "was interrupted"
 
 
-def _recipe(run: Path) -> Mapping[str, object]:
+def _recipe(run: Path) -> Mapping[str, Value]:
     """What the run was asked to do; empty when its recipe is missing or damaged."""
     try:
         return load_recipe(run / "recipe.resolved.yaml").values

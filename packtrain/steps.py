@@ -62,7 +62,8 @@ class Step:
 def steps_of(document: RecipeDocument) -> list[Step]:
     """The steps of a recipe, in the order of the trail.
 
-    The base is evaluated as soon as it exists: after `herd`, or first.
+    The base is evaluated as soon as it exists: after `herd`, or first. Arms come last, and so does
+    what only they read: nothing waits for them.
 
     Raises:
         RecipeError: no stage is on.
@@ -75,30 +76,37 @@ def steps_of(document: RecipeDocument) -> list[Step]:
             fix=f"add a section: {', '.join([*ENTRIES, 'evaluate'])}",
         )
     steps = [] if "herd" in stages else _evaluations(document, "base")
-    for stage in stages:
+    for stage in (each for each in stages if each not in document.aside):
         steps.append(Step(stage, stage, ENTRIES[stage]))
         steps += _evaluations(document, "base" if stage == "herd" else stage)
-        for arm in arms_of(document, stage):
-            steps.append(Step(arm, arm, ENTRIES[stage], ("--as", arm)))
-            steps += _evaluations(document, arm)
+    for stage in document.aside:
+        steps += [Step(stage, stage, ENTRIES[stage])] if document.has(stage) else []
+    for arm in document.arms:
+        steps.append(Step(arm, arm, ENTRIES[ARMS[arm].stage], ("--as", arm)))
+        steps += _evaluations(document, arm)
     return steps
 
 
-def folders_from(start: str) -> tuple[str, ...]:
+def folders_from(start: str, arms: Sequence[str] = ()) -> tuple[str, ...]:
     """Folders of the trail from `start` on, whether a recipe turns them on or not.
 
     Example:
         folders_from("rl") → ("rl", "dpo");  folders_from("evaluate") → every evaluation's;
-        folders_from("taught") → ("taught",), for no stage goes on from an arm
+        folders_from("targets", ["taught"]) → ("targets", "taught"), for nothing else reads them
+
+    Args:
+        arms: those that the recipe wants.
     """
     if start == "evaluate":
         return tuple(f"{place}/evaluation" for place in PLACES)
     if start in ARMS:
         return (start,)
+    if readers := tuple(arm for arm in arms if ARMS[arm].reads == start):
+        return (start, *readers)
     folders: list[str] = []
     for name in STARTS[STARTS.index(start) : STARTS.index(STAGES[-1]) + 1]:
         folders.append("base/evaluation" if name == "base" else name)
-        folders += [arm for arm, stage in ARMS.items() if stage == name]
+        folders += [arm for arm in ARMS if ARMS[arm].stage == name]
     return tuple(folders)
 
 
@@ -114,17 +122,11 @@ def launch_line(
 ) -> list[str]:
     """The command of a step, as it is run and printed: it can be typed again as it stands."""
     own = ["-m", step.module, str(recipe), *step.arguments, "--run", str(run), *flags]
-    stage = ARMS.get(step.stage, step.stage)
-    if accelerate is not None and stage in LAUNCHED and not step.is_evaluation:
+    is_launched = step.title in LAUNCHED or step.title in ARMS
+    if accelerate is not None and is_launched:
         module = ["-m", "accelerate.commands.launch", "--config_file", str(accelerate)]
         return [sys.executable, *module, *own]
     return [sys.executable, *own]
-
-
-def arms_of(document: RecipeDocument, stage: str) -> list[str]:
-    """What the recipe wants of a stage beside what the trail goes on from."""
-    is_wanted = stage == "sft" and document.at("sft", "distill", "as_arm") is True
-    return ["taught"] if is_wanted else []
 
 
 def _evaluations(document: RecipeDocument, where: str) -> list[Step]:

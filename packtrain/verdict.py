@@ -75,17 +75,17 @@ def evaluated(run: Path) -> list[str]:
 def gains(run: Path) -> list[Gain]:
     """Each evaluated model against the one before it, and an arm's against that of its stage;
     DPO's by its corner cases too."""
-    pairs: list[tuple[str, str]] = []
     places = evaluated(run)
-    for before, after in itertools.pairwise(_on_the_trail(places)):
-        pairs.append((before, after))
-        pairs += [(after, arm) for arm, of in ARMS.items() if of == after and arm in places]
+    pairs = list(itertools.pairwise(on_the_trail(places)))
     found = [gain_between(run, a, b) for a, b in pairs]
     found += [gain_between(run, a, b, "corner cases") for a, b in pairs if b == "dpo"]
+    beside = [(ARMS[place].stage, place) for place in places if place in ARMS]
+    found += [gain_between(run, a, b) for a, b in beside]
     return [gain for gain in found if gain is not None]
 
 
-def _on_the_trail(places: Sequence[str]) -> list[str]:
+def on_the_trail(places: Sequence[str]) -> list[str]:
+    """Without arms."""
     return [place for place in places if place not in ARMS]
 
 
@@ -101,7 +101,7 @@ def gain_between(run: Path, before: str, after: str, of: Measure = "pass@1") -> 
 
 def headline(run: Path) -> str:
     """The run in one line: first and last evaluated model."""
-    places = _on_the_trail(evaluated(run))
+    places = on_the_trail(evaluated(run))
     scores = [estimate(evaluation(run, place).get("pass@1")) for place in places]
     if not scores or scores[0] is None or scores[-1] is None:
         return "No evaluation is finished yet."

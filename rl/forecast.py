@@ -82,6 +82,12 @@ class Forecast:
         rollout = self.placement.paces[ROLLOUT] * self.samples
         return work - rollout + max(rollout, self.answer_seconds) + self.handover_seconds
 
+    @property
+    def num_beside(self) -> int:
+        """Devices of whoever is neither learner nor engine."""
+        devices = self.placement.devices
+        return sum(devices[name] for name in devices if name not in (LEARNER, ROLLOUT))
+
     def replicas(self, name: str) -> int:
         """Replicas of a consumer."""
         width = next(each.width for each in self.consumers if each.name == name)

@@ -142,12 +142,16 @@ def judge_seconds(
     settings: JudgeSettings,
     counted: Efficiency,
 ) -> float:
-    """Device-seconds of the judges for a sample: question, answer and a reference of the answer's
-    length are read, in each order that is asked, and nothing is written. Of every group that is
-    sampled, as if all prompts had `reward: judge`."""
+    """Device-seconds of the judges for a sample, nothing being written: a `verdict` reads question,
+    answer and a reference as long as the answer, in each order that is asked; a `likelihood` reads
+    question and answer twice, once with either conclusion. Of every group that is sampled, as if
+    all prompts had `reward: judge`. transformers computes every expert on every token."""
     answer = min(load.new_tokens, settings.max_answer_tokens)
-    tokens = min(load.prompt_tokens + load.new_tokens + answer, settings.max_length)
-    flops = (1 + settings.both_orders) * tokens * shape.flops(tokens / 2)
+    reads_verdict = settings.read == "verdict"
+    rows = 1 + settings.both_orders if reads_verdict else 2
+    quoted = 2 * answer if reads_verdict else answer
+    tokens = min(load.prompt_tokens + quoted, settings.max_length)
+    flops = rows * tokens * shape.flops(tokens / 2, is_routed=settings.kind == "vllm")
     return load.sampled_per_slot * flops / (device.flops * counted.prefill)
 
 

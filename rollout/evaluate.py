@@ -1,4 +1,4 @@
-"""`python -m rollout.evaluate RECIPE --of base|sft|rl|dpo`: measure a model on held-out prompts."""
+"""`python -m rollout.evaluate RECIPE --of base|sft|…`: measure a model on held-out prompts."""
 
 from __future__ import annotations
 

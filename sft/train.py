@@ -38,12 +38,6 @@ def train(stage: Stage[SftSection]) -> dict[str, object]:
     already added into `model/`.
     """
     section, trail = stage.section, stage.trail
-    if stage.arm and not (section.distill and section.distill.as_arm):
-        raise RecipeError(
-            f"the recipe wants no arm '{stage.arm}'",
-            where=f"--as {stage.arm}",
-            fix="set sft.distill.as_arm: true",
-        )
     if section.lora:
         section.lora.require_launch(launch_of(os.environ), "sft")
     ranks, base = join_ranks("sft"), trail.model_before("sft")

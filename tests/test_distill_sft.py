@@ -178,7 +178,8 @@ def test_as_an_arm_the_taught_student_is_beside_the_plain_one(tmp_path: Path):
     assert are_equal("our sft", "plain sft") and are_equal("our taught", "taught sft")
     assert not are_equal("our sft", "our taught")
     assert "alpha" in case.summary("taught") and "alpha" not in case.summary("sft")
-    assert plain.run("--as", "taught") == 2
+    assert plain.run("--as", "taught", name="other") == 2
+    assert not (plain.folder / "other").exists(), "refused before anything is begun"
 
 
 def test_the_teacher_is_learnt_and_costs_one_pass_per_row(tmp_path: Path):

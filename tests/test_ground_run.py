@@ -535,6 +535,7 @@ def test_an_arm_beside_a_stage_is_nothing_to_the_trail(tmp_path: Path, run: RunD
     assert changed(plain, taught) == ["sft"]
     for place, is_input in (("sft", False), ("taught", True), ("rl", False)):
         assert ("stage targets" in settings(beside, place)) is is_input, place
+    assert settings("{epochs: 1, distill: null}", "sft") == plain, "null is as good as absent"
     finished(run, "sft")
     finished(run, "taught")
     assert "stage taught" in settings(beside, "taught/evaluation")

@@ -133,15 +133,16 @@ def test_a_stage_that_is_not_finished_has_no_model_to_evaluate(run: RunDir, head
 
 
 def test_no_stage_goes_on_from_an_arm(run: RunDir, head: Head, tmp_path: Path) -> None:
-    trail = Trail(head, run, STAGES)
+    trail = Trail(head, run, (*STAGES, "taught"))
     with pytest.raises(RecipeError, match="stage taught is not finished") as caught:
         trail.model_of("taught")
     assert caught.value.fix == "run the stage first: python -m sft.train RECIPE --as taught"
     finish(run, "taught")
     assert trail.model_of("taught") == run.path / "taught/model"
     assert trail.model_before("rl") == tmp_path / "base"
-    with pytest.raises(RecipeError, match="stage sft is off, so there is no model of it"):
-        Trail(head, run, ("rl",)).model_of("taught")
+    with pytest.raises(RecipeError, match="stage taught is off, so there is no model") as off:
+        Trail(head, run, STAGES).model_of("taught")
+    assert off.value.fix.startswith("set sft.distill.as_arm: true")
 
 
 def test_damaged_outputs_of_a_stage_are_refused_by_name(run: RunDir, head: Head) -> None:

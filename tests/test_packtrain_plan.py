@@ -302,13 +302,19 @@ def test_judges_are_placed_beside_the_others_where_they_compute() -> None:
     assert planned.placement.paces["judge"] == pytest.approx(cost / 6)
     short = settings.model_copy(update={"max_answer_tokens": 488, "both_orders": False})
     planned = forecast(LLAMA, section, H100, 16, load=load, judges=Judges(LLAMA, short))
-    cost = 1.3 * 2024 * LLAMA.flops(1012) / (989e12 * 0.4)
+    cost = 1.3 * 1488 * LLAMA.flops(744) / (989e12 * 0.4)
     assert planned.placement.paces["judge"] == pytest.approx(cost / 6)
+    likelihood = settings.model_copy(update={"read": "likelihood", "both_orders": False})
+    planned = forecast(LLAMA, section, H100, 16, load=load, judges=Judges(LLAMA, likelihood))
+    cost = 1.3 * 2 * 1536 * LLAMA.flops(768) / (989e12 * 0.4)
+    assert planned.placement.paces["judge"] == pytest.approx(cost / 6)
+    assert planned.num_beside == 6
     beside = Judges(LLAMA, JudgeSettings(replicas=3))
     planned = forecast(LLAMA, section, H100, 16, load=load, judges=beside)
     assert "judge" not in planned.placement.devices
     assert [line for line in judge_lines(beside, H100) if line] == [
-        "judges: 3 x 1 processors beside these devices (judge.kind=vllm puts them there)"
+        "judges: 3 x 1 processors beside these devices, their time is not counted "
+        "(judge.kind=vllm puts them there)"
     ]
 
 
@@ -319,8 +325,9 @@ def test_a_plan_counts_the_judge_that_the_recipe_names(
     recipe.write_text(f"extends: {ROOT}/recipes/tiny/recipe.yaml\njudge: {{replicas: 2}}\n")
     assert main(["plan", str(recipe), "--gpu", "cpu", "--gpus", "3"]) == 4
     assert "they want 4 devices, there are 3" in capsys.readouterr().err
-    assert main(["plan", str(recipe), "--gpu", "cpu", "--gpus", "4"]) == 0
+    assert main(["plan", str(recipe), "--gpu", "cpu", "--gpus", "5", "--simulate"]) == 0
     said = capsys.readouterr().out
+    assert "in turns on all 3 devices" in said and "they keep 2 of 5 devices" in said
     assert "judge         2 devices" in said and "as if every prompt had `reward: judge`" in said
 
 

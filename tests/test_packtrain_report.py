@@ -221,15 +221,24 @@ def test_an_arm_is_judged_by_its_stage_and_the_headline_by_the_trail(tmp_path: P
         folder.mkdir(parents=True)
         scores = {"pass@1": {"mean": count / 16, "low": count / 16, "high": count / 16}}
         (folder / "evaluation.json").write_text(json.dumps(scores))
-        rows = [{"id": str(i), "successes": count, "trials": 16} for i in range(4)]
+        rows = [
+            {
+                **{"id": str(i), "successes": count, "trials": 16, "capability": "a"},
+                "messages": [{"role": "user", "content": f"2 + {i} ="}],
+            }
+            for i in range(4)
+        ]
         pq.write_table(pa.Table.from_pylist(rows), folder / "prompts.parquet")
     found = gains(tmp_path)
     pairs = [(gain.before, gain.after, gain.change.mean) for gain in found]
-    assert pairs == [("base", "sft", 0.25), ("sft", "taught", 0.25), ("sft", "rl", 0.0)]
-    assert found[1].sentence.startswith("Taught SFT added 25.0 points of pass@1 over SFT")
+    assert pairs == [("base", "sft", 0.25), ("sft", "rl", 0.0), ("sft", "taught", 0.25)]
+    assert found[-1].sentence.startswith("Taught SFT added 25.0 points of pass@1 over SFT")
     assert headline(tmp_path) == "pass@1 rose from 25.0% (base) to 50.0% (RL)."
-    (tmp_path / "sft" / "evaluation" / "evaluation.json").unlink()
-    assert [(gain.before, gain.after) for gain in gains(tmp_path)] == [("base", "rl")]
+    changes = [case.change for case in comparisons(tmp_path)]
+    assert changes == [0.25] * 4, "of RL against the base"
+    (tmp_path / "base" / "evaluation" / "evaluation.json").unlink()
+    pairs = [(gain.before, gain.after, gain.change.mean) for gain in gains(tmp_path)]
+    assert pairs == [("sft", "rl", 0.0), ("sft", "taught", 0.25)]
 
 
 def test_dpo_is_judged_by_its_corner_cases_too(run: Path) -> None:

@@ -105,8 +105,8 @@ def trail(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Trail:
 def test_the_tiny_recipe_has_thirteen_steps_in_the_order_of_the_trail() -> None:
     recipe = TINY
     assert [step.title for step in steps_of(load_recipe(recipe))] == [
-        *("herd", "evaluate base", "prune", "targets", "sft", "evaluate sft"),
-        *("taught", "evaluate taught", "mine", "rl", "evaluate rl", "dpo", "evaluate dpo"),
+        *("herd", "evaluate base", "prune", "sft", "evaluate sft", "mine", "rl", "evaluate rl"),
+        *("dpo", "evaluate dpo", "targets", "taught", "evaluate taught"),
     ]
 
 
@@ -118,17 +118,28 @@ def test_without_a_herd_the_base_is_evaluated_first(tmp_path: Path) -> None:
     ]
 
 
+def test_a_word_that_is_no_truth_value_turns_no_arm_on_or_off(tmp_path: Path) -> None:
+    """YAML's own `true` alone: one reading of the key, whoever asks."""
+    path = tmp_path / "r.yaml"
+    for word in ("yes", "1", "'true'"):
+        path.write_text(f"name: x\ntargets: {{}}\nsft: {{distill: {{as_arm: {word}}}}}\n")
+        with pytest.raises(RecipeError, match=r"sft\.distill\.as_arm must be true or false"):
+            read_recipe(load_recipe(path))
+
+
 def test_an_arm_is_made_behind_its_stage_and_evaluated(tmp_path: Path) -> None:
     path = tmp_path / "r.yaml"
     sections = "targets: {}\nsft: {distill: {as_arm: true}}\nrl: {}\nevaluate: {}\n"
     path.write_text(f"name: x\n{sections}")
     steps = steps_of(load_recipe(path))
     assert [step.folder for step in steps] == [
-        *("base/evaluation", "targets", "sft", "sft/evaluation", "taught", "taught/evaluation"),
-        *("rl", "rl/evaluation"),
+        *("base/evaluation", "sft", "sft/evaluation", "rl", "rl/evaluation"),
+        *("targets", "taught", "taught/evaluation"),
     ]
-    arm, after = steps[4:6]
+    arm, after = steps[-2:]
     assert start_of(arm, ["sft"]) == "taught" and folders_from("taught") == ("taught",)
+    assert folders_from("targets", ["taught"]) == ("targets", "taught")
+    assert folders_from("targets")[:3] == ("targets", "sft", "taught")
     assert start_of(after, ["stage taught"]) == "evaluate"
     assert launch_line(arm, path, Path("runs/x"), [])[1:] == [
         *("-m", "sft.train", str(path), "--as", "taught", "--run", "runs/x")
