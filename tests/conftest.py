@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -14,6 +15,10 @@ from ground.faults import VARIABLE, Faults
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
+
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    # A shell ignores Ctrl-C in its background jobs, and our children would inherit that.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 TINY_SPECIAL_TOKENS = (
     "<|begin_of_text|>",

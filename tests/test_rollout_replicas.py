@@ -307,7 +307,9 @@ def evaluated(folder: Path, model: Path, replicas: int, faults: Faults | None) -
     folder.mkdir()
     write_project(folder, model)
     recipe = json.loads((folder / "recipe.yaml").read_text())
-    recipe["data"]["heldout"] = recipe["data"]["prompts"]
+    (folder / "prompts.jsonl").rename(folder / "heldout.jsonl")
+    recipe["data"] = {"heldout": "heldout.jsonl"}
+    del recipe["rl"]
     recipe["evaluate"] = {
         **{"samples": 4, "k": [1], "max_new_tokens": 24, "greedy": True, "replicas": replicas},
         **{"engine": {"num_slots": 16, "max_length": 128}, "cpus_per_replica": 0.5},
