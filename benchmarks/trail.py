@@ -6,7 +6,8 @@
 All four models and the control answer the same held-out prompts 16 times each. Differences are
 paired by prompt; intervals are 95 % bootstrap intervals over seeds and prompts. The control's
 learning rate is the best of two on the first seed, chosen on the held-out prompts themselves: in
-its favour.
+its favour. Seconds are those of the whole recipe, the arm `taught` included, at which nothing here
+looks.
 """
 
 from __future__ import annotations
@@ -125,7 +126,7 @@ def _control(run: Path, seed: int, learning_rate: float) -> Model:
             "sft": str(run / "prune" / "kept.parquet"),
             "heldout": str(run / "herd" / "data" / "heldout.jsonl"),
         },
-        "sft": {**recipe["sft"], "trainer": trainer},
+        "sft": {**recipe["sft"], "trainer": trainer, "distill": None},
         "evaluate": recipe["evaluate"],
     }
     folder = run.parent / f"control-{learning_rate:g}"

@@ -196,7 +196,7 @@ def ledger_ends(run: Path) -> Iterator[tuple[int, str, str, str]]:
 
 
 def teacher_rows(run: Path) -> Iterator[Row]:
-    """What the teacher's word counted for each capability in the steps of sft and rl."""
+    """What the teacher's word counted for each capability in steps of sft, its arm and rl."""
     for stage, prefix in _SHARES.items():
         for record in read_metrics(run / stage / "metrics.jsonl"):
             for key in record:

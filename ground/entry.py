@@ -286,7 +286,7 @@ def _warn_of_gaps(order: _Order, run: RunDir, document: RecipeDocument) -> None:
     for stage in STAGES[: STAGES.index(order.name)]:
         is_read = order.arm or stage not in document.aside
         if is_read and document.has(stage) and not run.is_done(stage):
-            _LOG.warning("%s goes without %s, which is not finished", order.name, stage)
+            _LOG.warning("%s goes without %s, which is not finished", order.place, stage)
 
 
 def _say(order: _Order, message: str) -> None:

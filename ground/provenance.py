@@ -51,7 +51,7 @@ def stage_settings(document: RecipeDocument, run: RunDir, place: str) -> dict[st
     head = document.head()
     section = "evaluate" if place.endswith("evaluation") else _stage_of(place)
     settings = {key: document.fingerprint(key) for key in _SHARED if document.has(key)}
-    without = OPERATIONAL | _left_to_arms(document, place)
+    without = OPERATIONAL | _not_had(document, place)
     settings[section] = document.fingerprint(section, without=without)
     settings |= _contents(head)
     if document.has("judge") and section in _JUDGED:
@@ -69,9 +69,8 @@ def _stage_of(place: str) -> str:
     return ARMS[place].stage if place in ARMS else place
 
 
-def _left_to_arms(document: RecipeDocument, place: str) -> set[str]:
-    """Parts of a stage's section that its arms have instead of it, or that are null: there, what is
-    null is not there."""
+def _not_had(document: RecipeDocument, place: str) -> set[str]:
+    """Parts of a stage's section that it does without: its arm has them, or they are null."""
     mine = {name: arm for name, arm in ARMS.items() if arm.stage == place}
     return {
         arm.section

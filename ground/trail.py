@@ -2,8 +2,8 @@
 
 A stage that the recipe does not turn on counts as absent, whatever an older recipe left of it.
 
-    herd → prune → targets → sft → mine → rl → dpo          (evaluate follows base, sft, rl, dpo)
-                          ↘ taught                           (an arm, with its own evaluation)
+    herd → prune → targets → sft → mine → rl → dpo         (evaluate follows base, sft, rl, dpo,
+                          ↘ taught                          and the arm, which comes last)
 
 What a stage of ours made is verified against its manifest before its path is given out.
 """

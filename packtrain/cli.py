@@ -162,9 +162,8 @@ def _run_arguments(parser: argparse.ArgumentParser) -> None:
         dest="start",
         default="",
         metavar="STAGE",
-        help="discard STAGE and all that comes after it, and go on from there; `base` and "
-        "`evaluate` stand for the evaluation of the base and for all evaluations, and nothing "
-        "comes after `taught`",
+        help="discard STAGE and all that is made from it, and go on from there; `base` and "
+        "`evaluate` stand for the evaluation of the base and for all evaluations",
     )
     parser.add_argument(
         "--accelerate",

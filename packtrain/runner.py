@@ -121,9 +121,15 @@ def run_recipe(document: RecipeDocument, wish: Wish) -> int:
         discard(order)
         run.describe(document)
         code = run_steps(order, lock)
-    if code == 0:
+    if code == 0 or _trail_is_done(order):
         say(f"{headline(run.path)} Report: {write_report(run.path)}")
     return code
+
+
+def _trail_is_done(order: Order) -> bool:
+    """Whether nothing is missing but arms and what only they read."""
+    besides = (*order.document.arms, *order.document.aside)
+    return all(order.run.is_done(s.folder) for s in order.steps if s.stage not in besides)
 
 
 def check_words(recipe: Recipe, steps: Sequence[Step], start: str, accelerate: Path | None) -> None:

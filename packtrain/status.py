@@ -147,12 +147,16 @@ def _stage_status(run: Path, name: str, note: Mapping[str, object], held: bool) 
 
 
 def _state(folder: Path, name: str, note: Mapping[str, object], held: bool) -> State:
-    """done: manifest there; running: begun and the run is held; failed: begun and nobody there."""
+    """done: manifest there; running: begun and the run is held; failed: begun and nobody there.
+    One that was begun before waits while the run is at another, as an arm may."""
     if is_done(folder):
         return "done"
     is_begun = folder.is_dir()
     is_current = text(note.get("folder")).split("/")[0] == name
-    if held and (is_begun or (is_current and note.get("state") == "running")):
+    is_elsewhere = note.get("state") == "running" and not is_current
+    if held and is_begun:
+        return "waiting" if is_elsewhere else "running"
+    if held and is_current and note.get("state") == "running":
         return "running"
     if is_begun or (is_current and note.get("state") == "failed"):
         return "failed"

@@ -122,8 +122,8 @@ def launch_line(
 ) -> list[str]:
     """The command of a step, as it is run and printed: it can be typed again as it stands."""
     own = ["-m", step.module, str(recipe), *step.arguments, "--run", str(run), *flags]
-    is_launched = step.title in LAUNCHED or step.title in ARMS
-    if accelerate is not None and is_launched:
+    stage = ARMS[step.title].stage if step.title in ARMS else step.title
+    if accelerate is not None and stage in LAUNCHED:
         module = ["-m", "accelerate.commands.launch", "--config_file", str(accelerate)]
         return [sys.executable, *module, *own]
     return [sys.executable, *own]

@@ -121,12 +121,7 @@ def engine_width(shape: ModelShape, device: Device, section: RlSection, counted:
         RecipeError: the recipe names a number that is none, or that the heads cannot be cut into.
     """
     if (named := section.engine.tensor_parallel) > 1:
-        if named & (named - 1) or shape.heads % named:
-            raise RecipeError(
-                f"rl.engine.tensor_parallel must be a power of two that divides the {shape.heads} "
-                f"heads, got {named}",
-                where="placement",
-            )
+        require_width(named, shape, "rl.engine.tensor_parallel")
         return named
     footprint, width = engine_footprint(shape, device, section.engine), 1
     while sum(footprint.on_each(1, width).values()) > device.memory * counted.memory:
@@ -135,6 +130,22 @@ def engine_width(shape: ModelShape, device: Device, section: RlSection, counted:
             break
         width *= 2
     return width
+
+
+def require_width(width: int, shape: ModelShape, key: str) -> None:
+    """Refuse a width that a model cannot be cut to.
+
+    Args:
+        key: the recipe's, for the error.
+
+    Raises:
+        RecipeError: it is no power of two, or the heads cannot be dealt out to so many.
+    """
+    if width & (width - 1) or shape.heads % width:
+        raise RecipeError(
+            f"{key} must be a power of two that divides the {shape.heads} heads, got {width}",
+            where="placement",
+        )
 
 
 def learner_width(

@@ -21,6 +21,7 @@ from rl.footprint import (
     engine_width,
     learner_footprint,
     learner_width,
+    require_width,
     teacher_footprint,
 )
 from rl.hardware import Device, Efficiency
@@ -179,6 +180,7 @@ def wanted(
         consumers.append(speaker)
     if judges is not None and judges.on(device):
         settings = judges.settings
+        require_width(settings.tensor_parallel, judges.shape, "judge.tensor_parallel")
         footprints[JUDGE] = engine_footprint(judges.shape, device, judge_engine(settings))
         judge = Consumer(
             JUDGE,

@@ -21,7 +21,8 @@ class SftSection(Section):
     lora: LoraSection | None = None
     """Train a low-rank adapter and leave it beside the merged model; left out, all weights."""
     distill: DistillSection | None = None
-    """Learn from the teacher's stored word too (stage `targets`); left out, from the rows alone."""
+    """Learn from the teacher's stored word too (stage `targets`), in this model or in an arm beside
+    it; left out, from the rows alone."""
 
     @model_validator(mode="after")
     def _one_way_of_learning(self) -> Self:

@@ -80,11 +80,13 @@ class Case:
         argv = [str(self.recipe), *arguments, "--run", str(self.folder / name)]
         return stage_entry("targets", TargetsSection, fill_targets, argv)
 
-    def both(self, *arguments: str, name: str = "run") -> list[dict[str, object]]:
-        """The metrics of sft, after targets."""
+    def both(
+        self, *arguments: str, name: str = "run", place: str = "sft"
+    ) -> list[dict[str, object]]:
+        """The metrics of sft, or of its arm, after targets."""
         assert self.fill(name=name) == 0
         assert self.run(*arguments, name=name) == 0
-        return read_metrics(self.folder / name / "sft" / "metrics.jsonl")
+        return read_metrics(self.folder / name / place / "metrics.jsonl")
 
     def summary(self, stage: str, name: str = "run") -> dict[str, object]:
         summary = RunDir(self.folder / name).manifest(stage).facts["summary"]
@@ -199,14 +201,18 @@ def test_the_teacher_is_learnt_and_costs_one_pass_per_row(tmp_path: Path):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("place", ["sft", "taught"])
 def test_aligned_learns_its_shares_and_keeps_them_over_a_stop(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, place: str
 ):
-    """Stopped in step 2 of 4 and resumed: the same shares and weights, bit for bit."""
-    distill = "{weighting: {kind: aligned, every: 1}, heldout_rows: 4, signal_rows: 8}"
+    """Stopped in step 2 of 4 and resumed: the same shares and weights, bit for bit; in an arm
+    too."""
+    distill = "weighting: {kind: aligned, every: 1}, heldout_rows: 4, signal_rows: 8"
+    distill = f"{{{distill}, as_arm: {'true' if place == 'taught' else 'false'}}}"
+    beside = ("--as", place) if place == "taught" else ()
     whole = Case(tmp_path / "whole", distill=distill, steps=4)
-    records = whole.both()
-    assert whole.summary("sft")["heldout_rows"] == 1, "a tenth of 16 and of 8 rows, rounded down"
+    records = whole.both(*beside, place=place)
+    assert whole.summary(place)["heldout_rows"] == 1, "a tenth of 16 and of 8 rows, rounded down"
     assert records[0]["alpha/math"] == pytest.approx(0.7)
     assert records[-1]["alpha/chat"] == pytest.approx(0.7), "nobody looked at its teacher"
     assert records[-1]["alpha/math"] != pytest.approx(0.7, abs=1e-3)
@@ -223,13 +229,13 @@ def test_aligned_learns_its_shares_and_keeps_them_over_a_stop(
 
     with monkeypatch.context() as patch:
         patch.setattr("sft.trainer.distill_loss", stopped)
-        assert cut.run() == 143
-    kept = cut.folder / "run" / "sft" / "checkpoints" / "step_000002" / "weighting.json"
+        assert cut.run(*beside) == 143
+    kept = cut.folder / "run" / place / "checkpoints" / "step_000002" / "weighting.json"
     assert json.loads(kept.read_text()).keys() == {"math"}
-    assert cut.run("--resume") == 0
-    assert cut.summary("sft")["alpha"] == whole.summary("sft")["alpha"]
+    assert cut.run(*beside, "--resume") == 0
+    assert cut.summary(place)["alpha"] == whole.summary(place)["alpha"]
     theirs, ours = (
-        tensors_of(load_model(each.folder / "run" / "sft" / "model")) for each in (whole, cut)
+        tensors_of(load_model(each.folder / "run" / place / "model")) for each in (whole, cut)
     )
     assert all(torch.equal(ours[name], theirs[name]) for name in ours)
 

@@ -32,6 +32,7 @@ from ground.metrics import read_metrics
 from ground.roll import Roll
 from ground.run import RunDir
 from ground.signals import Interrupted, held_signals, install_signals
+from ground.sinks import Sink
 
 SECRET = "hf_abcdefghijklmnopqrstuvwx"
 
@@ -102,6 +103,26 @@ def test_other_settings_are_refused_and_overwrite_makes_the_stage_again(
     assert enter("seed=5", "--overwrite") == 0
     assert enter("seed=5", "--run", "elsewhere") == 0
     assert RunDir(place / "elsewhere").is_done("sft")
+
+
+def test_trackers_tell_an_arm_from_its_stage(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As runs of one project; their metrics have the same keys."""
+    names: list[str] = []
+
+    def opened(wanted: list[str], directory: Path, run_name: str) -> list[Sink]:
+        names.append(f"{directory.name} as {run_name}")
+        return []
+
+    monkeypatch.setattr("ground.entry.open_sinks", opened)
+
+    class Distilled(SftSection):
+        distill: object = None
+
+    arm = ("sft.distill={as_arm: true}", "--as", "taught")
+    for arguments in ((), arm):
+        line = ["recipe.yaml", *arguments]
+        assert stage_entry("sft", Distilled, train, line) == 0
+    assert names == ["sft as demo/sft", "taught as demo/taught"]
 
 
 def test_what_a_stage_s_own_processes_wrote_is_kept_without_secrets(place: Path) -> None:

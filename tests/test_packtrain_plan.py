@@ -309,6 +309,9 @@ def test_judges_are_placed_beside_the_others_where_they_compute() -> None:
     cost = 1.3 * 2 * 1536 * LLAMA.flops(768) / (989e12 * 0.4)
     assert planned.placement.paces["judge"] == pytest.approx(cost / 6)
     assert planned.num_beside == 6
+    with pytest.raises(RecipeError, match=r"judge\.tensor_parallel must be a power of two"):
+        odd = settings.model_copy(update={"tensor_parallel": 3})
+        forecast(LLAMA, section, H100, 16, load=load, judges=Judges(LLAMA, odd))
     beside = Judges(LLAMA, JudgeSettings(replicas=3))
     planned = forecast(LLAMA, section, H100, 16, load=load, judges=beside)
     assert "judge" not in planned.placement.devices

@@ -39,6 +39,7 @@ from ground.entry import stage_entry
 from ground.errors import DataError
 
 class Settings(Section):
+    distill: dict = {}
     fail: bool = False
     crash: bool = False
     wait: float = 0
@@ -347,6 +348,30 @@ def test_what_from_discards() -> None:
     assert folders_from("evaluate") == tuple(
         f"{p}/evaluation" for p in ("base", "sft", "taught", "rl", "dpo")
     )
+
+
+def test_what_only_an_arm_reads_is_made_again_alone_and_costs_no_report(
+    trail: Trail, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """`--from targets` where the arm alone reads them, and a failure of theirs."""
+    trail.recipe.write_text("name: small\ntargets: {}\nsft: {distill: {as_arm: true}}\n")
+    (trail.folder / "stage_targets.py").write_text(STAGE.replace("NAME", "targets"))
+    steps = [Step(name, name, f"stage_{name}") for name in ("sft", "targets")]
+    steps.append(Step("taught", "taught", "stage_sft", ("--as", "taught")))
+    monkeypatch.setattr(runner, "steps_of", lambda document: steps)
+    monkeypatch.setattr(runner, "read_recipe", lambda document: document.head())
+    monkeypatch.setattr(runner, "check_runnable", lambda document, recipe: None)
+    run = trail.folder / "run"
+    assert runner.run_recipe(load_recipe(trail.recipe), runner.Wish(run)) == 0
+    made = {name: (run / name / "manifest.json").stat().st_mtime_ns for name in ("sft", "taught")}
+    (run / "report.html").unlink()
+    again = runner.Wish(run, start="targets")
+    assert runner.run_recipe(load_recipe(trail.recipe, ["targets.fail=true"]), again) == 3
+    assert not (run / "taught").exists() and (run / "report.html").exists()
+    assert runner.run_recipe(load_recipe(trail.recipe), again) == 0
+    now = {name: (run / name / "manifest.json").stat().st_mtime_ns for name in ("sft", "taught")}
+    assert now["sft"] == made["sft"] and now["taught"] > made["taught"]
+    assert trail.finished == ["sft", "targets", "sft", "targets", "sft"]
 
 
 def test_a_stage_made_again_makes_those_after_it_out_of_date(trail: Trail) -> None:

@@ -71,6 +71,17 @@ def test_a_run_at_work_shows_who_holds_it_and_how_far_it_is(
         assert f"held by pid {os.getpid()}" in capsys.readouterr().out
 
 
+def test_what_was_begun_before_waits_while_the_run_is_at_another_stage(half: Path) -> None:
+    (half / "taught").mkdir()
+    with RunLock.acquire(half) as lock:
+        note = {"pid": lock.holder.pid, "state": "running", "folder": "rl"}
+        (half / "runner.json").write_text(json.dumps(note))
+        stages = {stage.name: stage.state for stage in read_status(half).stages}
+        assert (stages["rl"], stages["taught"]) == ("running", "waiting")
+        (half / "runner.json").write_text(json.dumps(note | {"folder": "taught/evaluation"}))
+        assert {s.name: s.state for s in read_status(half).stages}["taught"] == "running"
+
+
 def test_an_arm_stands_behind_its_stage_as_soon_as_it_is_asked_for(half: Path) -> None:
     recipe = half / "recipe.resolved.yaml"
     recipe.write_text(recipe.read_text().replace("sft: {}", "sft: {distill: {as_arm: true}}"))
