@@ -115,6 +115,8 @@ def read_status(run: Path) -> RunStatus:
     holder = read_holder(run) if is_held(run) else None
     if holder and note.get("pid") == holder.pid and note.get("state") in ("failed", "stopped"):
         holder = None  # that command is about to end
+    if holder and note.get("pid") != holder.pid:
+        note = {}  # of a command that is gone: a stage was started by hand since
     names = [*(["base"] if "evaluate" in recipe or (run / "base").is_dir() else []), *stages]
     found = tuple(_stage_status(run, name, note, holder is not None) for name in names)
     is_looping = any(stage.name == "rl" and stage.state == "running" for stage in found)

@@ -78,6 +78,8 @@ def test_what_was_begun_before_waits_while_the_run_is_at_another_stage(half: Pat
         (half / "runner.json").write_text(json.dumps(note))
         stages = {stage.name: stage.state for stage in read_status(half).stages}
         assert (stages["rl"], stages["taught"]) == ("running", "waiting")
+        (half / "runner.json").write_text(json.dumps(note | {"pid": 1, "folder": "sft"}))
+        assert {s.name: s.state for s in read_status(half).stages}["rl"] == "running", "by hand"
         (half / "runner.json").write_text(json.dumps(note | {"folder": "taught/evaluation"}))
         assert {s.name: s.state for s in read_status(half).stages}["taught"] == "running"
 
