@@ -288,7 +288,7 @@ class VllmEngine:
         """
         core = self._core
         assert core is not None
-        await asyncio.to_thread(core.process.join, _LAST_SECONDS)
+        await asyncio.to_thread(core.wait, _LAST_SECONDS)
         self._die(core.obituary)
 
     def _die(self, cause: PacktrainError) -> None:

@@ -11,6 +11,7 @@ from __future__ import annotations
 import logging
 import os
 import signal
+import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -49,6 +50,7 @@ _CLOSE_SECONDS = 0.2
 """EngineCore holds nothing that would need more time to be put away."""
 _GONE_SECONDS = 10.0
 """Until the kernel has put a killed process away; devices may hold one back."""
+_POLL_SECONDS = 0.01
 _SPARE_CACHE, _LEAST_CACHE = 2, 64 << 20
 """KV cache over what all slots need at most: what is scored needs room too, and layers of several
 kinds are filled up to the same size."""
@@ -75,6 +77,17 @@ class VllmProcess:
                 *(self.process.name, self.process.pid, _GONE_SECONDS),
             )
         del self.llm  # kept until the interpreter ends, it would complain while it is torn down
+
+    def wait(self, seconds: float) -> None:
+        """Until it is known how its process ended.
+
+        vLLM's monitor looks as well, and only one of us may take the status: where it was the
+        other one, `join` is back before the status is written down.
+        """
+        deadline = time.monotonic() + seconds
+        self.process.join(seconds)
+        while self.process.exitcode is None and time.monotonic() < deadline:
+            time.sleep(_POLL_SECONDS)
 
     @property
     def obituary(self) -> InfraError:

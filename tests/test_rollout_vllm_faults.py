@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import multiprocessing
 import os
 import shutil
 import signal
@@ -11,6 +12,8 @@ import sys
 import time
 from concurrent.futures import Future
 from pathlib import Path
+from threading import Timer
+from typing import cast
 
 import psutil
 import pytest
@@ -18,6 +21,7 @@ from conftest import make_tiny_llama
 from fleet_doubles import RealBirths, is_running, make_task, run_fleet
 from test_rollout_vllm import NATS, STUDENT, nudged, request, until_waiting
 from test_rollout_worker import sampling
+from vllm.v1.engine.async_llm import AsyncLLM
 
 from ground.errors import InfraError
 from ground.model import load_model, tensors_of
@@ -29,6 +33,7 @@ from rollout.fleet import Fleet
 from rollout.parity import drift_of, is_within
 from rollout.task import WorkerConfig
 from rollout.vllm_engine import VllmEngine
+from rollout.vllm_process import VllmProcess
 from rollout.vllm_weights import CheckpointForm, Laid
 
 pytestmark = pytest.mark.slow
@@ -100,6 +105,20 @@ def test_25_a_killed_core_fails_what_is_in_flight_and_whatever_comes_later() -> 
     engine.close()
     engine.close()
     assert not is_running(core.pid) and litter(but="sem.mp-") <= before
+
+
+def test_how_it_ended_is_known_also_where_vllm_s_monitor_took_the_status() -> None:
+    """One thread takes the status, the other is told that there is no such child."""
+    process = multiprocessing.get_context("fork").Process(target=os.abort)
+    process.start()
+    assert process.pid and process._popen
+    os.waitpid(process.pid, 0)
+    monitor = Timer(0.2, setattr, (process._popen, "returncode", -signal.SIGABRT))
+    monitor.start()
+    core = VllmProcess(cast(AsyncLLM, None), process)
+    core.wait(10)
+    assert "was ended by SIGABRT" in str(core.obituary)
+    monitor.join()
 
 
 def test_closing_leaves_nothing_and_fails_what_is_in_flight() -> None:
