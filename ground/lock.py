@@ -21,14 +21,16 @@ from pathlib import Path
 
 import psutil
 
+from ground.births import birth
 from ground.disk import disk_errors
 from ground.errors import SetupError
 from ground.storage import write_file
 
 TOKEN = "PACKTRAIN_RUN_TOKEN"
 """Environment variable by which a stage proves that the lock's holder started it."""
-GRACE_SECONDS = 15.0
-"""How long the processes of a killed holder may take to end before we refuse."""
+GRACE_SECONDS = 60.0
+"""How long the processes of a killed holder may take to end before we refuse: an RL stage that is
+told to go has its learner, its publication, Ray and what they leave to put away."""
 _POLL_SECONDS = 0.1
 
 
@@ -47,7 +49,7 @@ class Holder:
     incarnation: int
     token: str
     born: float
-    """When the process itself was created: tells it from a later one with the same pid."""
+    """See `ground.births`; tells the process from a later one with the same pid."""
 
     @property
     def is_alive(self) -> bool:
@@ -55,7 +57,7 @@ class Holder:
         if self.host != socket.gethostname():
             return False
         try:
-            return abs(psutil.Process(self.pid).create_time() - self.born) < 1.0
+            return birth(self.pid) == self.born
         except psutil.Error:
             return False
 
@@ -144,7 +146,7 @@ def is_held(directory: Path) -> bool:
 
 def _next_holder(before: Holder | None) -> Holder:
     incarnation = before.incarnation + 1 if before else 1
-    born = psutil.Process().create_time()
+    born = birth(os.getpid())
     token = secrets.token_hex(16)
     return Holder(os.getpid(), socket.gethostname(), time.time(), incarnation, token, born)
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 import ctypes
 import os
 import signal
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from types import FrameType
@@ -51,16 +51,20 @@ def install_signals() -> None:
 
 
 @contextmanager
-def held_signals() -> Iterator[Pending]:
+def held_signals(at_once: Callable[[], None] = lambda: None) -> Iterator[Pending]:
     """Only note the first signal while the body runs, then raise Interrupted at its end.
 
     For work that should finish its step and save: `if pending.requested: save and return`.
+
+    Args:
+        at_once: called when it comes, between any two instructions of the body.
     """
     pending = Pending()
 
     def note(number: int, _: FrameType | None) -> None:
         pending.number = number
         _install(_leave)
+        at_once()
 
     before = [(number, signal.getsignal(number)) for number in _SIGNALS]
     _install(note)

@@ -18,6 +18,8 @@ from pathlib import Path
 
 import psutil
 
+from ground.births import birth
+
 VARIABLE = "PACKTRAIN_STACKS"
 """Folder of the files; inherited by all processes of a run."""
 
@@ -31,7 +33,7 @@ def offer(role: str) -> None:
 
     Nothing without a folder, or where the run cannot be seen.
 
-    The file's first line tells the process: `learner 4711 1763730384.1` (role, pid, born).
+    The file's first line tells the process: `learner 4711 90384.1` (role, pid, born).
     """
     folder = os.environ.get(VARIABLE)
     if not folder or not Path(folder).parent.is_dir():
@@ -39,7 +41,7 @@ def offer(role: str) -> None:
     Path(folder).mkdir(exist_ok=True)
     path = Path(folder) / f"{role.replace('/', '-')}.{os.getpid()}.txt"
     file = path.open("w")
-    file.write(f"{role} {os.getpid()} {psutil.Process().create_time()}\n")
+    file.write(f"{role} {os.getpid()} {birth(os.getpid())}\n")
     file.flush()
     # The handlers keep the file open for good.
     faulthandler.enable(file=file)
@@ -68,7 +70,7 @@ def _ask(path: Path) -> bool:
     """Signal the process of a file; False when it is no more."""
     with suppress(OSError, ValueError, psutil.Error):
         _, pid, born = path.open().readline().split()
-        if psutil.pid_exists(int(pid)) and psutil.Process(int(pid)).create_time() == float(born):
+        if birth(int(pid)) == float(born):
             os.kill(int(pid), _SIGNAL)
             return True
     return False

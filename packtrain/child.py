@@ -126,7 +126,8 @@ class Child:
     def _signal_leader(self) -> None:
         number = signal.SIGINT if self.stopped_by == signal.SIGINT else signal.SIGTERM
         if self._process is not None and self._process.poll() is None:
-            os.kill(self._process.pid, number)
+            with suppress(ProcessLookupError):  # `wait` is just taking its exit code
+                os.kill(self._process.pid, number)
 
     def _signal_group(self, number: int) -> None:
         if self._process is not None:

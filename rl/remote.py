@@ -182,6 +182,10 @@ def our_errors(purpose: str) -> Iterator[None]:
         cause = error.cause
         if isinstance(cause, PacktrainError):
             raise cause from error
+        if isinstance(cause, RayError):  # whom the other side asked is gone
+            raise InfraError(
+                f"the controller must {purpose}", where="learner", why=str(cause)
+            ) from error
         raise
     except (RayError, ValueError) as error:
         raise InfraError(

@@ -17,10 +17,12 @@ import os
 import threading
 import time
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 
 from ground import faults, stacks
 from ground.errors import InfraError, PacktrainError, WorkersLostError
 from ground.roles import enter_role
+from ground.signals import held_signals
 from rl.actors import start_controller
 from rl.cluster import cluster
 from rl.job import Job, Report
@@ -92,8 +94,9 @@ def supervise(
             budget.spend(error, job)
             logger.warning("the loop is started again from its last checkpoint: %s", error)
             now = time.time()
+            kind = "unstarted" if isinstance(error, ClusterStartError) else "restart"
             note(
-                {"time": now, "kind": "restart", "role": "supervisor", "start": now, "end": now}
+                {"time": now, "kind": kind, "role": "supervisor", "start": now, "end": now}
                 | {"cause": error.what}
             )
             life += 1
@@ -185,33 +188,52 @@ def _live(
 def _follow(
     learner: LearnerProcess, on_report: Callable[[Report], None], ranks: Ranks, share: Share
 ) -> dict[str, object]:
-    """Pass reports on until the learner is done; when we are interrupted, let it save first.
+    """Pass reports on until the learner is done; when we are asked to end, let it save first.
+
+    A signal breaks nothing off here: a report that was read and not passed on would be lost.
 
     Raises:
         AnotherSplit: the learner was asked to save and leave, and has done so.
+        Interrupted: so have we.
     """
     wishes: list[Split] = []
+    asks = [learner.ask_to_stop]  # once: asked again, it would leave without having saved
+    asked, is_over = threading.Event(), threading.Event()
+    facts: dict[str, object] = {}
 
     def hear(report: Report) -> None:
         on_report(report)
         if not wishes and report.kind == "step" and (s := share.see(report.step, report.numbers)):
             wishes.append(s)
-            learner.ask_to_stop()
+            ask_to_stop()
 
+    def ask_to_stop() -> None:
+        with suppress(IndexError):
+            asks.pop()()
+
+    def leave() -> None:
+        ask_to_stop()
+        asked.set()
+
+    def insist() -> None:
+        asked.wait()
+        if not is_over.wait(_GRACE_SECONDS):
+            learner.close()
+
+    threading.Thread(target=insist, name="insist", daemon=True).start()
     try:
-        facts = _read_reports(learner, hear)
-    except KeyboardInterrupt:
-        learner.ask_to_stop()
-        killer = threading.Timer(_GRACE_SECONDS, learner.close)
-        killer.start()
-        try:
-            _read_reports(learner, on_report)
-        except PacktrainError as error:
-            logger.warning("interrupted; steps since the last checkpoint are lost: %s", error)
-        finally:
-            killer.cancel()
-        ranks.require_all()
-        raise
+        with held_signals(leave) as pending:
+            try:
+                facts = _read_reports(learner, hear)
+            except PacktrainError as error:
+                if not pending.requested:
+                    raise
+                logger.warning("interrupted; steps since the last checkpoint are lost: %s", error)
+            if pending.requested:
+                ranks.require_all()
+    finally:
+        is_over.set()
+        asked.set()
     if wishes and not facts:
         raise AnotherSplit(wishes[0])
     return facts

@@ -29,6 +29,8 @@ from rl.job import Job, Report
 LOOP_FILE = "loop.json"
 _TICK_SECONDS = 1.0
 _ANSWER_SECONDS = 2.0
+_FIRST_ANSWER_SECONDS = 180.0
+"""A process of its own has to start and to import what it needs."""
 _DUMP_SECONDS = 5.0
 """Longest wait for stacks; only a stopped process takes so long."""
 
@@ -95,7 +97,7 @@ class Watchdog:
             self._heard = self._now()
         except TimeoutError:
             silent = self._now() - self._heard
-            if silent > self._job.section.silent_seconds:
+            if silent > self._patience:
                 return self._give_up(
                     InfraError(f"the controller must answer, it was silent for {silent:.0f} s")
                 )
@@ -105,6 +107,12 @@ class Watchdog:
         self._check_motion()
         self._write()
         return True
+
+    @property
+    def _patience(self) -> float:
+        """How long the controller may be silent, in seconds."""
+        silent_seconds = self._job.section.silent_seconds
+        return silent_seconds if self._status else max(silent_seconds, _FIRST_ANSWER_SECONDS)
 
     def _check_machine(self) -> None:
         if self._status.get("is_taken_away") and not self._is_leaving:

@@ -22,12 +22,12 @@ _SCARCE = {
 }  # fmt: skip
 """What an OSError says of the machine; any other one is a defect."""
 _MEMORY_TEXTS = ("out of memory", "can't allocate memory", "failed to allocate", "bad_alloc")
-_MEMORY_FIX = "lower rl.engine.num_slots or rl.fleet.num_workers"
+MEMORY_FIX = "lower rl.engine.num_slots or rl.fleet.num_workers"
 _MAX_TEXT = 2000
 
 
 @contextmanager
-def sorted_failures(doing: str, *, memory_fix: str = _MEMORY_FIX) -> Iterator[None]:
+def sorted_failures(doing: str, *, memory_fix: str = MEMORY_FIX) -> Iterator[None]:
     """Whatever leaves the body is one of our errors; cancelling passes; see `sort_failure`.
 
     Example:
@@ -42,7 +42,7 @@ def sorted_failures(doing: str, *, memory_fix: str = _MEMORY_FIX) -> Iterator[No
 
 
 def sort_failure(
-    error: BaseException, doing: str, *, memory_fix: str = _MEMORY_FIX
+    error: BaseException, doing: str, *, memory_fix: str = MEMORY_FIX
 ) -> PacktrainError:
     """Any exception as an error of ours: the machine's (`InfraError`), or a defect of ours.
 

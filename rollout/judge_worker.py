@@ -2,38 +2,31 @@
 
     group → texts → guard, engine, canaries → verdicts → the same group with its verdicts beside it
 
-Its weights come from the model's folder and stay. It is born, pinged, leased, killed and replaced
-like a rollout worker (rollout/roster.py), and a group whose replica is lost goes to another.
+A group whose replica is lost goes to another.
 """
 
 from __future__ import annotations
 
 import asyncio
-import os
 import pickle
 import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, cast
+from typing import cast
 
 from ground import faults
 from ground.config import JudgeSettings
 from ground.errors import DataError
-from ground.exits import pid_space
-from ground.imports import without_collection
-from ground.lease import Fence, Lease
 from ground.records import Group
-from ground.roles import enter_role
+from rollout.config import EngineSection
+from rollout.engine import Engine
+from rollout.engine_host import EngineHost
 from rollout.failures import sorted_failures
 from rollout.judge_canaries import Sung
 from rollout.judge_source import JudgeSource
 from rollout.luggage import Luggage
 from rollout.reward_pool import ScoredText
-from rollout.task import GroupResult, GroupTask, Home, Loaded, Pong, WorkerConfig
-from rollout.weights import this_node
-
-if TYPE_CHECKING:
-    from rollout.weights import Published
+from rollout.task import GroupResult, GroupTask, WorkerConfig
 
 IN_HAND = 4
 """Groups that a replica works on at once: one is encoded while another is scored."""
@@ -95,50 +88,19 @@ class JudgedGroup(Group):
     canaries: tuple[Sung, ...] = ()
 
 
-class JudgeWorker:
+class JudgeWorker(EngineHost):
     """Judges groups; wrapped by `ray.remote` in rollout/ray_worker.py.
-
-        prepare (libraries) → open (model) → rollout, ping … → close
 
     Args:
         luggage: what every worker of ours is sent; a judge reads its model's own folder.
     """
 
+    ROLE, OWNER = "judge", "fleet"
+
     def __init__(self, config: JudgeConfig, luggage: Luggage) -> None:
-        self._config, self._fence = config, Fence(config.incarnation)
-        self._lease: Lease | None = None
-
-    async def prepare(self) -> Home:
-        """Import the libraries; returns where its process is."""
-        with sorted_failures("importing the judge's engine"), without_collection():
-            from rollout.engines import import_engine
-
-            import_engine(self._config.engine.kind)
-        return Home(pid_space(), os.getpid(), this_node())
-
-    async def open(self, index: int, slots_share: float = 1.0) -> None:
-        """Load the model and make ready."""
-        if self._lease:  # asked twice, since the answer was lost on its way
-            return
-        enter_role(f"judge/{index}")
-        with sorted_failures("opening the judge"):
-            faults.point("judge.open")
-            self._open(slots_share)
+        super().__init__(config.model_path, config.engine, config.incarnation, config.lease_seconds)
+        self._config = config
         self._threads = ThreadPoolExecutor(IN_HAND, thread_name_prefix="judge")
-        self._lease = Lease("fleet", self._config.lease_seconds)
-
-    async def ping(self, incarnation: int) -> Pong:
-        """Renew the lease; answers while groups are judged."""
-        self._fence.check(incarnation)
-        if self._lease:
-            self._lease.renew()
-            self._engine.waiting()  # raises when the engine is dead
-        return Pong()
-
-    async def load(self, incarnation: int, version: int, published: Published | None) -> Loaded:
-        """Nothing to swap: a judge has the weights of its folder, whatever version that is."""
-        self._fence.check(incarnation)
-        return Loaded(version, {}, 0.0)
 
     async def rollout(self, asked: bytes) -> bytes:
         """Judge one group; `asked` and the answer are as in `RolloutWorker.rollout`."""
@@ -150,26 +112,21 @@ class JudgeWorker:
                 await loop.run_in_executor(self._threads, self._judged, task, attempt)
             )
 
-    async def close(self) -> None:
-        """End the engine; its children are gone when this returns."""
-        await asyncio.to_thread(self._engine.close)
-
-    def _open(self, slots_share: float) -> None:
-        """Here and not above: whoever only creates judges needs no torch."""
+    def opened(self, section: EngineSection) -> Engine:
         from rollout.answer_judge import AnswerJudge
         from rollout.engines import open_engine
 
-        config = self._config
-        if not (config.model_path / "config.json").is_file():
-            raise DataError(
-                f"the judge's model must be readable on every machine, there is none at "
-                f"{config.model_path}",
-                where="judge.model.path",
-                fix="put it on a file system that all machines share, or at the same path on each",
-            )
-        engine, chat = open_engine(config.model_path, config.engine.with_slots(slots_share))
-        self._engine = engine
-        self._judge = AnswerJudge(engine, chat, config.settings, config.secret)
+        engine, chat = open_engine(self._model_path, section)
+        self._judge = AnswerJudge(engine, chat, self._config.settings, self._config.secret)
+        return engine
+
+    def unseen_model(self) -> DataError:
+        return DataError(
+            f"the judge's model must be readable on every machine, there is none at "
+            f"{self._model_path}",
+            where="judge.model.path",
+            fix="put it on a file system that all machines share, or at the same path on each",
+        )
 
     def _judged(self, task: JudgeTask, attempt: int) -> GroupResult:
         started, group = time.time(), task.group

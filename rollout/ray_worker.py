@@ -171,12 +171,18 @@ class RayMember(Generic[Served]):
                 await self._sorted(self._actor.close.remote())
         ray.kill(cast(ActorHandle, self._actor))
         self._give_back()
+        if not await self._is_gone():
+            self.kill()
+            await self._is_gone()
+
+    async def _is_gone(self) -> bool:
+        """Whether its process ends within a few seconds, or is not to be seen from here."""
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(_GONE_SECONDS):
                 while self._home and self._is_near and _is_running(self._home.pid):
                     await asyncio.sleep(_POLL_SECONDS)
-                return
-        self.kill()
+                return True
+        return False
 
     def _give_back(self) -> None:
         """Devices may be taken by the next worker."""

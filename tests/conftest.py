@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
+from hypothesis import settings
 
 from ground.faults import VARIABLE, Faults
 
@@ -19,6 +20,10 @@ if TYPE_CHECKING:
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     # A shell ignores Ctrl-C in its background jobs, and our children would inherit that.
     signal.signal(signal.SIGINT, signal.default_int_handler)
+
+# The same examples in each run, and as long as each of them takes on a busy machine.
+settings.register_profile("packtrain", deadline=None, derandomize=True)
+settings.load_profile("packtrain")
 
 TINY_SPECIAL_TOKENS = (
     "<|begin_of_text|>",
@@ -210,15 +215,23 @@ def _start_ray() -> None:
     from rollout.cluster import system_config
     from rollout.lean_ray import lean_ray
 
-    with lean_ray():
-        ray.init(
-            num_cpus=4,
-            include_dashboard=False,
-            log_to_driver=False,
-            object_store_memory=256 << 20,
-            namespace="tests",
-            _system_config=system_config(),
-        )
+    for tries_left in reversed(range(3)):
+        try:
+            with lean_ray():
+                ray.init(
+                    address="local",
+                    num_cpus=4,
+                    include_dashboard=False,
+                    log_to_driver=False,
+                    object_store_memory=256 << 20,
+                    namespace="tests",
+                    _system_config=system_config(),
+                )
+            return
+        except Exception:  # a raylet that is slow to start is a bare Exception
+            ray.shutdown()
+            if not tries_left:
+                raise
 
 
 @pytest.fixture

@@ -6,8 +6,11 @@ Importing torch is most of a worker's start, and what a fleet does with workers 
 from __future__ import annotations
 
 import asyncio
+import fcntl
+import tempfile
 import time
-from collections.abc import Callable, Coroutine, Sequence
+from collections.abc import Callable, Coroutine, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -146,10 +149,18 @@ def run_fleet(births: Births, scenario: Callable[[Fleet], Coroutine[None, None, 
     asyncio.run(main())
 
 
+@contextmanager
+def one_at_a_time(name: str) -> Iterator[None]:
+    """Of all tests of this machine, other pytest processes' too."""
+    with (Path(tempfile.gettempdir()) / f"packtrain-tests-{name}.lock").open("w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+
+
 def is_running(pid: int) -> bool:
     try:
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
-    except FileNotFoundError:
+    except (FileNotFoundError, ProcessLookupError):
         return False
 
 

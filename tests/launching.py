@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import os
+import random
 import signal
 import socket
 import subprocess
@@ -149,9 +150,16 @@ def rank_environment(kind: str, rank: int, port: int, num_ranks: int = 2) -> Map
 
 
 def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
+    """A port that nobody has, and that nobody is given who asks the kernel for any one.
+
+    Whoever is told it binds it seconds later, while others start Ray; Ray's own range lies below,
+    the kernel's above.
+    """
+    while True:
+        port = random.randrange(20_000, 32_000)
+        with socket.socket() as probe, suppress(OSError):
+            probe.bind(("127.0.0.1", port))
+            return port
 
 
 def _is_replaced(line: str) -> bool:

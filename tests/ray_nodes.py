@@ -10,7 +10,6 @@ import os
 import secrets
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import tempfile
@@ -21,6 +20,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import psutil
+from launching import free_port
 from rl_runs import wait_until
 
 _JOB = Path(__file__).parents[1] / "recipes" / "ray" / "job.yaml"
@@ -44,25 +44,32 @@ class Nodes:
             "OMP_NUM_THREADS": "1",
             "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
         }
-        self.port, self.dashboard, agent, self._other_agent = _free_ports(4)
         self.hidden = hidden
+        self._begin()
+        self.other: subprocess.Popen[bytes] | None = None
+        self._seen = 0
+
+    def _begin(self) -> None:
+        self.port, self.dashboard, agent, self._other_agent = (free_port() for _ in range(4))
         line = [*_start_line(agent), "--head", f"--port={self.port}", f"--temp-dir={self.place}"]
         line += ["--include-dashboard=true", "--dashboard-host=127.0.0.1"]
         line.append(f"--dashboard-port={self.dashboard}")
         self.head = self._open(line, "head.log")
-        self.other: subprocess.Popen[bytes] | None = None
-        self._seen = 0
 
     @property
     def address(self) -> str:
         return f"127.0.0.1:{self.port}"
 
     def wait_for_head(self) -> None:
+        """Return when the first node is up; on a busy machine Ray may need another try."""
+
         def answers() -> bool:
+            if self.head.poll() is not None:
+                self._begin()
             line = [*_RAY, "health-check", "--address", self.address]
             return not subprocess.run(line, env=self.environment, capture_output=True).returncode
 
-        wait_until(answers, 120, "head", self.head)
+        wait_until(answers, 180, "head")
 
     def join(self) -> None:
         """Bring the second node up; it has files of its own also where the head keeps Ray's."""
@@ -185,13 +192,3 @@ def _start_line(agent_port: int) -> list[str]:
     ports = ["--min-worker-port=0", "--max-worker-port=0"]
     ports += [f"--dashboard-agent-listen-port={agent_port}"]
     return [*_RAY, "start", "--block", "--num-cpus=1", *ports]
-
-
-def _free_ports(number: int) -> list[int]:
-    sockets = [socket.socket() for _ in range(number)]
-    for each in sockets:
-        each.bind(("127.0.0.1", 0))
-    ports = [each.getsockname()[1] for each in sockets]
-    for each in sockets:
-        each.close()
-    return ports

@@ -164,7 +164,7 @@ class Run:
 
     def _look_at_shared_memory(self) -> None:
         if _shared_memory() - self.shared - self.own:
-            self.own |= _in_use(self._processes()) - self.shared
+            self.own |= in_use(self._processes()) - self.shared
 
     def check_nothing_is_left(self) -> None:
         wait_until(lambda: not self.left(), 10, f"end of what is left: {self.left()}")
@@ -252,7 +252,7 @@ def _shared_memory() -> set[str]:
     return {str(path) for path in Path("/dev/shm").glob("*") if path.is_file()}
 
 
-def _in_use(processes: list[psutil.Process]) -> set[str]:
+def in_use(processes: list[psutil.Process]) -> set[str]:
     """Files in shared memory that these processes have open or mapped."""
     found = set[str]()
     for process in processes:

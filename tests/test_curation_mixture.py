@@ -7,7 +7,7 @@ import random
 from collections import Counter
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from curation.mixture import Mixture, require_quotas
@@ -35,7 +35,6 @@ def test_places_left_over_go_to_those_who_would_soonest_be_a_slot_behind() -> No
     ]
 
 
-@settings(deadline=None)
 @given(
     st.lists(st.integers(1, 40), min_size=1, max_size=8),
     st.integers(1, 33),

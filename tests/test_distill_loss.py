@@ -84,7 +84,7 @@ def test_shares_are_mixed_and_divided_by_the_tokens_of_the_step():
     assert distill_loss(hard[:0], soft[:0], torch.tensor([]), 0).item() == 0
 
 
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=60)
 @given(
     st.integers(0, 9), st.integers(1, 14), st.sampled_from(KINDS), st.floats(0.3, 4), st.booleans()
 )

@@ -79,7 +79,7 @@ def test_contents_that_look_like_our_sentinels_or_like_jinja_stay_text():
         assert CHAT.decode(ids) == f"user\n\n{content}assistant\n\n"
 
 
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=60)
 @given(st.text(max_size=30), st.text(max_size=30))
 def test_any_text_survives_with_two_turn_ends(question, answer):
     ids, mask = CHAT.encode_demonstration([Message("user", question), Message("assistant", answer)])

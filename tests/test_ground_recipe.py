@@ -322,7 +322,7 @@ def test_head_leaves_the_stages_alone_and_a_whole_model_does_not(folder: Path) -
 KEYS = st.sampled_from(["group_size", "loss", "quotas", "rounds", "store"])
 
 
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=60)
 @given(key=KEYS, at=st.integers(0, 3), letter=st.sampled_from("xqz"))
 def test_any_misspelt_key_is_named_with_its_line_and_its_neighbour(
     tmp_path_factory: pytest.TempPathFactory, key: str, at: int, letter: str

@@ -459,7 +459,7 @@ DIFFICULTIES = st.none() | st.builds(
 )
 
 
-@settings(deadline=None, max_examples=30)
+@settings(max_examples=30)
 @given(texts=st.lists(TEXT, min_size=1, max_size=4), difficulty=DIFFICULTIES)
 def test_records_survive_parquet_and_json_lines(
     tmp_path_factory: pytest.TempPathFactory, texts: list[str], difficulty: Difficulty | None

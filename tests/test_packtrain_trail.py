@@ -15,6 +15,8 @@ from pathlib import Path
 import psutil
 import pytest
 
+from packtrain.status import read_status
+
 ROOT = Path(__file__).parents[1]
 RECIPE = ROOT / "recipes" / "tiny" / "recipe.yaml"
 SHORT = (
@@ -67,7 +69,8 @@ def test_the_trail_survives_a_kill_of_the_whole_command(tmp_path: Path) -> None:
     progress = run / "rl" / "progress.json"
     with subprocess.Popen(line(tmp_path), cwd=tmp_path, stdout=log, stderr=log) as command:
         wait_until(progress.exists, command, "the first step of RL")
-        assert states(run)["rl"] == "running"
+        stages = {stage.name: stage.state for stage in read_status(run).stages}
+        assert stages["rl"] == "running", "nobody may start a process to see it: RL would be done"
         command.send_signal(signal.SIGKILL)
     refused = subprocess.run(line(tmp_path), cwd=tmp_path, capture_output=True, text=True)
     assert refused.returncode == 4

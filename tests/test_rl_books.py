@@ -429,5 +429,5 @@ class BooksMachine(RuleBasedStateMachine):
         assert sum(totals.values()) == self.books.ledger.counts()["drawn"]
 
 
-BooksMachine.TestCase.settings = settings(max_examples=60, stateful_step_count=60, deadline=None)
+BooksMachine.TestCase.settings = settings(max_examples=60, stateful_step_count=60)
 TestBooks = BooksMachine.TestCase

@@ -19,7 +19,7 @@ from ground.storage import verify_directory
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 
-STEPS = 60
+STEPS = 120
 """So many that the second node's worker is up long before the end."""
 TWO = RL | {
     "steps": STEPS,

@@ -64,7 +64,7 @@ class Bench:
         self.stacks: list[str] = []
         self.error: PacktrainError | None = None
         monkeypatch.setattr(hosts, "learner_process", self._learner_process)
-        monkeypatch.setattr(hosts, "SILENT_SECONDS", 1.0)
+        monkeypatch.setattr(hosts, "SILENT_SECONDS", 3.0)
         monkeypatch.setattr(hosts, "_BEAT_SECONDS", 0.05)
         monkeypatch.setenv(stacks.VARIABLE, "elsewhere")
 
@@ -112,13 +112,13 @@ def test_a_rank_0_that_is_busy_before_and_between_lives_is_not_given_up(bench: B
     """Three times it does something else for longer than a silent host may be silent."""
 
     def lead() -> None:
-        time.sleep(1.5)  # imports: no beat so far
+        time.sleep(4)  # imports: no beat so far
         with Hosts(bench.first) as others:
-            time.sleep(1.5)  # reads the prompts
+            time.sleep(4)  # reads the prompts
             for life in range(2):
                 with others.life(bench.job(life), ignore):
                     time.sleep(0.3)
-                time.sleep(1.5)  # sweeps
+                time.sleep(4)  # sweeps
 
     bench.run(lead)
     assert bench.lives == [0, 1]
@@ -212,7 +212,7 @@ def test_what_a_silent_host_means_is_for_who_started_it_to_say(bench: Bench) -> 
     with Hosts(bench.first, lost) as others, others.life(bench.job(0), on_lost):
         assert is_told.wait(20)
     assert [(type(error), error.what) for error in told] == [
-        (InfraError, "rank 1 is silent for 1 s")
+        (InfraError, "rank 1 is silent for 3 s")
     ]
 
 

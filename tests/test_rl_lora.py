@@ -161,12 +161,13 @@ def test_a_killed_learner_comes_back_with_its_adapter_and_hands_its_base_over_ag
     output = run.finish()
     assert run.process.returncode == 0, output
     summary = run.check_finished()
-    assert len(run.restarts()) == 1
+    (again,) = run.events("restart")
     adapter = summary["adapter"]
     assert isinstance(adapter, dict) and adapter["parameters"] == NUMBERS
     records = read_metrics(run.stage / "metrics.jsonl")
     handed = [each["handover_bytes"] for each in records if "handover_bytes" in each]
     assert handed and set(handed) == {4.0 * NUMBERS}
-    assert not [event for event in run.events("lost") if event["role"] != "supervisor"]
+    later = [e for e in run.events("lost") if float(str(e["time"])) > float(str(again["time"]))]
+    assert not later, "the first life's worker may be seen to end before its controller does"
     gaps = [float(str(each["fresh_gap_mean"])) for each in records if "fresh_gap_mean" in each]
     assert gaps and max(map(abs, gaps)) < 1e-4

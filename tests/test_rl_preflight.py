@@ -122,8 +122,8 @@ def test_a_cluster_of_other_versions_is_refused_before_it_is_joined(
 
 def test_who_holds_the_clusters_port_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     """#36: something that is not Ray, and nobody."""
-    monkeypatch.setattr(preflight, "_PROBE_SECONDS", 5.0)
-    with socket.create_server(("", 0)) as taken:
+    with socket.create_server(("", 0)) as taken, monkeypatch.context() as patched:
+        patched.setattr(preflight, "_PROBE_SECONDS", 5.0)
         port = taken.getsockname()[1]
         with pytest.raises(ClusterStartError) as caught:
             check_cluster(f"127.0.0.1:{port}")

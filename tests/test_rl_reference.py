@@ -72,10 +72,8 @@ def test_two_jittering_workers_with_refills_equal_the_reference_loop_bit_for_bit
 def test_two_workers_in_processes_equal_the_reference_loop_bit_for_bit(
     tiny_model: Path, tmp_path: Path
 ) -> None:
-    """The stage as it is launched: Ray, two workers that are held up at random, verifiers."""
-    held_up = Faults(tmp_path)
-    for worker, nth in ((0, 1), (1, 1), (0, 3), (1, 3)):
-        held_up = held_up.at(f"rollout/{worker}", "gen.scored", nth=nth).do(delay(0.3))
+    """The stage as it is launched: Ray, two workers that are held up, verifiers."""
+    held_up = Faults(tmp_path).at("rollout/*", "gen.scored").do(delay(0.3), times=4)
     settings = {
         "steps": 5, "max_staleness": 0, "max_refills": 2, "validation": {"prompts": 0},
         "fleet": {"num_workers": 2, "cpus_per_worker": 0.5, "spare": False},

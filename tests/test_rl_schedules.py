@@ -125,7 +125,7 @@ def make_section(**values: object) -> RlSection:
     return RlSection.model_validate({**shape, "step_deadline_seconds": 1e6, **values})
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(
     staleness=st.integers(0, 3),
     refills=st.integers(0, 2),

@@ -11,6 +11,7 @@ import sys
 import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, cast
 
 import pytest
@@ -19,6 +20,7 @@ from ground import stacks
 from ground.errors import InfraError, SetupError, WorkersLostError
 from ground.faults import Faults
 from ground.lease import ABANDONED, Fence
+from ground.signals import Interrupted
 from ground.stacks import collect
 from ground.strikes import hang_gil, segv
 from rl import learner_process
@@ -26,7 +28,9 @@ from rl.actors import KeeperCheck
 from rl.config import RlSection
 from rl.job import Job, Report, phase
 from rl.learner_process import LearnerProcess
-from rl.supervisor import Budget
+from rl.ranks import Ranks
+from rl.share import Share
+from rl.supervisor import Budget, _follow
 from rl.watchdog import LOOP_FILE, Watchdog
 from rollout.preflight import ClusterStartError
 
@@ -187,6 +191,46 @@ STATUS = {
 }
 
 
+class ToldLearner:
+    """Has said all that it will say; one step more once it is asked to stop."""
+
+    def __init__(self) -> None:
+        self._reports = [Report(kind="step", step=step) for step in (1, 2)]
+        self.num_asked = 0
+
+    def hear(self) -> Report:
+        return self._reports.pop(0) if self._reports else Report(kind="done", facts={"steps": 3})
+
+    def ask_to_stop(self) -> None:
+        self.num_asked += 1
+        self._reports.append(Report(kind="step", step=3))
+
+
+@pytest.mark.parametrize("step", [1, 2])
+def test_a_signal_while_a_report_is_passed_on_costs_neither_it_nor_those_after_it(
+    tmp_path: Path, step: int
+) -> None:
+    learner, passed = ToldLearner(), list[int]()
+
+    def on_report(report: Report) -> None:
+        if report.step == step:
+            os.kill(os.getpid(), signal.SIGTERM)
+            time.sleep(0)  # here at the latest Python handles it
+        passed.append(report.step)
+
+    ranks = cast(Ranks, SimpleNamespace(require_all=lambda: None))
+    share = Share(make_job(tmp_path).section)
+    before = signal.getsignal(signal.SIGTERM)
+    try:
+        with pytest.raises(Interrupted) as caught:
+            _follow(cast(LearnerProcess, learner), on_report, ranks, share)
+    finally:
+        signal.signal(signal.SIGTERM, before)
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+    assert caught.value.number == signal.SIGTERM
+    assert (passed, learner.num_asked) == ([1, 2, 3], 1)
+
+
 class TestWatchdog:
     def test_what_it_hears_lies_in_the_loop_file(self, tmp_path: Path) -> None:
         dog = Watchdog(make_job(tmp_path), lambda seconds: STATUS, FakeLearner(), Clock())
@@ -212,6 +256,17 @@ class TestWatchdog:
         [error] = learner.given_up
         assert error.what == "the controller must answer, it was silent for 40 s"
         assert json.loads((tmp_path / LOOP_FILE).read_text())["controller_silent_seconds"] == 30
+
+    def test_a_controller_may_take_longer_for_its_first_answer(self, tmp_path: Path) -> None:
+        clock, learner = Clock(), FakeLearner()
+
+        def pulse(seconds: float) -> Mapping[str, object]:
+            clock.time += 60
+            raise TimeoutError
+
+        dog = Watchdog(make_job(tmp_path, silent_seconds=30), pulse, learner, clock)
+        assert [dog.look() for _ in range(4)] == [True, True, True, False]
+        assert learner.given_up[0].what == "the controller must answer, it was silent for 240 s"
 
     def test_a_controller_that_is_gone_is_given_up_at_once(self, tmp_path: Path) -> None:
         def pulse(seconds: float) -> Mapping[str, object]:

@@ -296,7 +296,7 @@ def test_a_rank_on_another_node_is_lost_then_its_node_and_the_numbers_stay_those
     tmp_path: Path, tiny_model: Path, nodes: Nodes, alone: list[list[float]]
 ) -> None:
     shutil.copytree(tiny_model, tmp_path / "model")
-    work = project(tmp_path / "work", tmp_path / "model", two(room_seconds=120))
+    work = project(tmp_path / "work", tmp_path / "model", two(room_seconds=BUSY))
     job = Job(work, tmp_path / "runs" / "toy")
     process = job.submit(nodes)
     wait_until(lambda: job.version >= 2, BUSY, "step 2", process)

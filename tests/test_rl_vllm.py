@@ -25,7 +25,9 @@ def test_rl_trains_on_what_vllm_samples_and_survives_the_end_of_its_core(
     """Every version passes the parity gate; the core is killed once, and no group is lost."""
     folder = tmp_path / "model"
     model = make_tiny_llama(folder) if kind == "dense" else make_tiny_model(folder, head_dim=32)
-    with nothing_left(Run(tmp_path, model, rl={"engine": ENGINE})) as run:
+    patient = {"backoff_seconds": 0.1, "spare": False, "start_deadline_seconds": 600}
+    rl = {"engine": ENGINE, "fleet": patient}
+    with nothing_left(Run(tmp_path, model, rl=rl)) as run:
         run.wait_for_step(3)
         [core] = run.below("EngineCore") if kind == "mixture" else [None]
         if core:

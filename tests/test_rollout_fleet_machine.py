@@ -390,5 +390,5 @@ class FleetMachine(RuleBasedStateMachine):
         assert certain <= self.fleet.stats().retries <= certain + called_off
 
 
-FleetMachine.TestCase.settings = settings(max_examples=100, stateful_step_count=40, deadline=None)
+FleetMachine.TestCase.settings = settings(max_examples=100, stateful_step_count=40)
 TestFleet = FleetMachine.TestCase

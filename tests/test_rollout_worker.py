@@ -31,7 +31,7 @@ FLEET = FleetSection(
     start_deadline_seconds=60,
     rollout_deadline_seconds=60,
     ping_every_seconds=0.2,
-    ping_deadline_seconds=2,
+    ping_deadline_seconds=6,
     max_restarts=2,
     backoff_seconds=0.1,
     spare=False,
@@ -66,12 +66,14 @@ def test_a_worker_samples_scores_and_swaps_weights(tiny_model: Path) -> None:
         assert [each["compliance:min_words"] for each in parts] == [0.0] * 3
 
         published = births.post.publish_model(1, tiny_model, scale=0.9)
-        running = asyncio.create_task(fleet.rollout(make_task("long", tokens=400)))
+        long = [make_task(f"long {n}", tokens=400) for n in range(4)]  # more than there are slots
+        running = asyncio.gather(*map(fleet.rollout, long))
         await sampling(births.workers[0])
         await fleet.publish(1, published)
         versions = {
             span.version
-            for rollout in (await running).rollouts
+            for group in await running
+            for rollout in group.rollouts
             for span in rollout.segments[0].versions
         }
         assert max(versions) == 1
@@ -127,7 +129,7 @@ def _fleet(**changes: object) -> FleetSection:
 
 
 def test_kill_nine_in_mid_rollout_loses_no_group_and_no_bit(tiny_model: Path) -> None:
-    births = RealBirths(WorkerConfig(tiny_model, ENGINE, FLEET))
+    births = RealBirths(WorkerConfig(tiny_model, ENGINE, _fleet(ping_deadline_seconds=30)))
     tasks = [make_task(f"n{n}", tokens=200) for n in range(10)]
 
     async def scenario(fleet: Fleet) -> None:
@@ -159,14 +161,14 @@ def test_a_stopped_worker_is_killed_and_replaced(tiny_model: Path) -> None:
         os.kill(births.pids()[0], signal.SIGSTOP)
         stopped = time.monotonic()
         groups = await asyncio.gather(*(fleet.rollout(make_task(f"n{n}")) for n in range(6)))
-        assert len(groups) == 6 and time.monotonic() - stopped < 15
+        assert len(groups) == 6 and time.monotonic() - stopped < 30
         while fleet.stats().states != ("healthy", "healthy"):
             await asyncio.sleep(0.1)
         assert not is_running(births.pids()[0])
 
     run_fleet(births, scenario)
     [restart] = [event for event in births.events if event["kind"] == "restart"]
-    assert "a ping must be done within 2 s" in str(restart["cause"])
+    assert "a ping must be done within 6 s" in str(restart["cause"])
 
 
 def test_a_model_that_cannot_be_opened_is_a_data_error_at_once(tmp_path: Path) -> None:
