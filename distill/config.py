@@ -48,8 +48,12 @@ class EntropyShare(Section):
     """Share where the teacher's distribution is uniform over the vocabulary; 0 where it is sure."""
 
 
-class AlignedCurve(Section):
-    """What moves a share that follows observations; see `AlignedShare` and `AlignedWeight`."""
+class AlignedShare(Section):
+    """The share of each capability follows what held-out rows say of its teacher; the default.
+
+    With `trust` above 0 the soft target wins where held-out rows cannot tell, for it carries no
+    label noise.
+    """
 
     kind: Literal["aligned"] = "aligned"
     start: float = Field(default=0.7, ge=0, le=1)
@@ -69,6 +73,9 @@ class AlignedCurve(Section):
     """No share rises above this."""
     every: int = Field(default=10, ge=1)
     """Steps between two observations."""
+    labels_from: float = Field(default=0.1, ge=0, le=1)
+    """How much the labels' gain counts against the teacher's in the first step; it rises to 1 in
+    the last one. 1 asks for the better of the two from the beginning."""
 
     @model_validator(mode="after")
     def _in_order(self) -> Self:
@@ -81,40 +88,18 @@ class AlignedCurve(Section):
         return self
 
 
-class AlignedShare(AlignedCurve):
-    """The share of each capability follows what held-out rows say of its teacher; the default.
+class AlignedWeight(Section):
+    """The weight of each capability follows how far its teacher agrees with the rewards
+    (rl/agreement.py); the default in RL."""
 
-    With `trust` above 0 the soft target wins where held-out rows cannot tell, for it carries no
-    label noise.
-    """
-
-    labels_from: float = Field(default=0.1, ge=0, le=1)
-    """How much the labels' gain counts against the teacher's in the first step; it rises to 1 in
-    the last one. 1 asks for the better of the two from the beginning."""
-
-
-class AlignedWeight(AlignedCurve):
-    """The weight of each capability follows what the rewards of its new answers say of its
-    teacher; the default in RL.
-
-    Without `trust` it stays where it is as long as rewards cannot tell: the teacher was never
-    promised to be right about them.
-    """
-
-    start: float = Field(default=0.3, ge=0, le=1)
-    """Weight before anything was observed."""
-    rate: float = Field(default=0.1, gt=0, le=1)
-    """How far one observation moves a weight at most."""
-    trust: float = Field(default=0.0, ge=0, le=1)
-    """Added to the evidence, which is between -1 and 1, in the teacher's favour."""
-    knots: tuple[float, ...] = (0.0,)
-    """As above; a single knot keeps one weight per capability."""
-    low: float = Field(default=0.0, ge=0, le=1)
-    """No weight falls below this; at 0 a teacher is out until rewards speak for it again."""
-    high: float = Field(default=1.0, ge=0, le=1)
-    """No weight rises above this."""
-    every: int = Field(default=2, ge=1)
-    """Steps between two observations."""
+    kind: Literal["aligned"] = "aligned"
+    peak: float = Field(default=1.0, ge=0)
+    """Weight of a teacher that agrees wholly, in the first step."""
+    until: float = Field(default=1.0, gt=0, le=1)
+    """Part of the steps in which the weight falls to 0: from there on rewards alone have the
+    word."""
+    memory: float = Field(default=0.8, ge=0, lt=1)
+    """What a step leaves of those before it in the averages that the agreement is taken from."""
 
 
 def _full(value: object) -> object:
@@ -209,8 +194,6 @@ class RolloutDistillSection(WordSection):
     """As in sft.distill; `reverse` is what on-policy distillation usually means."""
     beta: float = Field(default=0.5, gt=0, lt=1)
     """Of `jsd`."""
-    signal_rows: int = Field(default=16, ge=1)
-    """Answers of a capability that `aligned` looks at."""
     num_teachers: int = Field(default=1, ge=1)
     """Ray actors that hold the teacher, each whole on one device of its own."""
     cpus_per_teacher: float = Field(default=1, gt=0)

@@ -49,9 +49,6 @@ class HeadTokens:
     hidden_NH: Tensor
     """The head's input at the positions that predict the labels."""
     labels_N: Tensor
-    scales_N: Tensor | None = None
-    """Of held-out tokens: what each one's loss -log q(label) is multiplied with, 1 by default. With
-    rho A it is the policy's loss, and a gain is a rise of the reward."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -126,8 +123,6 @@ def token_gains(
     for span, weight_DH in _tiles(head_weight_VH, width):
         residual_MD = (heldout.hidden_NH.float() @ weight_DH.T - sum_M[:, None]).exp_()
         _add_labels(residual_MD, heldout.labels_N, span, -1.0)
-        if heldout.scales_N is not None:
-            residual_MD *= heldout.scales_N[:, None]
         push_ND = kernel_NM @ residual_MD
         logits_ND = trained.hidden_NH.float() @ weight_DH.T
         q_ND = (logits_ND / soft.temperature - softened_N[:, None]).exp_()

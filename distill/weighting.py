@@ -1,6 +1,7 @@
 """How soft and hard targets share a token: L = (1 - a) CE(label) + a KL(teacher || student).
 
-In RL there is no hard target, and a is the weight of the soft loss beside the policy's.
+In RL there is no hard target, and a is the weight of the soft loss beside the policy's
+(rl/agreement.py has the rule that learns there).
 
 Every rule answers with a for each token, [B, T]; 0 where the stored targets do not support the
 token's label. `aligned` alone learns: between steps it is told, per capability, what the tokens of
@@ -21,9 +22,7 @@ import torch
 from torch import Tensor
 
 from distill.config import (
-    AlignedCurve,
     AlignedShare,
-    AlignedWeight,
     EntropyShare,
     ScheduleShare,
     StaticShare,
@@ -33,17 +32,7 @@ from distill.signal import Gains
 
 
 class Weighting(Protocol):
-    """The share of the soft target, and what it learns from."""
-
-    @property
-    def observe_every(self) -> int:
-        """Steps between two observations; 0 never asks for any."""
-        ...
-
-    @property
-    def shares(self) -> Mapping[str, float]:
-        """Share per capability as it stands, for the log; empty where none is kept."""
-        ...
+    """The share of the soft target, or its weight."""
 
     def weights(
         self, step: int, capability_B: Sequence[str], entropy_BT: Tensor, supported_BT: Tensor
@@ -58,6 +47,28 @@ class Weighting(Protocol):
         """
         ...
 
+    def state_dict(self) -> dict[str, object]:
+        """What a checkpoint keeps."""
+        ...
+
+    def load_state_dict(self, state: Mapping[str, object]) -> None:
+        """Go on from `state_dict()`."""
+        ...
+
+
+class LearningWeighting(Weighting, Protocol):
+    """One that held-out rows may be asked for."""
+
+    @property
+    def observe_every(self) -> int:
+        """Steps between two observations; 0 never asks for any."""
+        ...
+
+    @property
+    def shares(self) -> Mapping[str, float]:
+        """Share per capability as it stands, for the log; empty where none is kept."""
+        ...
+
     def observe(self, step: int, capability: str, gains: Gains, entropy_N: Tensor) -> None:
         """Learn what the last batches' tokens of a capability gain from their targets.
 
@@ -68,18 +79,10 @@ class Weighting(Protocol):
         """
         ...
 
-    def state_dict(self) -> dict[str, object]:
-        """What a checkpoint keeps."""
-        ...
-
-    def load_state_dict(self, state: Mapping[str, object]) -> None:
-        """Go on from `state_dict()`."""
-        ...
-
 
 def weighting_of(
-    section: WeightingSection | AlignedWeight, *, num_steps: int, vocab_size: int
-) -> Weighting:
+    section: WeightingSection, *, num_steps: int, vocab_size: int
+) -> LearningWeighting:
     """The rule that a recipe names, for a run of `num_steps` steps."""
     match section:
         case StaticShare():
@@ -89,8 +92,6 @@ def weighting_of(
         case EntropyShare():
             return Entropy(section, vocab_size)
         case AlignedShare():
-            return Aligned(section, num_steps, section.labels_from)
-        case AlignedWeight():
             return Aligned(section, num_steps)
         case _:
             assert_never(section)
@@ -200,9 +201,8 @@ class Aligned:
         evidence -1 → share 0.56
     """
 
-    def __init__(self, section: AlignedCurve, num_steps: int, labels_from: float = 0.0) -> None:
-        self._section = section
-        self._num_steps, self._labels_from = num_steps, labels_from
+    def __init__(self, section: AlignedShare, num_steps: int) -> None:
+        self._section, self._num_steps = section, num_steps
         self._seen: dict[str, _Seen] = {}
         nothing = (0.0,) * len(section.knots)
         self._fresh = _Seen((section.start,) * len(nothing), section.start, nothing, nothing, 0.0)
@@ -234,7 +234,8 @@ class Aligned:
             return
         section, seen = self._section, self._of(capability)
         parts_NK = parts_of(entropy_N, section.knots).to(gains.soft_N.device)
-        labels = self._labels_from + (1 - self._labels_from) * min(step / self._num_steps, 1)
+        labels_from = section.labels_from
+        labels = labels_from + (1 - labels_from) * min(step / self._num_steps, 1)
         gain_NK = (gains.soft_N - labels * gains.hard_N)[:, None] * parts_NK
         mean_K = gain_NK.mean(0)
         square_K = mean_K.square() + gain_NK.var(0, correction=0) / len(gain_NK)
@@ -294,7 +295,7 @@ class _Seen:
             mass=memory * self.mass + new,
         )
 
-    def pushes(self, section: AlignedCurve) -> Iterator[float]:
+    def pushes(self, section: AlignedShare) -> Iterator[float]:
         """Where the share of each knot should go, from -1 to 1."""
         for total, square in zip(self.sums, self.squares, strict=True):
             evidence = total / math.sqrt(square * self.mass) if square > 0 else 0.0

@@ -12,7 +12,6 @@ N trained tokens of the whole step, over all micro-batches and ranks.
 from __future__ import annotations
 
 import copy
-import math
 from collections.abc import Sequence
 from contextlib import nullcontext
 from functools import partial
@@ -88,8 +87,6 @@ class Learner:
             self.lesson.begin(rows, plan.step)
         with self.update.stepping():
             loss, measured = self._accumulate(rows, num_tokens)
-            if self.lesson and math.isfinite(loss):
-                self.lesson.observe(self.model, rows)
             check = partial(check_finite, loss, step=plan.step, num_rows=len(rows))
             brakes: list[float] = []
 

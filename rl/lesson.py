@@ -2,7 +2,7 @@
 
     words of the groups ─▶ targets of a pass ─▶ distances (distill/student.py) ─▶ weighed ─▶ numbers
                                                                      ▲
-         new answers, their rewards ──▶ gains of their targets ──────┘ w, every so many steps
+         new answers, their rewards ──▶ does the teacher agree? ─────┘ w (rl/agreement.py)
 
     L = L_rl / N_rl + (sum over taught tokens of w_d KL) / N_kd
 
@@ -16,17 +16,17 @@ from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel
 
+from distill.config import AlignedWeight
 from distill.loss import Divergence
 from distill.reading import asked_row, read_word
 from distill.targets import TeacherTargets, joined
 from distill.weighting import Weighting, weighting_of
 from distill.word import SaidRow, Teaching
 from ground.errors import DataError
+from rl.agreement import Agreement, Lead
 from rl.batch import Row, Sequenced
 from rl.config import RlSection
-from rl.gains import observe
 
 
 class Lesson:
@@ -43,9 +43,14 @@ class Lesson:
         settings = self._settings
         self.divergence = Divergence(settings.divergence, settings.beta, settings.temperature)
         vocabulary = teaching.identity.vocabulary
-        self._weighting: Weighting = weighting_of(
-            settings.weighting, num_steps=section.steps, vocab_size=vocabulary
-        )
+        self._agreement: Agreement | None = None
+        self._weighting: Weighting
+        if isinstance(settings.weighting, AlignedWeight):
+            self._weighting = self._agreement = Agreement(settings.weighting, section.steps)
+        else:
+            self._weighting = weighting_of(
+                settings.weighting, num_steps=section.steps, vocab_size=vocabulary
+            )
         self._names: list[str] = []
         self._step = self.num_taught = 0
         self._misfits = 0
@@ -61,6 +66,8 @@ class Lesson:
         self._names = sorted({row.capability for row in rows})
         self._step, self._misfits = step, 0
         self.num_taught = sum(_said(row).num_tokens for row in rows)
+        if self._agreement:
+            self._agreement.see([self._lead(row) for row in rows])
 
     def said(self, sequences: Sequence[Sequenced], *, is_idle: bool = False) -> TeacherTargets:
         """The targets of all trained tokens of a pass, in the order of its mask.
@@ -98,6 +105,9 @@ class Lesson:
         taught_N = spoken_N.bool()
         told = {"teacher_kl": _mean(soft_N[taught_N]), "untaught_tokens": 1 - _mean(spoken_N)}
         told |= {"distill_loss": self.loss(numbers), "distill_misfits": misfits}
+        if self._agreement:
+            agreement = self._agreement.by_capability
+            told |= {f"teacher_agreement/{name}": agreement[name] for name in self._names}
         for place, name in enumerate(self._names):
             own_N = taught_N & (places_N == place)
             told[f"teacher_kl/{name}"] = _mean(soft_N[own_N])
@@ -114,23 +124,6 @@ class Lesson:
         """Tokens of this rank's passes whose targets did not fit them, in this step."""
         return self._misfits
 
-    def observe(self, model: PreTrainedModel, rows: Sequence[Row]) -> None:
-        """Let the weights learn what the step's rewards say of the teacher; for later steps.
-
-        Every rank looks at the same rows. Call it before the update: the student has not learned
-        from these answers yet.
-        """
-        every = self._weighting.observe_every
-        if every and self._step % every == 0:
-            observe(
-                model,
-                rows,
-                lambda row: self._read(row)[0],
-                self._weighting,
-                step=self._step,
-                section=self._section,
-            )
-
     def state_dict(self) -> dict[str, object]:
         """What a cut keeps."""
         return self._weighting.state_dict()
@@ -138,6 +131,13 @@ class Lesson:
     def load_state_dict(self, state: Mapping[str, object]) -> None:
         """Go on from `state_dict()`."""
         self._weighting.load_state_dict(state)
+
+    def _lead(self, row: Row) -> Lead:
+        said, _ = self._read(row)
+        behavior = [logprob for logprob, own in zip(row.behavior, row.trained, strict=True) if own]
+        nats_T = said.realised_T.double() - torch.tensor(behavior, dtype=torch.float64)
+        nats = nats_T[said.is_supported_T].sum().item()
+        return Lead(row.capability, row.group, row.advantage, nats)
 
     def _read(self, row: Row) -> tuple[TeacherTargets, int]:
         vocabulary = self._teaching.identity.vocabulary

@@ -22,7 +22,7 @@ from distill.loss import Divergence
 from distill.plan import read_note, token_row
 from distill.store import TargetStore
 from distill.targets import TeacherTargets, fitted, joined
-from distill.weighting import Weighting, weighting_of
+from distill.weighting import LearningWeighting, weighting_of
 from ground.errors import DataError
 from ground.trail import Trail
 from ground.trainer_config import TrainerSection
@@ -47,7 +47,7 @@ class Soft:
     section: DistillSection
     store: TargetStore
     divergence: Divergence
-    weighting: Weighting
+    weighting: LearningWeighting
     heldout: tuple[TrainingRow, ...]
 
 
@@ -211,7 +211,7 @@ def trained_mask(labels_BT1: Tensor) -> Tensor:
 
 
 def shares_of(
-    weighting: Weighting,
+    weighting: LearningWeighting,
     step: int,
     capability_B: Sequence[str],
     targets: TeacherTargets,

@@ -105,7 +105,7 @@ SPLITS = ((10_000, 0), (12, 0), (10_000, 64), (40, 30))
     [
         {"format": "topk_tail", "divergence": "reverse", "temperature": 2.0},
         {"format": "sampled", "draws": 8},
-        {"format": "full", "divergence": "jsd", "weighting": {"knots": [0.0, 2.0], "every": 1}},
+        {"format": "full", "divergence": "jsd", "weighting": {"peak": 2.0}},
     ],
     ids=lambda settings: str(settings["format"]),
 )
@@ -156,7 +156,7 @@ def test_a_rank_without_rows_makes_a_pass_that_moves_nothing(
 def test_75_poisoned_weights_are_refused_with_a_teacher_too(
     tiny_model: Path, teacher: Path
 ) -> None:
-    school = School(tiny_model, teacher, weighting={"every": 1})
+    school = School(tiny_model, teacher, weighting="aligned")
     learner = school.learner()
     with torch.no_grad():
         next(learner.model.parameters())[70, 0] = math.inf
@@ -233,7 +233,7 @@ def test_the_journal_gives_the_same_step_bit_for_bit_without_a_teacher(
     tiny_model: Path, teacher: Path, tmp_path: Path
 ) -> None:
     """Weights that learn included: two steps, the second one weighed by what the first has told."""
-    school = School(tiny_model, teacher, weighting={"every": 1, "rate": 0.5})
+    school = School(tiny_model, teacher, weighting={"peak": 2.0})
     plans = [school.plan(make_group(n), step=n) for n in range(2)]
     consumed = Consumed(tmp_path)
     for plan in plans:
@@ -242,39 +242,40 @@ def test_the_journal_gives_the_same_step_bit_for_bit_without_a_teacher(
     told = [live.step(plan) for plan in plans]
     replayed = [again.step(plan) for plan in consumed.after(0)]
     assert replayed == told and told[1]["teacher_kl"] > 0
-    moved = told[1]["distill_weight/sums"]
-    assert told[0]["distill_weight/sums"] == pytest.approx(0.3) != moved
+    assert told[0]["teacher_agreement/sums"] != told[1]["teacher_agreement/sums"] != 0.0
     for name, tensor in live.model_tensors().items():
         assert (again.model_tensors()[name] == tensor).all(), name
 
 
-def test_rewards_that_the_teacher_foresees_raise_its_weight_and_others_lower_it(
+def test_a_teacher_that_foresees_the_rewards_is_heard_and_its_opposite_is_not(
     tiny_model: Path, teacher: Path
 ) -> None:
-    """The teacher's likeliest answers are rewarded, its unlikeliest are not; then the reverse."""
-    found = {}
+    """The answers that the teacher likes better than who sampled them are rewarded; then others."""
+    group = make_group(0)
+    leads = [
+        said_TV.gather(1, torch.tensor(tokens)[:, None]).sum().item()
+        - sum(each.segments[0].logprobs)
+        for said_TV, (tokens, _), each in zip(
+            logprobs(teacher, group), ANSWERS, group.rollouts, strict=True
+        )
+    ]
+    order = torch.tensor(leads).argsort().argsort().tolist()
     for sign in (1.0, -1.0):
-        school = School(tiny_model, teacher, k=64, weighting={"every": 1})
-        learner = school.learner()
-        for step in range(3):
-            group = make_group(step)
-            spoken = logprobs_of_answers(teacher, group) - logprobs_of_answers(tiny_model, group)
-            order = spoken.argsort().argsort()
-            rollouts = [
-                replace(each, reward=sign * float(order[each.index] >= 2))
-                for each in group.rollouts
-            ]
-            numbers = learner.step(school.plan(replace(group, rollouts=tuple(rollouts)), step=step))
-        found[sign] = numbers["distill_weight/sums"]
-    assert found[1.0] > 0.3 + 0.05 and found[-1.0] < 0.3 - 0.05, found
-
-
-def logprobs_of_answers(folder: Path, group: Group) -> torch.Tensor:
-    """Mean over each answer's tokens."""
-    means = []
-    for found_TV, (tokens, _) in zip(logprobs(folder, group), ANSWERS, strict=True):
-        means.append(found_TV.gather(1, torch.tensor(tokens)[:, None]).mean())
-    return torch.stack(means)
+        rewards = [sign * float(place >= 2) for place in order]
+        rollouts = tuple(
+            replace(each, reward=reward)
+            for each, reward in zip(group.rollouts, rewards, strict=True)
+        )
+        school = School(tiny_model, teacher, format="full", weighting={"peak": 0.5})
+        plan = school.plan(replace(group, rollouts=rollouts), step=1)
+        numbers = school.learner().step(plan)
+        expected = torch.corrcoef(torch.tensor([leads, rewards]))[0, 1].item()
+        assert numbers["teacher_agreement/sums"] == pytest.approx(expected, rel=1e-2)
+        left = 1 - 1 / school.learner()._section.steps
+        assert numbers["distill_weight/sums"] == pytest.approx(
+            max(0.5 * left * expected, 0.0), rel=1e-2
+        )
+        assert sign * expected > 0.3
 
 
 RECIPE = Path(__file__).parents[1] / "recipes" / "tiny" / "distill.yaml"

@@ -74,7 +74,7 @@ def test_synchronous_training_resumes_bit_for_bit_whatever_it_was_killed_at(
     pytest.fail(f"never killed at {missing}")
 
 
-DISTILL = {"k": 6, "weighting": {"every": 1, "rate": 0.5}}
+DISTILL = {"k": 6, "weighting": {"peak": 2.0}}
 
 
 @pytest.fixture(scope="module")

@@ -321,7 +321,7 @@ def test_a_run_with_a_teacher_in_a_process_of_its_own_that_is_killed(
 ) -> None:
     """Real processes. The teacher is replaced; every step has its term, every group its word."""
     teacher = make_tiny_model(tmp_path / "teacher", seed=5, initializer_range=0.3)
-    distill = {"k": 8, "weighting": {"every": 1}}
+    distill = {"k": 8, "weighting": "aligned"}
     with nothing_left(Run(tmp_path, tiny_model, teacher=teacher, rl={"distill": distill})) as run:
         run.wait_for_step(3)
         (victim,) = run.below("ray::TeacherWorker")

@@ -116,7 +116,9 @@ def test_25_a_killed_core_fails_what_is_in_flight_and_whatever_comes_later() -> 
 
 def test_how_it_ended_is_known_also_where_vllm_s_monitor_took_the_status() -> None:
     """One thread takes the status, the other is told that there is no such child."""
-    process = multiprocessing.get_context("fork").Process(target=signal.raise_signal, args=[signal.SIGKILL])
+    process = multiprocessing.get_context("fork").Process(
+        target=signal.raise_signal, args=[signal.SIGKILL]
+    )
     process.start()
     assert process.pid
     os.waitpid(process.pid, 0)
