@@ -93,7 +93,7 @@ class AlignedWeight(Section):
     (rl/agreement.py); the default in RL."""
 
     kind: Literal["aligned"] = "aligned"
-    peak: float = Field(default=1.0, ge=0)
+    peak: float = Field(default=0.3, ge=0)
     """Weight of a teacher that agrees wholly, in the first step."""
     until: float = Field(default=1.0, gt=0, le=1)
     """Part of the steps in which the weight falls to 0: from there on rewards alone have the

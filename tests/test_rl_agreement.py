@@ -28,10 +28,10 @@ def weight(rule: Agreement, step: int = 0, name: str = "sums") -> float:
 
 def test_a_group_by_hand() -> None:
     """A - mean: 1, 0, -1; lead - mean: 1, -2, 1: products 1, 0, -1 → 0. And 2, -1, -1 → 3 / √12."""
-    rule = agreement()
+    rule = agreement(peak=1.0)
     rule.see(leads((3, 5), (2, 2), (1, 5)))
     assert rule.by_capability == {"sums": 0.0}
-    rule = agreement()
+    rule = agreement(peak=1.0)
     rule.see(leads((3, 9), (2, 6), (1, 6)))
     assert rule.by_capability["sums"] == pytest.approx(3 / math.sqrt(2 * 6))
     assert weight(rule) == pytest.approx(3 / math.sqrt(12))
@@ -41,7 +41,7 @@ def test_a_group_by_hand() -> None:
 def test_neither_the_size_of_leads_nor_what_a_group_has_in_common_counts(
     sign: float, expected: float
 ) -> None:
-    rule = agreement()
+    rule = agreement(peak=1.0)
     rule.see(
         [
             *leads((1, -700 + sign * 0.001), (-1, -700 - sign * 0.001), group="a"),
