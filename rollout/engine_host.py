@@ -14,7 +14,6 @@ from abc import ABC, abstractmethod
 from pathlib import Path
 from typing import ClassVar
 
-from ground import faults
 from ground.exits import pid_space
 from ground.imports import without_collection
 from ground.lease import Fence, Lease
@@ -35,7 +34,7 @@ class EngineHost(ABC):
     """
 
     ROLE: ClassVar[str]
-    """What it is to whom it serves; its faults are named after it."""
+    """What it is to whom it serves."""
     OWNER: ClassVar[str]
     """Who renews the lease."""
 
@@ -61,7 +60,6 @@ class EngineHost(ABC):
             return
         enter_role(f"{self.ROLE}/{index}")
         with sorted_failures(f"opening the {self.ROLE}", memory_fix=self.memory_fix):
-            faults.point(f"{self.ROLE}.open")
             if not (self._model_path / "config.json").is_file():
                 raise self.unseen_model()
             self._engine = self.opened(self._section.with_slots(slots_share))

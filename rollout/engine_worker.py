@@ -95,6 +95,7 @@ class EngineWorker(EngineHost):
     def opened(self, section: EngineSection) -> Engine:
         from rollout.engines import open_engine
 
+        faults.point("engine.open")
         return open_engine(self._model_path, section)[0]
 
     def unseen_model(self) -> UnseenModelError:

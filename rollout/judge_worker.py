@@ -116,6 +116,7 @@ class JudgeWorker(EngineHost):
         from rollout.answer_judge import AnswerJudge
         from rollout.engines import open_engine
 
+        faults.point("judge.open")
         engine, chat = open_engine(self._model_path, section)
         self._judge = AnswerJudge(engine, chat, self._config.settings, self._config.secret)
         return engine
