@@ -35,7 +35,7 @@ from benchmarks.harness import Figure, Report, run_benchmark
 from benchmarks.toy_worlds import DOMAINS, KINDS, REGIMES, VOCABULARY, World, train
 from distill.config import AlignedShare, EntropyShare, ScheduleShare
 from distill.signal import Gains
-from distill.weighting import LearningWeighting, weighting_of
+from distill.weighting import HeldoutWeighting, weighting_of
 
 GRID = (0.0, 0.25, 0.5, 0.75, 0.9, 1.0)
 LEARNED = ("aligned", "schedule", "entropy")
@@ -100,7 +100,7 @@ def drive(kind: str, regime: str, seed: int) -> list[float]:
     return list(found.shares[EARLY][0].values())
 
 
-def _learned() -> list[LearningWeighting]:
+def _learned() -> list[HeldoutWeighting]:
     sections = (AlignedShare(), ScheduleShare(kind="schedule"), EntropyShare(kind="entropy"))
     return [weighting_of(section, num_steps=STEPS, vocab_size=VOCABULARY) for section in sections]
 

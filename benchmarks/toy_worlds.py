@@ -28,7 +28,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from distill.signal import HeadTokens, SoftTokens, token_gains
-from distill.weighting import LearningWeighting
+from distill.weighting import HeldoutWeighting
 
 KINDS = ("wrong_low", "good", "wrong_high", "smooth")
 REGIMES = ("multi", "single")
@@ -150,7 +150,7 @@ class Outcome:
 
 
 def train(
-    world: World, rules: Sequence[LearningWeighting], seed: int, steps: int, stop: int | None = None
+    world: World, rules: Sequence[HeldoutWeighting], seed: int, steps: int, stop: int | None = None
 ) -> Outcome:
     """One student per rule, all from the same start on the same batches.
 
@@ -194,7 +194,7 @@ def train(
 def _loss(
     world: World,
     students: Students,
-    rules: Sequence[LearningWeighting],
+    rules: Sequence[HeldoutWeighting],
     step: int,
     contexts_B: Tensor,
     labels_B: Tensor,
@@ -221,7 +221,7 @@ def _observe(
     world: World,
     students: Students,
     place: int,
-    rule: LearningWeighting,
+    rule: HeldoutWeighting,
     step: int,
     heldout: tuple[Tensor, Tensor],
     recent: Sequence[tuple[Tensor, Tensor]],

@@ -96,8 +96,8 @@ class AlignedWeight(Section):
     peak: float = Field(default=0.3, ge=0)
     """Weight of a teacher that agrees wholly, in the first step."""
     until: float = Field(default=1.0, gt=0, le=1)
-    """Part of the steps in which the weight falls to 0: from there on rewards alone have the
-    word."""
+    """Part of the steps in which the weight falls to 0: from there on the teacher is asked, its
+    distance is logged, and rewards alone move the student."""
     memory: float = Field(default=0.8, ge=0, lt=1)
     """What a step leaves of those before it in the averages that the agreement is taken from."""
 

@@ -4,8 +4,8 @@ In RL there is no hard target, and a is the weight of the soft loss beside the p
 (rl/agreement.py has the rule that learns there).
 
 Every rule answers with a for each token, [B, T]; 0 where the stored targets do not support the
-token's label. `aligned` alone learns: between steps it is told, per capability, what the tokens of
-the last batches gain from either target (distill/signal.py).
+token's label. In SFT `aligned` alone learns: between steps it is told, per capability, what the
+tokens of the last batches gain from either target (distill/signal.py).
 
 B rows, T tokens, N tokens in a flat list, K knots.
 """
@@ -56,7 +56,7 @@ class Weighting(Protocol):
         ...
 
 
-class LearningWeighting(Weighting, Protocol):
+class HeldoutWeighting(Weighting, Protocol):
     """One that held-out rows may be asked for."""
 
     @property
@@ -80,9 +80,7 @@ class LearningWeighting(Weighting, Protocol):
         ...
 
 
-def weighting_of(
-    section: WeightingSection, *, num_steps: int, vocab_size: int
-) -> LearningWeighting:
+def weighting_of(section: WeightingSection, *, num_steps: int, vocab_size: int) -> HeldoutWeighting:
     """The rule that a recipe names, for a run of `num_steps` steps."""
     match section:
         case StaticShare():

@@ -22,7 +22,7 @@ def birth(pid: int) -> float:
         return psutil.Process(pid).create_time()
     try:
         # The name in brackets may hold anything, brackets and spaces too.
-        rest = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+        rest = Path(f"/proc/{pid}/stat").read_bytes().rpartition(b")")[2].split()
     except OSError as error:
         raise psutil.NoSuchProcess(pid) from error
     return int(rest[_START_FIELD - 3]) / os.sysconf("SC_CLK_TCK")

@@ -153,9 +153,10 @@ class RlSection(Section):
     step_deadline_seconds: float = Field(default=600.0, gt=0)
     """Longest wait for a step's groups or for a publication."""
     silent_seconds: float = Field(default=60.0, gt=0)
-    """A learner or controller that gives no sign of life for so long hangs: it is killed and the
-    loop goes on from its last checkpoint. Signs come every second or two from threads of their own,
-    also in the middle of a long step, since kernels run without the interpreter's lock."""
+    """A learner or controller that gives no sign of life for so long hangs (for its first it has
+    three minutes): it is killed and the loop goes on from its last checkpoint. Signs come every
+    second or two from threads of their own, also in the middle of a long step, since kernels run
+    without the interpreter's lock."""
     lease_seconds: float = Field(default=150.0, gt=0)
     """Workers and controller end themselves when their owner is silent for so long."""
     watchdog_seconds: float = Field(default=120.0, gt=0)
@@ -204,6 +205,19 @@ class RlSection(Section):
             raise ValueError(
                 f"lease_seconds must be above silent_seconds ({self.silent_seconds:g}), got "
                 f"{self.lease_seconds:g}"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _leads_compare_like_with_like(self) -> Self:
+        distill, temperature = self.distill, self.sampling.temperature
+        if distill is None or distill.weighting.kind != "aligned":
+            return self
+        if distill.temperature != temperature:
+            raise ValueError(
+                "weighting 'aligned' compares the teacher with the policy that samples: "
+                f"distill.temperature must be sampling.temperature ({temperature:g}), got "
+                f"{distill.temperature:g}; or set distill.weighting to static"
             )
         return self
 

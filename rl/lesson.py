@@ -107,7 +107,7 @@ class Lesson:
         told |= {"distill_loss": self.loss(numbers), "distill_misfits": misfits}
         if self._agreement:
             agreement = self._agreement.by_capability
-            told |= {f"teacher_agreement/{name}": agreement[name] for name in self._names}
+            told |= {f"teacher_agreement/{name}": agreement.get(name, 0.0) for name in self._names}
         for place, name in enumerate(self._names):
             own_N = taught_N & (places_N == place)
             told[f"teacher_kl/{name}"] = _mean(soft_N[own_N])

@@ -200,6 +200,7 @@ def _follow(
     asks = [learner.ask_to_stop]  # once: asked again, it would leave without having saved
     asked, is_over = threading.Event(), threading.Event()
     facts: dict[str, object] = {}
+    failure: PacktrainError | None = None
 
     def hear(report: Report) -> None:
         on_report(report)
@@ -220,20 +221,25 @@ def _follow(
         if not is_over.wait(_GRACE_SECONDS):
             learner.close()
 
+    # Begun now, since none may be begun in a signal's handler.
     threading.Thread(target=insist, name="insist", daemon=True).start()
     try:
         with held_signals(leave) as pending:
             try:
                 facts = _read_reports(learner, hear)
             except PacktrainError as error:
-                if not pending.requested:
-                    raise
-                logger.warning("interrupted; steps since the last checkpoint are lost: %s", error)
+                failure = error
             if pending.requested:
+                if failure:
+                    logger.warning(
+                        "interrupted; steps since the last checkpoint are lost: %s", failure
+                    )
                 ranks.require_all()
     finally:
         is_over.set()
         asked.set()
+    if failure:
+        raise failure
     if wishes and not facts:
         raise AnotherSplit(wishes[0])
     return facts

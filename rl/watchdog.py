@@ -1,7 +1,7 @@
 """Watches a life of the loop from the supervisor: what moves, what is waited for, who is silent.
 
     every second: pulse ─ answered ─▶ rl/loop.json
-                    └ none for `silent_seconds` ─▶ stacks of all roles, the life is given up
+                    └ none for `silent_seconds` (at first 180) ─▶ stacks, the life is given up
     nothing moves for `watchdog_seconds` ─▶ the log names what is waited for, stacks of all roles
     our own machine is taken away ─▶ the run is asked to save and leave, as by SIGTERM
 

@@ -118,7 +118,11 @@ class JudgeWorker(EngineHost):
 
         faults.point("judge.open")
         engine, chat = open_engine(self._model_path, section)
-        self._judge = AnswerJudge(engine, chat, self._config.settings, self._config.secret)
+        try:
+            self._judge = AnswerJudge(engine, chat, self._config.settings, self._config.secret)
+        except BaseException:
+            engine.close()
+            raise
         return engine
 
     def unseen_model(self) -> DataError:

@@ -17,7 +17,7 @@ from transformers import PreTrainedModel
 
 from distill.signal import HeadTokens, SoftTokens, token_gains
 from distill.targets import TeacherTargets
-from distill.weighting import LearningWeighting
+from distill.weighting import HeldoutWeighting
 from ground.logprobs import head_weight
 from ground.packing import hidden_states
 from ground.training_rows import IGNORED, TrainingRow
@@ -56,7 +56,7 @@ class Signals:
         self,
         model: PreTrainedModel,
         last: Sequence[TrainingRow],
-        weighting: LearningWeighting,
+        weighting: HeldoutWeighting,
         *,
         step: int,
     ) -> None:

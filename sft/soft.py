@@ -22,7 +22,7 @@ from distill.loss import Divergence
 from distill.plan import read_note, token_row
 from distill.store import TargetStore
 from distill.targets import TeacherTargets, fitted, joined
-from distill.weighting import LearningWeighting, weighting_of
+from distill.weighting import HeldoutWeighting, weighting_of
 from ground.errors import DataError
 from ground.trail import Trail
 from ground.trainer_config import TrainerSection
@@ -47,7 +47,7 @@ class Soft:
     section: DistillSection
     store: TargetStore
     divergence: Divergence
-    weighting: LearningWeighting
+    weighting: HeldoutWeighting
     heldout: tuple[TrainingRow, ...]
 
 
@@ -211,7 +211,7 @@ def trained_mask(labels_BT1: Tensor) -> Tensor:
 
 
 def shares_of(
-    weighting: LearningWeighting,
+    weighting: HeldoutWeighting,
     step: int,
     capability_B: Sequence[str],
     targets: TeacherTargets,

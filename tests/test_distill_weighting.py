@@ -12,19 +12,19 @@ from pydantic import TypeAdapter, ValidationError
 
 from distill.config import AlignedShare, ScheduleShare, StaticShare, WeightingSection
 from distill.signal import Gains
-from distill.weighting import LearningWeighting, parts_of, weighting_of
+from distill.weighting import HeldoutWeighting, parts_of, weighting_of
 
 ENTROPY = torch.tensor([[math.log(4), 0.0], [math.log(16), math.log(2)]])
 SUPPORTED = torch.tensor([[True, True], [False, True]])
 SECTION = TypeAdapter(WeightingSection)
 
 
-def rule(value: object, num_steps: int = 100) -> LearningWeighting:
+def rule(value: object, num_steps: int = 100) -> HeldoutWeighting:
     section = cast(WeightingSection, SECTION.validate_python(value))
     return weighting_of(section, num_steps=num_steps, vocab_size=16)
 
 
-def weights(weighting: LearningWeighting, step: int = 0) -> torch.Tensor:
+def weights(weighting: HeldoutWeighting, step: int = 0) -> torch.Tensor:
     return weighting.weights(step, ["math", "chat"], ENTROPY, SUPPORTED)
 
 
@@ -64,12 +64,12 @@ def test_entropy_gives_the_teacher_the_tokens_on_which_it_is_unsure() -> None:
     torch.testing.assert_close(weights(rule("entropy")), expected)
 
 
-def one_share(**settings: object) -> LearningWeighting:
+def one_share(**settings: object) -> HeldoutWeighting:
     return rule({"knots": [0.0], "trust": 0.0, "rate": 0.1, "labels_from": 0.0} | settings)
 
 
 def observe(
-    weighting: LearningWeighting,
+    weighting: HeldoutWeighting,
     capability: str,
     *soft: float,
     hard: float = 0.0,

@@ -12,7 +12,7 @@ import pytest
 
 from ground.births import birth
 
-NAMED = "open('/proc/self/comm', 'w').write('a) R 1 (b'); print('named', flush=True); input()"
+NAMED = "open('/proc/self/comm', 'wb').write(b'a) R 1 (\\xc3'); print('named', flush=True); input()"
 
 
 def uptime() -> float:

@@ -179,9 +179,10 @@ def test_the_launcher_is_shown_by_its_own_name() -> None:
 
 
 def test_status_answers_at_once(made: Path) -> None:
-    start = time.process_time()
+    start, worked = time.monotonic(), time.process_time()
     read_status(made)
-    assert time.process_time() - start < 1.0
+    assert time.process_time() - worked < 1.0
+    assert time.monotonic() - start < 10, "on a busy machine it may have to wait for its turn"
 
 
 def test_the_loop_of_rl_is_seen_from_outside(

@@ -52,6 +52,8 @@ class School:
         self.teaching: Teaching = plan_teaching(self.section, teacher, student, 64)
 
     def learner(self, **settings: Any) -> Learner:
+        if self.section.weighting.kind == "aligned":  # it compares at one temperature
+            settings = {"sampling": {"temperature": self.section.temperature}, **settings}
         return make_learner(self.student, teaching=self.teaching, distill=self.section, **settings)
 
     def plan(self, *groups: Group, step: int = 1) -> Plan:
@@ -242,9 +244,22 @@ def test_the_journal_gives_the_same_step_bit_for_bit_without_a_teacher(
     told = [live.step(plan) for plan in plans]
     replayed = [again.step(plan) for plan in consumed.after(0)]
     assert replayed == told and told[1]["teacher_kl"] > 0
-    assert told[0]["teacher_agreement/sums"] != told[1]["teacher_agreement/sums"] != 0.0
+    fresh = school.learner(dtype=torch.float32).step(plans[1])["teacher_agreement/sums"]
+    assert told[1]["teacher_agreement/sums"] != fresh, "the first step is remembered"
+    assert max(each["distill_loss"] for each in told) > 0, "the teacher is heard"
     for name, tensor in live.model_tensors().items():
         assert (again.model_tensors()[name] == tensor).all(), name
+
+
+def test_75_rewards_that_are_no_numbers_end_the_stage_by_name_with_a_weight_that_learns(
+    tiny_model: Path, teacher: Path
+) -> None:
+    school = School(tiny_model, teacher, weighting="aligned")
+    group = make_group(0)
+    rollouts = tuple(replace(each, reward=math.nan) for each in group.rollouts)
+    plan = school.plan(replace(group, rollouts=rollouts))
+    with pytest.raises(DivergedError, match="must be finite, got nan"):
+        school.learner().step(plan)
 
 
 def test_a_teacher_that_foresees_the_rewards_is_heard_and_its_opposite_is_not(
@@ -293,6 +308,7 @@ def test_the_shipped_recipe_is_valid_and_says_what_it_is() -> None:
     [
         ("rl.distill.weighting=entropy", "must be 'static', 'schedule', 'aligned'"),
         ("rl.distill.weighting={labels_from: 0.5}", "labels_from is not a key"),
+        ("rl.distill.temperature=2.0", "distill.temperature must be sampling.temperature (1)"),
         ("rl.learner.spread=zero3", "set learner.spread to ddp or zero2, got zero3"),
         ("rl.distill={format: sampled, divergence: jsd}", "cannot be computed from sampled"),
     ],
