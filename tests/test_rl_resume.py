@@ -74,7 +74,7 @@ def test_synchronous_training_resumes_bit_for_bit_whatever_it_was_killed_at(
     pytest.fail(f"never killed at {missing}")
 
 
-DISTILL = {"k": 6, "weighting": {"peak": 2.0}}
+DISTILL = {"k": 6, "weighting": {"peak": 0.5}}
 
 
 @pytest.fixture(scope="module")
@@ -118,7 +118,10 @@ def test_with_a_teacher_the_journal_alone_gives_the_weights_again(
     assert [sorted(life) for life in lives] == [[1, 2, 3, 4, 5, 6], [5, 6]]
     assert [lives[1][version] for version in (5, 6)] == [lives[0][version] for version in (5, 6)]
     replayed = [r.numbers for r in run.ear.reports if "replayed" in r.numbers]
-    assert len(replayed) == 2 and all(numbers["teacher_kl"] > 0 for numbers in replayed)
+    assert len(replayed) == 2
+    # A step of which all groups are flat trains nothing, and has no teacher either.
+    taught = [r.numbers["teacher_kl"] for r in run.ear.reports if "teacher_kl" in r.numbers]
+    assert len(taught) >= 3 and min(taught) > 0
     assert audit_run(ram_path, run.section)["lost"] == 0
 
 
