@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
+from functools import partial
 from typing import Protocol, cast
 
 import numpy as np
@@ -128,13 +129,19 @@ class RemoteLoop:
         parcel = weights if isinstance(weights, Parcel) else self.pack(version, weights)
         self._outbox.send(parcel)
 
-    def _call(self, purpose: str, answer: ray.ObjectRef, seconds: float | None = None) -> object:
+    def _call(
+        self,
+        purpose: str,
+        answer: ray.ObjectRef,
+        seconds: float | None = None,
+        who: str = "controller",
+    ) -> object:
         seconds = self._seconds if seconds is None else seconds
         try:
-            with our_errors(purpose):
+            with our_errors(purpose, who):
                 return ray.get(answer, timeout=seconds)
         except TimeoutError:
-            raise _late(purpose, seconds) from None
+            raise _late(purpose, seconds, who) from None
 
     def _check_deadline(self, deadline: float, purpose: str) -> None:
         if time.monotonic() > deadline:
@@ -144,8 +151,9 @@ class RemoteLoop:
 class _Keeper:
     """The weight keeper's calls that the outbox makes, with our deadlines and errors."""
 
-    def __init__(self, actor: _Actor, call: Callable[[str, ray.ObjectRef], object]) -> None:
-        self._actor, self._call = actor, call
+    def __init__(self, actor: _Actor, call: Callable[..., object]) -> None:
+        self._actor = actor
+        self._call = partial(call, who="weight keeper")
 
     def node(self) -> str:
         """See `WeightKeeper.node`."""
@@ -172,7 +180,7 @@ class _Keeper:
 
 
 @contextmanager
-def our_errors(purpose: str) -> Iterator[None]:
+def our_errors(purpose: str, who: str = "controller") -> Iterator[None]:
     """Turn Ray's errors into ours: a typed one from the other side, else "the actor is gone"."""
     try:
         yield
@@ -184,14 +192,14 @@ def our_errors(purpose: str) -> Iterator[None]:
             raise cause from error
         if isinstance(cause, RayError):  # whom the other side asked is gone
             raise InfraError(
-                f"the controller must {purpose}", where="learner", why=str(cause)
+                f"the {who} must {purpose}", where="learner", why=str(cause)
             ) from error
         raise
     except (RayError, ValueError) as error:
         raise InfraError(
-            f"the controller must {purpose}, but it is gone", where="learner", why=str(error)
+            f"the {who} must {purpose}, but it is gone", where="learner", why=str(error)
         ) from error
 
 
-def _late(purpose: str, seconds: float) -> InfraError:
-    return InfraError(f"the controller must {purpose} within {seconds:g} s", where="learner")
+def _late(purpose: str, seconds: float, who: str = "controller") -> InfraError:
+    return InfraError(f"the {who} must {purpose} within {seconds:g} s", where="learner")

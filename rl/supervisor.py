@@ -17,7 +17,6 @@ import os
 import threading
 import time
 from collections.abc import Callable, Mapping
-from contextlib import suppress
 
 from ground import faults, stacks
 from ground.errors import InfraError, PacktrainError, WorkersLostError
@@ -197,34 +196,19 @@ def _follow(
         Interrupted: so have we.
     """
     wishes: list[Split] = []
-    asks = [learner.ask_to_stop]  # once: asked again, it would leave without having saved
-    asked, is_over = threading.Event(), threading.Event()
     facts: dict[str, object] = {}
     failure: PacktrainError | None = None
+    with _Parting(learner) as parting:
 
-    def hear(report: Report) -> None:
-        on_report(report)
-        if not wishes and report.kind == "step" and (s := share.see(report.step, report.numbers)):
-            wishes.append(s)
-            ask_to_stop()
+        def hear(report: Report) -> None:
+            on_report(report)
+            if wishes or report.kind != "step":
+                return
+            if split := share.see(report.step, report.numbers):
+                wishes.append(split)
+                parting.ask()
 
-    def ask_to_stop() -> None:
-        with suppress(IndexError):
-            asks.pop()()
-
-    def leave() -> None:
-        ask_to_stop()
-        asked.set()
-
-    def insist() -> None:
-        asked.wait()
-        if not is_over.wait(_GRACE_SECONDS):
-            learner.close()
-
-    # Begun now, since none may be begun in a signal's handler.
-    threading.Thread(target=insist, name="insist", daemon=True).start()
-    try:
-        with held_signals(leave) as pending:
+        with held_signals(parting.insist) as pending:
             try:
                 facts = _read_reports(learner, hear)
             except PacktrainError as error:
@@ -235,14 +219,53 @@ def _follow(
                         "interrupted; steps since the last checkpoint are lost: %s", failure
                     )
                 ranks.require_all()
-    finally:
-        is_over.set()
-        asked.set()
     if failure:
         raise failure
     if wishes and not facts:
         raise AnotherSplit(wishes[0])
     return facts
+
+
+class _Parting:
+    """Has a learner save and leave: asked once, and killed when we have to go and it does not.
+
+        going on → asked → gone      insisted on: killed after `_GRACE_SECONDS`
+
+    `ask` and `insist` may be called in a signal's handler, in which no thread may be begun and no
+    lock taken that its main thread holds; hence the thread that waits from the beginning.
+    """
+
+    def __init__(self, learner: LearnerProcess) -> None:
+        self._learner = learner
+        self._left_to_ask = [learner]  # a list gives its last element to one caller only
+        self._is_insisted_on, self._is_over = threading.Event(), threading.Event()
+        self._thread = threading.Thread(target=self._watch, name="parting", daemon=True)
+
+    def ask(self) -> None:
+        """Ask it to finish its step and save; asked again, it would leave without having saved."""
+        try:
+            learner = self._left_to_ask.pop()
+        except IndexError:
+            return
+        learner.ask_to_stop()
+
+    def insist(self) -> None:
+        """Ask it, and wait no longer than `_GRACE_SECONDS` for its end."""
+        self.ask()
+        self._is_insisted_on.set()
+
+    def _watch(self) -> None:
+        self._is_insisted_on.wait()
+        if not self._is_over.wait(_GRACE_SECONDS):
+            self._learner.close()
+
+    def __enter__(self) -> _Parting:
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._is_over.set()
+        self._is_insisted_on.set()
 
 
 def _read_reports(

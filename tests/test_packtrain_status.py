@@ -179,10 +179,9 @@ def test_the_launcher_is_shown_by_its_own_name() -> None:
 
 
 def test_status_answers_at_once(made: Path) -> None:
-    start, worked = time.monotonic(), time.process_time()
+    start = time.monotonic()
     read_status(made)
-    assert time.process_time() - worked < 1.0
-    assert time.monotonic() - start < 10, "on a busy machine it may have to wait for its turn"
+    assert time.monotonic() - start < 1.0
 
 
 def test_the_loop_of_rl_is_seen_from_outside(
@@ -218,5 +217,6 @@ def test_the_loop_of_rl_is_seen_from_outside(
     (half / "lock.json").write_text(json.dumps(dead))
     assert main(["status", str(half), "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["loop"] is None
+    assert "waits for slot 55 (group a.55), 4 s; 3 buffered" in loop_lines(loop, now)[0]
     assert "as of 61 s ago" in loop_lines({**loop, "time": now - 60}, now + 1)[0]
     assert "the learner is to train step 12" in loop_lines({**loop, "waits_for": ""}, now)[0]

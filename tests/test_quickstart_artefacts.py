@@ -90,7 +90,7 @@ def test_dpo_trained_on_corner_cases_and_moved_the_model_within_the_gate() -> No
         ]
         for model in ("rl", "dpo")
     }
-    assert shares["dpo"] < shares["rl"] + 0.002, "RL leaves a percent; by .002 two runs differ"
+    assert shares["dpo"] < shares["rl"]
 
 
 def test_half_of_the_demonstrations_were_pruned_and_they_were_the_easy_half() -> None:

@@ -115,7 +115,7 @@ def told_stacks(log: str) -> tuple[set[str], set[str]]:
         ),
         pytest.param("controller", "settle", 30, hang_gil, "it was silent for", id="#5 controller"),
         pytest.param("learner", "step.forward", 4, delay(900), "to train step", id="stuck step"),
-        pytest.param("keeper", "keep", 4, kill9, "keep", id="#15 keeper"),
+        pytest.param("keeper", "keep", 4, kill9, "keeper", id="#15 keeper"),
     ],
 )
 def test_whoever_hangs_or_dies_costs_only_the_way_back(

@@ -8,6 +8,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -23,13 +24,13 @@ from ground.lease import ABANDONED, Fence
 from ground.signals import Interrupted
 from ground.stacks import collect
 from ground.strikes import hang_gil, segv
-from rl import learner_process
+from rl import learner_process, supervisor
 from rl.actors import KeeperCheck
 from rl.config import RlSection
 from rl.job import Job, Report, phase
 from rl.learner_process import LearnerProcess
 from rl.ranks import Ranks
-from rl.share import Share
+from rl.share import Share, Split
 from rl.supervisor import Budget, _follow
 from rl.watchdog import LOOP_FILE, Watchdog
 from rollout.preflight import ClusterStartError
@@ -229,6 +230,69 @@ def test_a_signal_while_a_report_is_passed_on_costs_neither_it_nor_those_after_i
         signal.signal(signal.SIGINT, signal.default_int_handler)
     assert caught.value.number == signal.SIGTERM
     assert (passed, learner.num_asked) == ([1, 2, 3], 1)
+
+
+class StubbornLearner(ToldLearner):
+    """Says no more after it was asked, until it is closed."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._is_closed = threading.Event()
+
+    def hear(self) -> Report:
+        if not self._reports:
+            assert self._is_closed.wait(20)
+            raise LOST
+        return self._reports.pop(0)
+
+    def ask_to_stop(self) -> None:
+        self.num_asked += 1
+
+    def close(self) -> None:
+        self._is_closed.set()
+
+
+def test_a_learner_that_does_not_leave_is_ended_and_the_signal_still_counts(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(supervisor, "_GRACE_SECONDS", 0.2)
+    learner = StubbornLearner()
+    before = signal.getsignal(signal.SIGTERM)
+    ranks = cast(Ranks, SimpleNamespace(require_all=lambda: None))
+    try:
+        with pytest.raises(Interrupted):
+            _follow(
+                cast(LearnerProcess, learner),
+                lambda report: os.kill(os.getpid(), signal.SIGTERM) if report.step == 2 else None,
+                ranks,
+                Share(make_job(tmp_path).section),
+            )
+    finally:
+        signal.signal(signal.SIGTERM, before)
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+    assert learner.num_asked == 1 and "steps since the last checkpoint are lost" in caplog.text
+
+
+def test_a_learner_that_was_asked_for_another_split_is_not_asked_again_by_a_signal(
+    tmp_path: Path,
+) -> None:
+    """The second signal would have it leave without having saved."""
+    learner, split = ToldLearner(), Split(ranks=2, workers=1)
+
+    def on_report(report: Report) -> None:
+        if report.step == 2:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    share = cast(Share, SimpleNamespace(see=lambda step, numbers: split if step == 1 else None))
+    ranks = cast(Ranks, SimpleNamespace(require_all=lambda: None))
+    before = signal.getsignal(signal.SIGTERM)
+    try:
+        with pytest.raises(Interrupted):
+            _follow(cast(LearnerProcess, learner), on_report, ranks, share)
+    finally:
+        signal.signal(signal.SIGTERM, before)
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+    assert learner.num_asked == 1
 
 
 class TestWatchdog:

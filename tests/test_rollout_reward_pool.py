@@ -162,7 +162,7 @@ def test_a_hang_scores_zero_with_its_reason_and_spares_the_others(hasty: RewardP
     asked = prompt()
     start = time.monotonic()
     first, hung, last = hasty.score(asked, ["pass", misdeed, "pass"])
-    assert time.monotonic() - start < 30, "twice its deadline, and two starts on a busy machine"
+    assert time.monotonic() - start < 15, "twice its deadline, and two starts on a busy machine"
     assert (first, last) == (GOOD, GOOD)
     assert (hung.reward, hung.passed) == (0.0, False)
     assert hung.error.startswith("reward_timeout: no reply within 3 s")
