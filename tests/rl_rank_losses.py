@@ -41,7 +41,7 @@ LOSSES: list[dict[str, Any]] = [
 ]
 CASES: dict[str, dict[str, Any]] = {loss["kind"]: {"loss": loss} for loss in LOSSES}
 CASES["adapter"] = {"loss": LOSSES[0], "lora": {"rank": 4}}
-TAUGHT = {"k": 6, "weighting": {"peak": 2.0}}
+TAUGHT = {"k": 6, "temperature": 0.7, "weighting": {"peak": 2.0}}  # that of sampling
 CASES["taught"] = {"loss": LOSSES[0], "distill": TAUGHT}
 CASES["taught adapter"] = {"distill": TAUGHT, "lora": {"rank": 4}}
 """Name → what it has besides `SETTINGS`."""
