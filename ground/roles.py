@@ -6,8 +6,8 @@ from ground import faults, stacks
 
 
 def enter_role(role: str) -> None:
-    """This process is the supervisor, controller, learner, keeper, rollout/<n>, judge/<n> or
-    reward.
+    """This process is the supervisor, controller, learner, keeper, courier, rollout/<n>,
+    judge/<n> or reward.
 
     From now on its armed faults strike, and it tells its stacks when it is asked to.
     """

@@ -37,6 +37,10 @@ class EngineSection(Section):
     memory_share: float | None = Field(default=None, gt=0, le=1)
     """Share of a device's memory that `vllm` takes for weights and KV cache. Left out: 0.9 of a
     GPU; on a CPU as much cache as `num_slots` sequences of `max_length` need."""
+    transfer: Literal["memory", "nccl", "gloo"] = "memory"
+    """How `rl` brings new weights into `vllm`. `memory`: mapped on the machine that keeps them,
+    through Ray's object store from elsewhere. `nccl`: broadcast from GPU to GPU. `gloo`: the same
+    through processors, for machines without one. Adapters of `rl.lora` go through memory always."""
     parity_floor: float | None = Field(default=None, ge=0)
     """Nats that the parity gate allows a typical probe to be off, however little the learner's own
     noise is; a single token may be off by ten times that. Left out: 0 for `hf`, and what was
@@ -45,7 +49,7 @@ class EngineSection(Section):
     @model_validator(mode="after")
     def _only_vllm(self) -> Self:
         """Keys that would be ignored are refused."""
-        others = {"tensor_parallel": 1, "memory_share": None}
+        others = {"tensor_parallel": 1, "memory_share": None, "transfer": "memory"}
         named = [key for key, usual in others.items() if getattr(self, key) != usual]
         if self.kind != "vllm" and named:
             raise ValueError(f"{', '.join(named)} belongs to kind: vllm, got kind: {self.kind}")
@@ -191,6 +195,15 @@ class EnginesSection(Section):
     answers an eighth of its slots at a time, so the slowest of so many completions counts."""
     max_restarts: int = Field(default=3, ge=0)
     """Lives of a replica that may be lost in a row without an answer."""
+
+    @model_validator(mode="after")
+    def _weights_stay(self) -> Self:
+        if self.engine.transfer != "memory":
+            raise ValueError(
+                "engine.transfer belongs to rl, where weights change, got "
+                f"{self.engine.transfer} in a stage that samples under the same weights throughout"
+            )
+        return self
 
     @property
     def stall_seconds(self) -> float:

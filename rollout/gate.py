@@ -11,7 +11,8 @@ import time
 from ground import faults
 from ground.errors import DataError
 from rollout.assembly import Assembly, require_arrived
-from rollout.engine import Engine
+from rollout.courier import Lane
+from rollout.engine import Engine, Lent
 from rollout.handover import Inbox
 from rollout.parity import prove
 from rollout.task import Arriving, Loaded
@@ -23,10 +24,14 @@ class Gate:
 
     Example:
         Gate(engine, Inbox(node)).load(3, published) → Loaded(version=3, seconds={…}, drift=4e-7)
+
+    Args:
+        lane: the way of whole weights, where it is not through memory.
     """
 
-    def __init__(self, engine: Engine, inbox: Inbox) -> None:
-        self._engine, self._inbox, self._assembly = engine, inbox, Assembly(inbox)
+    def __init__(self, engine: Engine, inbox: Inbox, lane: Lane | None = None) -> None:
+        self._engine, self._inbox, self._lane = engine, inbox, lane
+        self._assembly = Assembly(inbox)
 
     @property
     def arriving(self) -> Arriving | None:
@@ -45,16 +50,16 @@ class Gate:
         _check_version(version, published, self._engine.version)
         started = time.monotonic()
         faults.point("weights.fetch")
-        tensors, published = self._assembly.whole(published)
+        tensors, published = self._fetched(published)
         fetched = time.monotonic()
         faults.point("weights.load")
-        given = faults.corrupted("weights.loaded", tensors)
+        given = None if tensors is None else faults.corrupted("weights.loaded", tensors)
         self._engine.pause()
         try:
-            self._engine.load(version, given)
+            self._swap(version, given)
         except BaseException as error:
             self._engine.resume()
-            if isinstance(error, DataError):
+            if isinstance(error, DataError) and given is not None:
                 require_arrived(given, published)  # refused: by whose fault?
             raise
         loaded = time.monotonic()
@@ -68,6 +73,19 @@ class Gate:
         }
         drift = proof.drift.typical if proof.drift else 0.0
         return Loaded(self._engine.version, seconds, drift)
+
+    def _fetched(self, published: Published) -> tuple[Lent | None, Published]:
+        """The tensors of a version; None where they wait at the other end of the lane."""
+        if self._lane and published.scale is None:
+            self._lane.fetch(published)
+            return None, published
+        return self._assembly.whole(published)
+
+    def _swap(self, version: int, given: Lent | None) -> None:
+        if given is not None:
+            self._engine.load(version, given)
+        elif self._lane:
+            self._lane.load(version)
 
 
 def _check_version(version: int, published: Published, current: int) -> None:

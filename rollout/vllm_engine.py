@@ -13,9 +13,18 @@ from __future__ import annotations
 
 import asyncio
 import threading
-from collections.abc import AsyncIterator, Callable, Collection, Coroutine, Mapping, Sequence
+from collections.abc import (
+    AsyncIterator,
+    Awaitable,
+    Callable,
+    Collection,
+    Coroutine,
+    Mapping,
+    Sequence,
+)
 from concurrent.futures import Future
 from contextlib import asynccontextmanager, suppress
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -136,10 +145,42 @@ class VllmEngine:
         given = tensors_of(load_model(weights)) if isinstance(weights, Path) else weights
         self._form.check(given)
         laid = Laid(self._form.saved(given))
+        order = (laid.path, laid.size, laid.places)
+        take = partial(self._asked, "take_weights", *order)
         try:
-            self._order(f"load of version {version}", lambda: self._load(version, laid))
+            self._order(f"load of version {version}", lambda: self._load(version, take))
         finally:
             laid.close()
+
+    def join(self, invitation: dict[str, Any], joined: Callable[[], Awaitable[None]]) -> None:
+        """Have vLLM's workers join a broadcast group.
+
+        Args:
+            invitation: what they join with.
+            joined: has the sender join meanwhile.
+        """
+
+        async def join() -> None:
+            async with self._changing("joining a broadcast group"):
+                joining = self._asked("init_weight_transfer_engine", invitation)
+                await asyncio.gather(joined(), joining)
+
+        self._order("join", join)
+
+    def receive(
+        self, version: int, manifest: dict[str, Any], sent: Callable[[], Awaitable[None]]
+    ) -> None:
+        """Swap in weights that are broadcast to the group that was joined; see `load`.
+
+        Args:
+            manifest: names, types and shapes, in the order in which they come.
+            sent: has the sender send them meanwhile; they were checked there.
+        """
+
+        async def take() -> None:
+            await asyncio.gather(sent(), self._asked("receive_weights", manifest))
+
+        self._order(f"load of version {version}", lambda: self._load(version, take))
 
     def tensors(self) -> None:
         """vLLM keeps the weights in forms of its kernels; see `Engine.tensors`."""
@@ -205,18 +246,21 @@ class VllmEngine:
             self._is_paused = False
             self._admit()
 
-    async def _load(self, version: int, laid: Laid) -> None:
+    async def _load(self, version: int, take: Callable[[], Awaitable[None]]) -> None:
         async with self._changing(f"load of version {version}"):
             was_paused = self._is_paused
             await self._stand_still()
-            order = (laid.path, laid.size, laid.places)
-            await self._llm.collective_rpc("take_weights", args=order)
+            await take()
             await self._llm.update_weight_version(str(version))
             self._version = version
             self._num_loads += 1
             await self._begin_anew()
             if not was_paused:
                 await self._go_on()
+
+    async def _asked(self, what: str, *given: object) -> None:
+        """All of vLLM's workers have done something."""
+        await self._llm.collective_rpc(what, args=given)
 
     @asynccontextmanager
     async def _changing(self, what: str) -> AsyncIterator[None]:

@@ -30,6 +30,7 @@ from vllm.v1.engine.utils import CoreEngineProcManager
 from ground.errors import DataError, InfraError, SetupError
 from rollout.config import EngineSection
 from rollout.leash import leashed
+from rollout.vllm_transfer import transfer_config
 
 logger = logging.getLogger(__name__)
 
@@ -180,6 +181,7 @@ def _arguments(
         generation_config="vllm",
         scheduler_cls=_SCHEDULERS[device],
         worker_extension_cls=worker,
+        weight_transfer_config=transfer_config(section.transfer),
         disable_log_stats=True,
         use_tqdm_on_load=False,
         override_generation_config={
@@ -216,6 +218,12 @@ def _head_size(settings: Mapping[str, int]) -> int:
 
 
 def _check_devices(section: EngineSection, device: str) -> None:
+    if section.transfer == "nccl" and device == "cpu":
+        raise SetupError(
+            "engine.transfer=nccl goes from GPU to GPU, this process has none",
+            where="vllm engine",
+            fix="set engine.transfer=memory, or run on machines with GPUs",
+        )
     have = torch.cuda.device_count() if device == "cuda" else 0
     if section.tensor_parallel > max(have, 1):
         raise SetupError(

@@ -20,6 +20,7 @@ from vllm.model_executor.layers.fused_moe.unquantized_fused_moe_method import (
 from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead
 from vllm.platforms import current_platform
 
+import rollout.vllm_transfer  # noqa: F401  vLLM looks its backends up by name
 from rollout.checksums import views
 from rollout.layout import Layout, Place
 from rollout.shared_memory import map_buffer
@@ -56,6 +57,18 @@ class WeightTaker(Base):
         memory = map_buffer(path, size, writable=False)
         self.forget_packed_experts()
         self.reload_weights(weights_iterator=iter(views(layout, memory).items()))
+        self.pack_heads()
+
+    def receive_weights(self, manifest: dict[str, Any]) -> None:
+        """Swap in the tensors that are broadcast, under a checkpoint's names.
+
+        Args:
+            manifest: names, types and shapes, in the order in which they come.
+        """
+        self.forget_packed_experts()
+        self.start_weight_update()
+        self.update_weights(manifest)
+        self.finish_weight_update()
         self.pack_heads()
 
     def forget_packed_experts(self) -> None:

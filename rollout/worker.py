@@ -41,6 +41,7 @@ from rollout.weights import this_node
 if TYPE_CHECKING:
     from ground.chat import ChatTemplate
     from rollout.gate import Gate
+    from rollout.vllm_engine import VllmEngine
     from rollout.weights import Published
 
 logger = logging.getLogger(__name__)
@@ -194,6 +195,7 @@ class RolloutWorker:
     def _open_engine(
         self, section: EngineSection, model: Path
     ) -> tuple[Engine, ChatTemplate, Gate]:
+        from rollout.courier import Lane
         from rollout.engines import open_blank
         from rollout.gate import Gate
         from rollout.handover import Inbox
@@ -203,7 +205,10 @@ class RolloutWorker:
         except (OSError, RuntimeError) as error:
             what = f"the engine must open, got {type(error).__name__}: {error}"
             raise InfraError(what) from error
-        return engine, template, Gate(engine, Inbox(this_node()))
+        lane = None
+        if section.transfer != "memory":
+            lane = Lane(cast("VllmEngine", engine), section, self._luggage)
+        return engine, template, Gate(engine, Inbox(this_node()), lane)
 
     def _requests(
         self, task: GroupTask, prompt_ids: tuple[int, ...], attempt: int

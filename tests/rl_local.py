@@ -46,7 +46,9 @@ from rollout.systems import SystemInstruction
 from rollout.task import GroupTask
 from rollout.weights import Probes
 
-OF_WORKERS = {name for kind, name in POINTS if kind in ("rollout", "reward", "judge", "engine")}
+OF_WORKERS = {
+    name for kind, name in POINTS if kind in ("rollout", "courier", "reward", "judge", "engine")
+}
 """A worker's end is the fleet's business; nothing of the learner's or controller's dies with it."""
 
 

@@ -88,7 +88,7 @@ def test_the_list_of_points_is_that_of_the_code() -> None:
     assert {name for _, name in POINTS} == points_in_the_code()
     assert len(set(POINTS)) == len(POINTS)
     kinds = {"supervisor", "controller", "learner", "keeper", "rollout", "reward"}
-    kinds |= {"judge", "engine"}
+    kinds |= {"judge", "engine", "courier"}
     assert {kind for kind, _ in POINTS} <= kinds
 
 

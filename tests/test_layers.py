@@ -28,6 +28,7 @@ ADDRESSES: dict[str, set[str]] = {
     "ray": {
         "rollout/carriage.py",
         "rollout/cluster.py",
+        "rollout/courier.py",
         "rollout/ray_machines.py",
         "rollout/ray_worker.py",
         "rollout/fleet.py",
@@ -48,6 +49,7 @@ ADDRESSES: dict[str, set[str]] = {
         "rollout/vllm_process.py",
         "rollout/vllm_requests.py",
         "rollout/vllm_scheduler.py",
+        "rollout/vllm_transfer.py",
         "rollout/vllm_worker.py",
     },
     "deepspeed": {"ground/ranks.py", "rl/zero.py"},

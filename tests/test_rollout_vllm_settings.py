@@ -38,12 +38,22 @@ def config(engine: EngineSection, cpus: float = 2.0) -> WorkerConfig:
     return WorkerConfig(Path("m"), engine, FleetSection(cpus_per_worker=cpus))
 
 
-@pytest.mark.parametrize("given", [{"tensor_parallel": 2}, {"memory_share": 0.5}])
+@pytest.mark.parametrize(
+    "given", [{"tensor_parallel": 2}, {"memory_share": 0.5}, {"transfer": "gloo"}]
+)
 def test_keys_that_hf_would_ignore_are_refused(given: dict[str, object]) -> None:
     [key] = given
     with pytest.raises(ValidationError, match=f"{key} belongs to kind: vllm, got kind: hf"):
         EngineSection.model_validate(given)
     assert EngineSection.model_validate(given | {"kind": "vllm"}).kind == "vllm"
+
+
+def test_a_way_of_weights_is_refused_where_weights_do_not_change() -> None:
+    engine = EngineSection(kind="vllm", transfer="nccl")
+    assert RlSection(steps=1, engine=engine).engine.transfer == "nccl"
+    for section in (EvaluateSection, MineSection):
+        with pytest.raises(ValidationError, match=r"engine\.transfer belongs to rl, .* got nccl"):
+            section(engine=engine)
 
 
 @pytest.mark.parametrize("temperature", [1e-4, 0.009, 2.01])
