@@ -75,7 +75,7 @@ def prediction(seed: int, steps: int) -> dict[str, float]:
     cost = _number(before, "learner_seconds_per_sample")
     cost += _number(before, "rollout_seconds_per_sample")
     turns = stage_metrics(seed, steps, staleness=0, threads=1)[WARM_UP:]
-    in_turns = _mean(turns, "rollouts") * cost
+    in_turns = _mean(turns, "rollouts") * cost + _number(before, "rest_seconds")
     return {
         "beside": measured / predicted,
         "turns": _mean(turns, "seconds") / in_turns,
@@ -98,7 +98,9 @@ def elsewhere(seed: int) -> float:
 
 def _prediction_for(workers: int, gauges: Mapping[str, float], rollouts: int) -> float:
     names = ("learner", "rollout", "reward")
-    speeds = Speeds(*(gauges[f"{name}_seconds_per_sample"] for name in names))
+    speeds = Speeds(
+        *(gauges[f"{name}_seconds_per_sample"] for name in names), rest=gauges["rest_seconds"]
+    )
     return speeds.step_seconds(workers, rollouts)
 
 

@@ -5,7 +5,7 @@
 
 Device-seconds per sample, c, as in rl/placement.py: of the learner its step, by its own clock, for
 it also waits for plans and publications; of the fleet the time in which its workers were full, of
-the verifiers their own (rl/speeds.py).
+the verifiers their own (rl/speeds.py). What a step takes beyond the slower of them is its rest.
 
 The fleet is resized when the two paces are further apart than a dead band, and then at once to
 where they meet. Inside the band nothing moves, so it does not swing. In turns (`max_staleness: 0`)
@@ -16,6 +16,9 @@ does not depend on how many workers there are, and in turns nor does what is tra
 from __future__ import annotations
 
 import logging
+import time
+from collections.abc import Callable
+from dataclasses import replace
 from typing import Protocol
 
 from rl.speeds import SpeedMeter, Speeds, wanted
@@ -63,6 +66,7 @@ class Balance:
     Args:
         overlaps: whether fleet and learner work side by side, or in turns (`max_staleness: 0`).
         teachers: measured too, where there are any; their number stays as it is.
+        now: a clock in seconds.
     """
 
     def __init__(
@@ -72,12 +76,14 @@ class Balance:
         *,
         overlaps: bool,
         teachers: Used | None = None,
+        now: Callable[[], float] = time.monotonic,
     ) -> None:
-        self._fleet, self._section, self._overlaps = fleet, section, overlaps
+        self._fleet, self._section, self._overlaps, self._now = fleet, section, overlaps, now
         self._teachers, self._taught = teachers, TeacherUse(0, 0.0, 0)
         self._meter = SpeedMeter()
         self._rollouts = 0
         self._before: FleetUse | None = None
+        self._turned = now()
 
     def turn(self, step_seconds: float, rollouts: int) -> dict[str, float]:
         """A plan of so many rollouts is handed out; returns the gauges.
@@ -89,18 +95,19 @@ class Balance:
             PacktrainError: what the fleet failed with.
         """
         use, teacher = self._fleet.use(), self._teacher_seconds(rollouts)
-        trained, before = self._rollouts, self._before
-        self._rollouts, self._before = rollouts, use
+        trained, before, turned = self._rollouts, self._before, self._turned
+        self._rollouts, self._before, self._turned = rollouts, use, self._now()
         sampled = use.rollouts - before.rollouts if before else 0
         if before and sampled and trained and step_seconds > 0:
-            self._meter.see(
-                Speeds(
-                    step_seconds / trained,
-                    (use.filled_seconds - before.filled_seconds) / sampled,
-                    (use.reward_seconds - before.reward_seconds) / sampled,
-                    teacher,
-                )
+            speeds = Speeds(
+                step_seconds / trained,
+                (use.filled_seconds - before.filled_seconds) / sampled,
+                (use.reward_seconds - before.reward_seconds) / sampled,
+                teacher,
             )
+            took = self._turned - turned
+            paced = self._predicted(speeds, max(use.workers, before.workers, 1), trained)
+            self._meter.see(replace(speeds, rest=max(took - paced, 0.0)))
         return self._balanced(use.workers, rollouts)
 
     def _balanced(self, workers: int, rollouts: int) -> dict[str, float]:
@@ -109,19 +116,23 @@ class Balance:
             return gauges
         if self._section.max_workers is not None and self._meter.is_settled:
             self._follow(speeds, workers, self._section.max_workers)
-        teachers = self._taught.teachers
-        predicted = speeds.step_seconds(
-            workers, rollouts, overlaps=self._overlaps, teachers=teachers
-        )
         if self._teachers:
-            gauges |= {"teachers": teachers, "teacher_seconds_per_sample": speeds.teacher}
+            gauges |= {
+                "teachers": self._taught.teachers,
+                "teacher_seconds_per_sample": speeds.teacher,
+            }
         return gauges | {
             "overlaps": float(self._overlaps),
             "learner_seconds_per_sample": speeds.learner,
             "rollout_seconds_per_sample": speeds.rollout,
             "reward_seconds_per_sample": speeds.reward,
-            "predicted_seconds": predicted,
+            "rest_seconds": speeds.rest,
+            "predicted_seconds": self._predicted(speeds, workers, rollouts),
         }
+
+    def _predicted(self, speeds: Speeds, workers: int, rollouts: int) -> float:
+        teachers = self._taught.teachers
+        return speeds.step_seconds(workers, rollouts, overlaps=self._overlaps, teachers=teachers)
 
     def _teacher_seconds(self, rollouts: int) -> float:
         """Since the last plan, over the rollouts of this one: flat groups cost a teacher nothing,

@@ -252,7 +252,8 @@ async def _play(
         full_at=section.engine.num_slots / section.group_size,
         now=lambda: clock.now,
     )
-    balance = Balance(fleet, section.fleet, overlaps=section.max_staleness > 0)
+    overlaps = section.max_staleness > 0
+    balance = Balance(fleet, section.fleet, overlaps=overlaps, now=lambda: clock.now)
     controller = Controller(
         make_books(section, world.pool, world.seed, ledger),
         fleet,

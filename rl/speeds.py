@@ -1,7 +1,8 @@
 """Speeds of learner, fleet and verifiers, and how many workers follow from them: pure.
 
-Device-seconds for a sample, c, as in rl/placement.py; each is the median of the last five steps: a
-change shows after three of them, and a single slow step never does.
+Device-seconds for a sample, c, as in rl/placement.py, and what a step takes besides; each is the
+median of the last five steps: a change shows after three of them, and a single slow step never
+does.
 """
 
 from __future__ import annotations
@@ -33,13 +34,16 @@ class Speeds:
     """Of a worker's verifiers."""
     teacher: float = 0.0
     """Of a teacher; 0 without any."""
+    rest: float = 0.0
+    """Seconds of a step beyond these paces: hand-over, the last answers of a step, and what one
+    side waits for the other because neither is even. It does not grow with the samples."""
 
     def step_seconds(
         self, workers: int, rollouts: float, *, overlaps: bool = True, teachers: int = 1
     ) -> float:
         """Predicted seconds of a step of so many rollouts, side by side or in turns."""
         paces = (self.learner, self.rollout / workers, self.teacher / max(teachers, 1))
-        return rollouts * (max if overlaps else sum)(paces)
+        return rollouts * (max if overlaps else sum)(paces) + self.rest
 
 
 class SpeedMeter:
@@ -67,6 +71,7 @@ class SpeedMeter:
             statistics.median(each.rollout for each in self._seen),
             statistics.median(each.reward for each in self._seen),
             statistics.median(each.teacher for each in self._seen),
+            statistics.median(each.rest for each in self._seen),
         )
 
     def forget(self) -> None:

@@ -16,6 +16,7 @@ from nbclient import NotebookClient
 
 from curation import inspect
 from dpo.config import GateSection, PairsSection
+from ground.metrics import read_metrics
 from ground.storage import verify_directory
 from packtrain.figures import ledger_counts
 from packtrain.status import read_status
@@ -114,13 +115,28 @@ def test_the_frames_account_for_every_draw() -> None:
     funnel, rounds = inspect.funnel(RUN), inspect.curriculum(RUN)
     groups, judged = inspect.groups(RUN), inspect.judged(RUN)
     withdrawn = sum(funnel.query("state == 'withdrawn'")["draws"].tolist())
+    surveyed = sum(funnel.query("reason == 'surveyed'")["draws"].tolist())
     drawn = sum(funnel["draws"].tolist())
-    assert drawn == groups["group"].nunique() + withdrawn == sum(ledger_counts(RUN).values())
+    assert surveyed > 0
+    assert drawn == groups["group"].nunique() + withdrawn + surveyed
+    assert drawn == sum(ledger_counts(RUN).values())
     assert rounds["version"].tolist() == list(range(0, 31, 3))
     assert sum(rounds["drawn"].tolist()) == len(groups)
     statuses = [rounds[name] for name in ("active", "retired", "deferred", "refused")]
     assert len({sum(counts) for counts in zip(*statuses, strict=True)}) == 1
     assert inspect.fates(judged, [0.5])["kept"].tolist() == judged["kept"].tolist()
+
+
+def test_what_was_trained_kept_to_its_quotas_while_all_of_them_had_something_to_teach() -> None:
+    """Later on a capability that is all but solved lends its places."""
+    steps = [row for row in read_metrics(RUN / "rl" / "metrics.jsonl") if "quota_error" in row]
+    assert len(steps) == 30
+    assert max(float(str(step["quota_error"])) for step in steps[:5]) <= 1
+    trained = inspect.groups(RUN).query("state == 'trained'").drop_duplicates("group")
+    shares = trained["capability"].value_counts(normalize=True)
+    assert shares.to_dict() == pytest.approx(
+        {"arithmetic": 0.3, "strings": 0.3, "counting": 0.25, "logic": 0.15}, abs=0.06
+    )
 
 
 @pytest.mark.parametrize(

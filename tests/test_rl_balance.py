@@ -68,7 +68,8 @@ def test_in_turns_the_step_is_the_sum_and_the_fleet_only_grows() -> None:
     assert speeds.step_seconds(4, 100) == pytest.approx(2.0)
     assert wanted(speeds, 4, 1, 8, overlaps=False) == 8 and wanted(speeds, 4, 1, 8) == 2
     fleet = CountingFleet(4)
-    balance = Balance(fleet, FleetSection(num_workers=4, max_workers=8), overlaps=False)
+    settings = FleetSection(num_workers=4, max_workers=8)
+    balance = Balance(fleet, settings, overlaps=False, now=lambda: 0.0)
     for step in range(4):
         fleet.filled, fleet.rollouts = 4.0 * step, 100 * step
         gauges = balance.turn(2.0, 100)
@@ -84,15 +85,16 @@ def test_a_fleet_without_workers_has_gauges_without_a_prediction() -> None:
 
 
 def test_the_learners_time_is_its_step_over_the_rollouts_of_that_steps_plan() -> None:
-    fleet = CountingFleet(2)
-    balance = Balance(fleet, FleetSection(num_workers=2), overlaps=True)
+    fleet, clock = CountingFleet(2), iter([0.0, 4.0, 13.0])
+    balance = Balance(fleet, FleetSection(num_workers=2), overlaps=True, now=lambda: next(clock))
     assert balance.turn(0.0, 10) == {"workers": 2.0}
     fleet.filled, fleet.rollouts = 12.0, 8
     gauges = balance.turn(5.0, 20)
     assert gauges["learner_seconds_per_sample"] == 0.5
     assert gauges["rollout_seconds_per_sample"] == 1.5
     assert gauges["reward_seconds_per_sample"] == 0.5
-    assert gauges["predicted_seconds"] == 20 * 0.75  # two workers: 1.5 / 2
+    assert gauges["rest_seconds"] == 9.0 - 10 * 0.75  # two workers: 1.5 / 2
+    assert gauges["predicted_seconds"] == 20 * 0.75 + 1.5
     assert fleet.workers == 2  # without max_workers nothing is resized, however far apart
 
 
