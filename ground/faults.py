@@ -43,6 +43,7 @@ POINTS: tuple[tuple[str, str], ...] = (
     ("rollout", "weights.fetch"),
     ("rollout", "weights.load"),
     ("rollout", "weights.loaded"),
+    ("courier", "weights.taken"),
     ("courier", "weights.send"),
     ("rollout", "ping"),
     ("reward", "score"),

@@ -195,6 +195,15 @@ class RlSection(Section):
         return self
 
     @model_validator(mode="after")
+    def _adapters_go_through_memory(self) -> Self:
+        if self.lora and self.engine.transfer != "memory":
+            raise ValueError(
+                f"engine.transfer {self.engine.transfer} is for whole weights, with lora only the "
+                "adapter is handed over: leave engine.transfer out"
+            )
+        return self
+
+    @model_validator(mode="after")
     def _room_for_prompts(self) -> Self:
         self.engine.require_room(self.sampling.max_new_tokens, "sampling.max_new_tokens")
         return self

@@ -137,4 +137,5 @@ class Cast:
 def rehearse(cast: Cast, steps: int, seed: int = 0) -> Played:
     """Play so many steps."""
     section = cast.section.model_copy(update={"steps": steps})
-    return run_steps(patient(section, cast.engines), make_pool(_POOL), cast.durations(), seed=seed)
+    pool = make_pool(_POOL, list(section.quotas)) if section.quotas else make_pool(_POOL)
+    return run_steps(patient(section, cast.engines), pool, cast.durations(), seed=seed)

@@ -125,13 +125,13 @@ class Rates:
     places_share: float
 
 
-def make_pool(size: int) -> list[Prompt]:
-    """Prompts of three capabilities, mined."""
+def make_pool(size: int, capabilities: Sequence[str] = ("math", "code", "chat")) -> list[Prompt]:
+    """Prompts of some capabilities in turn, mined."""
     return [
         Prompt(
             f"{number:016x}",
             (Message("user", "x"),),
-            ("math", "code", "chat")[number % 3],
+            capabilities[number % len(capabilities)],
             "exact",
             "",
             Difficulty(successes=number % 17, trials=16),

@@ -31,7 +31,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import cast
 
-import psutil
 import ray
 from ray.train import get_context
 from ray.train.v2.api.data_parallel_trainer import DataParallelTrainer
@@ -48,6 +47,7 @@ from rl.seats import Machine
 from rl.speaker import facts_of
 from rl.watchdog import dump_stacks
 from rollout.failures import sorted_failures
+from rollout.interfaces import transport
 from rollout.luggage import Luggage, own_folder
 from rollout.places import in_words, wait_for_room
 from rollout.preflight import ClusterStartError
@@ -293,26 +293,6 @@ def wanted_and_free(bundle: Mapping[str, float], free: Sequence[Machine]) -> str
     """In words, the run's own machine first."""
     each = "; ".join(in_words(machine.resources) for machine in free)
     return f"a rank wants {in_words(bundle)}, free are now, this machine first: {each}"
-
-
-def interface_of(ip: str, addresses: Mapping[str, list[str]]) -> str:
-    """The network interface that has an address; empty where none has.
-
-    Example:
-        interface_of("10.0.0.7", {"lo": ["127.0.0.1"], "eth1": ["10.0.0.7"]}) → "eth1"
-    """
-    return next((name for name, own in addresses.items() if ip in own), "")
-
-
-def transport() -> dict[str, str]:
-    """Have gloo and NCCL speak over the network that Ray speaks over on this machine.
-
-    Left alone gloo takes the one that the machine's own name leads to, often the loopback.
-    """
-    own = {name: [each.address for each in of] for name, of in psutil.net_if_addrs().items()}
-    found = interface_of(ray.util.get_node_ip_address(), own)
-    names = ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME")
-    return {name: os.environ.get(name, found) for name in names if found or name in os.environ}
 
 
 def _rank_lost(rank: int, seconds: float) -> PacktrainError:

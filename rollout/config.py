@@ -40,7 +40,7 @@ class EngineSection(Section):
     transfer: Literal["memory", "nccl", "gloo"] = "memory"
     """How `rl` brings new weights into `vllm`. `memory`: mapped on the machine that keeps them,
     through Ray's object store from elsewhere. `nccl`: broadcast from GPU to GPU. `gloo`: the same
-    through processors, for machines without one. Adapters of `rl.lora` go through memory always."""
+    through processors, for machines without one. Beside `rl.lora` only `memory`."""
     parity_floor: float | None = Field(default=None, ge=0)
     """Nats that the parity gate allows a typical probe to be off, however little the learner's own
     noise is; a single token may be off by ten times that. Left out: 0 for `hf`, and what was
@@ -127,7 +127,7 @@ class FleetSection(Section):
     replaced. Verifiers have `reward_deadline_seconds` besides."""
     publish_deadline_seconds: float = Field(default=120.0, gt=0)
     """From handing over weights to a worker's acknowledgement; then the worker is replaced. Weights
-    that come from another machine have as long again whenever a part of them has come."""
+    that come from another machine through memory have as long again whenever a part has come."""
     ping_every_seconds: float = Field(default=1.0, gt=0)
     """How often a worker is asked whether it lives."""
     suspect_after_seconds: float = Field(default=1.0, gt=0)

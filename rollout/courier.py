@@ -11,13 +11,13 @@ Nothing else changes: versions are published, kept, proven and acknowledged as e
 from __future__ import annotations
 
 import os
-from collections.abc import Awaitable, Iterator
+from collections.abc import Awaitable, Collection, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, cast
 
 import ray
 from ray.actor import ActorProxy
-from ray.exceptions import GetTimeoutError, RayError, RayTaskError
+from ray.exceptions import RayError, RayTaskError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from ground import faults
@@ -26,14 +26,12 @@ from ground.imports import without_collection
 from ground.roles import enter_role
 from rollout.config import EngineSection
 from rollout.failures import sort_failure, sorted_failures
+from rollout.interfaces import transport
 from rollout.luggage import Luggage
 from rollout.weights import Published, this_node
 
 if TYPE_CHECKING:
     from rollout.vllm_engine import VllmEngine
-
-_ANSWER_SECONDS = 120.0
-"""Until a courier is born, has imported vLLM, and opens what is published."""
 
 
 class Courier:
@@ -41,30 +39,34 @@ class Courier:
 
         meet → join (while vLLM joins) → for each version: take → send (while vLLM receives)
 
-    With NCCL it uses the first GPU of its machine, which is the learner's.
+    It keeps nothing of a version that it has sent. With NCCL it uses a GPU of its machine that its
+    worker has not: NCCL takes no two members of a group on one.
     """
 
     def __init__(self, luggage: Luggage, backend: str) -> None:
         enter_role("courier")
         self._luggage, self._backend = luggage, backend
 
-    def meet(self, num_receivers: int) -> dict[str, Any]:
+    def meet(self, num_receivers: int, taken: Collection[str]) -> dict[str, Any]:
         """Begin to listen; returns what vLLM joins with.
 
+        Args:
+            taken: GPUs of this machine that the receivers have, as Ray names them.
+
         Raises:
-            SetupError: NCCL is asked for and this machine has no GPU.
+            SetupError: NCCL is asked for and this machine has no GPU besides.
         """
-        os.environ.pop("CUDA_VISIBLE_DEVICES", None)  # Ray hides what it did not reserve
         with sorted_failures("opening a broadcast group"), without_collection():
-            _require_device(self._backend)
+            device = _device(self._backend, taken)
             from rollout.handover import Inbox
             from rollout.vllm_transfer import Announced, Meeting
             from rollout.vllm_weights import CheckpointForm
 
+            os.environ.update(transport())
             files = self._luggage.unpack()
             self._form, self._inbox = CheckpointForm(files.model), Inbox(this_node())
             files.remove()
-            self._announced = Announced("cuda" if self._backend == "nccl" else "cpu")
+            self._announced = Announced(device)
             address = ray.util.get_node_ip_address()
             self._meeting = Meeting.at(address, self._backend, num_receivers)
             return self._meeting.invitation()
@@ -84,7 +86,7 @@ class Courier:
         with sorted_failures(f"opening {published.title}"):
             tensors = self._inbox.open(published)
             self._form.check(tensors)
-            self._announced.tensors = self._form.saved(tensors)
+            self._announced.tensors = faults.corrupted("weights.taken", self._form.saved(tensors))
             return self._announced.manifest()
 
     def send(self) -> None:
@@ -92,10 +94,15 @@ class Courier:
         faults.point("weights.send")
         with sorted_failures("broadcasting weights"):
             self._sender.send_weights()
+            self._announced.let_go()
+            self._inbox.let_go()
 
 
 class Lane:
     """A worker's end: its courier, and the engine that it sends to.
+
+    It waits without deadlines of its own: a worker that takes longer for a version than
+    `fleet.publish_deadline_seconds` is replaced, and its courier ends with it.
 
     Args:
         section: the engine's; its transfer is not `memory`.
@@ -139,27 +146,44 @@ class Lane:
         courier = (
             ray.remote(Courier).options(**options).remote(self._luggage, self._section.transfer)
         )
-        invitation = _answer(courier.meet.remote(self._section.tensor_parallel))
+        taken = [str(each) for each in ray.get_gpu_ids()] if node == this_node() else []
+        invitation = _answer(courier.meet.remote(self._section.tensor_parallel, taken))
         self._engine.join(invitation, lambda: _awaited(courier.join.remote()))
         self._courier, self._node = courier, node
         return courier
 
 
-def _require_device(backend: str) -> None:
+def _device(backend: str, taken: Collection[str]) -> str:
+    """What tensors are sent from: a GPU of its own for NCCL."""
+    if backend != "nccl":
+        return "cpu"
     import torch
 
-    if backend == "nccl" and not torch.cuda.is_available():
+    number = free_gpu(os.environ.get("CUDA_VISIBLE_DEVICES"), torch.cuda.device_count(), taken)
+    if number is None:
         raise SetupError(
-            "engine.transfer=nccl needs a GPU on the machine that keeps the weights, the one on "
-            "which the run was started; it has none",
+            "engine.transfer=nccl needs a GPU besides those of the engine on the machine that "
+            "keeps the weights, the one on which the run was started; it has none",
             where="hand-over",
-            fix="set engine.transfer=memory, or start the run on a machine with GPUs",
+            fix="set engine.transfer=memory, or leave a GPU of that machine to the learner",
         )
+    torch.cuda.set_device(number)
+    return f"cuda:{number}"
+
+
+def free_gpu(visible: str | None, count: int, taken: Collection[str]) -> int | None:
+    """Number of the first GPU that this process sees and nobody has taken; None without one.
+
+    Example:
+        free_gpu("4,5", 2, taken=["4"]) → 1
+    """
+    names = visible.split(",") if visible else [str(number) for number in range(count)]
+    return next((n for n, name in enumerate(names[:count]) if name not in taken), None)
 
 
 def _answer(ref: ray.ObjectRef[dict[str, Any]]) -> dict[str, Any]:
     with _sorted():
-        return ray.get(ref, timeout=_ANSWER_SECONDS)
+        return ray.get(ref)
 
 
 async def _awaited(ref: ray.ObjectRef[None]) -> None:
@@ -172,10 +196,6 @@ def _sorted() -> Iterator[None]:
     """Failures of a courier as errors of ours."""
     try:
         yield
-    except GetTimeoutError:
-        raise InfraError(
-            f"a courier of weights must answer within {_ANSWER_SECONDS:g} s", where="hand-over"
-        ) from None
     except RayTaskError as error:
         raise sort_failure(error.cause, "sending weights") from None
     except RayError as error:

@@ -26,7 +26,7 @@ class Gate:
         Gate(engine, Inbox(node)).load(3, published) → Loaded(version=3, seconds={…}, drift=4e-7)
 
     Args:
-        lane: the way of whole weights, where it is not through memory.
+        lane: the way of the weights, where it is not through memory.
     """
 
     def __init__(self, engine: Engine, inbox: Inbox, lane: Lane | None = None) -> None:
@@ -76,7 +76,7 @@ class Gate:
 
     def _fetched(self, published: Published) -> tuple[Lent | None, Published]:
         """The tensors of a version; None where they wait at the other end of the lane."""
-        if self._lane and published.scale is None:
+        if self._lane:
             self._lane.fetch(published)
             return None, published
         return self._assembly.whole(published)

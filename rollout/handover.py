@@ -223,6 +223,11 @@ class Inbox:
             self._held.popleft().release()
         return tensors
 
+    def let_go(self) -> None:
+        """Nothing that was opened is used any more."""
+        while self._held:
+            self._held.popleft().release()
+
     def keep_open(self, published: Published) -> Lent:
         """The same, but it stays as it is until this is called again: a base.
 

@@ -163,7 +163,7 @@ class VllmEngine:
         async def join() -> None:
             async with self._changing("joining a broadcast group"):
                 joining = self._asked("init_weight_transfer_engine", invitation)
-                await asyncio.gather(joined(), joining)
+                await both_ends(joined(), joining)
 
         self._order("join", join)
 
@@ -178,7 +178,7 @@ class VllmEngine:
         """
 
         async def take() -> None:
-            await asyncio.gather(sent(), self._asked("receive_weights", manifest))
+            await both_ends(sent(), self._asked("receive_weights", manifest))
 
         self._order(f"load of version {version}", lambda: self._load(version, take))
 
@@ -382,3 +382,34 @@ class VllmEngine:
                 raise
 
         return self._loop.order(name, surely, seconds)
+
+
+async def both_ends(sender: Awaitable[None], receiver: Awaitable[None]) -> None:
+    """Wait for both ends of a broadcast.
+
+    When one end is lost the other fails as well, and often sooner: so after the first failure the
+    other end has a moment to say more. vLLM's death counts most, then that the sender was lost.
+
+    Raises:
+        EngineDeadError: vLLM has died.
+        InfraError: the sender was lost.
+    """
+    ends = [asyncio.ensure_future(sender), asyncio.ensure_future(receiver)]
+    try:
+        _, pending = await asyncio.wait(ends, return_when=asyncio.FIRST_EXCEPTION)
+        if pending:
+            await asyncio.wait(pending, timeout=_LAST_SECONDS)
+        told = [end.exception() for end in reversed(ends) if end.done() and not end.cancelled()]
+    finally:
+        for end in ends:
+            end.cancel()
+    errors = sorted(filter(None, told), key=_weight)
+    if errors:
+        raise errors[0]
+
+
+def _weight(error: BaseException) -> int:
+    """Place among the causes of a broadcast that has failed."""
+    if isinstance(error, EngineDeadError):
+        return 0
+    return 1 if isinstance(error, InfraError) else 2

@@ -29,6 +29,7 @@ from vllm.v1.engine.utils import CoreEngineProcManager
 
 from ground.errors import DataError, InfraError, SetupError
 from rollout.config import EngineSection
+from rollout.interfaces import transport
 from rollout.leash import leashed
 from rollout.vllm_transfer import transfer_config
 
@@ -276,6 +277,8 @@ def _environment(section: EngineSection) -> Iterator[None]:
     )
     if not torch.cuda.is_available():
         os.environ["TORCHDYNAMO_DISABLE"] = "1"
+    if section.transfer != "memory":
+        os.environ.update(transport())
     try:
         yield
     finally:

@@ -37,8 +37,12 @@ from vllm.distributed.weight_transfer.nccl_engine import (
     NCCLWeightTransferUpdateInfo,
 )
 
-_GROUP_SECONDS = 120.0
-"""Until all have come to a group, and until a tensor has come through it."""
+_GROUP_SECONDS = 600.0
+"""Until all have come to a group, and until a tensor has come through it; the fleet's deadline for
+a hand-over ends it sooner."""
+_PACKED_BYTES = 128 << 20
+"""NCCL sends tensors packed into buffers of this size; some six of them are in use at a time, on
+either side."""
 
 
 class GlooReceiver(NCCLWeightTransferEngine):
@@ -55,8 +59,10 @@ class GlooReceiver(NCCLWeightTransferEngine):
         )
 
     def update_weights(self, update_info: dict[str, Any]) -> None:
-        """Load what is broadcast; without vLLM's wait for an accelerator."""
+        """Load what is broadcast; vLLM's own asks for an accelerator."""
         self.receive_weights(self.parse_update_info(update_info))
+        if torch.accelerator.is_available():
+            torch.accelerator.synchronize()
 
     def receive_weights(self, update_info: NCCLWeightTransferUpdateInfo) -> None:
         """Load tensors as they come."""
@@ -123,6 +129,12 @@ class Announced(WeightSource):
         self._device = device
         self.tensors: Mapping[str, Tensor] = {}
 
+    def let_go(self) -> None:
+        """They were sent, and are not kept for that."""
+        self.tensors = {}
+        if self._device != "cpu":
+            torch.cuda.empty_cache()
+
     def metadata(self) -> list[ParamMeta]:
         """Name, type and shape of each."""
         return [ParamMeta(name, t.dtype, tuple(t.shape)) for name, t in self.tensors.items()]
@@ -183,6 +195,7 @@ class Meeting:
             "rank_offset": 1,
             "world_size": self.num_ranks,
             "packed": True,
+            "packed_buffer_size_bytes": _PACKED_BYTES,
         }
 
     def sender(self, source: Announced) -> TrainerWeightTransferEngine[Any]:
@@ -194,7 +207,11 @@ class Meeting:
             )
         else:
             with closing(self.listening):  # vLLM listens there itself
-                info = NCCLTrainerInitInfo(self.address, port, self.num_ranks, rank=0)
+                info = NCCLTrainerInitInfo(
+                    *(self.address, port, self.num_ranks),
+                    packed_buffer_size_bytes=_PACKED_BYTES,
+                    rank=0,
+                )
         return WeightTransferTrainerFactory.trainer_init(info, client=_Unasked(), source=source)
 
     @property

@@ -179,7 +179,7 @@ def test_a_rehearsal_agrees_with_the_forecast_where_the_engines_are_full() -> No
 
 def test_plan_simulate_tells_turns_and_overlap(capsys: pytest.CaptureFixture[str]) -> None:
     tiny = str(RECIPES / "tiny" / "recipe.yaml")
-    assert main(["plan", tiny, "--simulate", "rl.groups_per_step=4", "--gpus", "2"]) == 0
+    assert main(["plan", tiny, "--simulate", "rl.groups_per_step=8", "--gpus", "2"]) == 0
     told = capsys.readouterr().out
     assert "by the real controller and fleet" in told
     table = [line.split() for line in told.splitlines()]

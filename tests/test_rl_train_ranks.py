@@ -34,11 +34,10 @@ from rl.seats import Machine
 from rl.speaker import error_of
 from rl.train_ranks import (
     Order,
-    interface_of,
     told_home,
-    transport,
     wanted_and_free,
 )
+from rollout.interfaces import interface_of, transport
 from rollout.judge_source import JudgeSource
 from rollout.luggage import Luggage
 from rollout.places import PlacementError

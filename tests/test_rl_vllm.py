@@ -35,9 +35,8 @@ def test_rl_trains_on_what_vllm_samples_and_survives_the_end_of_its_core(
     rl = {"engine": ENGINE | {"transfer": transfer}, "fleet": patient}
     with nothing_left(Run(tmp_path, model, rl=rl)) as run:
         run.wait_for_step(3)
-        [core] = run.below("EngineCore") if kind == "mixture" else [None]
-        if core:
-            core.kill()
+        [core] = run.below("EngineCore")
+        core.kill()
         output = run.finish()
         assert run.process.returncode == 0, output
         run.check_finished()
@@ -45,7 +44,7 @@ def test_rl_trains_on_what_vllm_samples_and_survives_the_end_of_its_core(
         assert {e["version"] for e in handed} == set(range(13))
         assert all(0 < float(str(e["drift"])) < 8e-6 for e in handed)
         lost = [str(e["cause"]) for e in run.events("lost")]
-        assert len(lost) == bool(core) and all("SIGKILL" in cause for cause in lost)
+        assert len(lost) == 1 and "SIGKILL" in lost[0]
 
 
 def test_mine_evaluate_and_judge_run_on_vllm(tmp_path: Path) -> None:

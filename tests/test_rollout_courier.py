@@ -5,34 +5,41 @@ By gloo, between processes of this machine; NCCL needs GPUs.
 
 from __future__ import annotations
 
+import asyncio
 import time
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, cast
+from unittest.mock import patch
 
 import psutil
 import pytest
 import ray
 import torch
 from fleet_doubles import RealBirths, is_running, make_task, run_fleet
+from ray.actor import ActorHandle
 from ray.exceptions import RayTaskError
 from test_rollout_vllm import NATS, STUDENT, nudged
 from torch import Tensor
 from vllm.config.weight_transfer import WeightTransferConfig
+from vllm.v1.engine.exceptions import EngineDeadError
 
-from ground.errors import SetupError
+from ground.errors import InfraError, SetupError
 from ground.faults import Faults
 from ground.model import load_model, tensors_of
 from ground.records import Group, Segment
-from ground.strikes import kill9
+from ground.strikes import corrupt, kill9, stop
 from rl.prober import Prober
+from rollout import vllm_engine
 from rollout.config import EngineSection, FleetSection
-from rollout.courier import Courier
+from rollout.courier import Courier, free_gpu
 from rollout.fleet import Fleet
 from rollout.luggage import Luggage
 from rollout.task import WorkerConfig
+from rollout.vllm_engine import both_ends
 from rollout.vllm_transfer import Announced, GlooReceiver, Meeting
 from rollout.weights import Published
 
@@ -59,11 +66,11 @@ class ProvenBirths(RealBirths):
 
 
 def couriers() -> list[psutil.Process]:
-    """All of this machine; Ray names its processes after what runs there."""
+    """Those of this session's cluster; Ray names its processes after what runs there."""
     found = []
-    for process in psutil.process_iter(["name", "cmdline"]):
-        words = " ".join(process.info["cmdline"] or [])
-        found += [process] if "ray::Courier" in words else []
+    for process in psutil.Process().children(recursive=True):
+        with suppress(psutil.NoSuchProcess):
+            found += [process] if "ray::Courier" in " ".join(process.cmdline()) else []
     return found
 
 
@@ -136,11 +143,52 @@ def test_bytes_of_any_type_arrive_at_all_ranks_of_a_group() -> None:
 def test_nccl_from_a_machine_without_a_gpu_is_refused_with_the_fix() -> None:
     courier = ray.remote(Courier).options(num_cpus=0).remote(Luggage.pack(STUDENT), "nccl")
     with pytest.raises(RayTaskError) as raised:
-        ray.get(courier.meet.remote(1), timeout=60)
+        ray.get(courier.meet.remote(1, []), timeout=60)
+    ray.kill(cast(ActorHandle, courier))
     error = raised.value.cause
     assert isinstance(error, SetupError)
-    assert "needs a GPU on the machine that keeps the weights" in error.what
+    assert "needs a GPU besides those of the engine" in error.what
     assert "engine.transfer=memory" in error.fix
+
+
+def test_a_courier_takes_no_gpu_of_its_own_engine() -> None:
+    assert free_gpu(None, 2, taken=[]) == 0
+    assert free_gpu(None, 2, taken=["0"]) == 1
+    assert free_gpu("4,5", 2, taken=["4"]) == 1
+    assert free_gpu("4,5", 2, taken=["4", "5"]) is None
+    assert free_gpu("", 0, taken=[]) is None
+
+
+@pytest.mark.parametrize("first", ["sender", "receiver"])
+@pytest.mark.parametrize(
+    ("sender", "receiver", "told"),
+    [
+        pytest.param(InfraError("lost"), RuntimeError("closed"), "lost", id="sender lost"),
+        pytest.param(RuntimeError("closed"), EngineDeadError(), "EngineCore", id="vLLM dead"),
+        pytest.param(None, RuntimeError("no such tensor"), "no such", id="receiver alone"),
+        pytest.param(InfraError("lost"), None, "lost", id="sender alone"),
+    ],
+)
+def test_of_two_ends_that_fail_the_one_with_the_cause_is_heard(
+    sender: Exception | None, receiver: Exception | None, told: str, first: str
+) -> None:
+    """Whichever fails first; who is left alone hangs until it is broken off."""
+
+    async def end(error: Exception | None, is_first: bool) -> None:
+        if error is None:
+            await asyncio.Event().wait()
+        await asyncio.sleep(0 if is_first else 0.05)
+        assert error
+        raise error
+
+    async def both() -> None:
+        await both_ends(end(sender, first == "sender"), end(receiver, first == "receiver"))
+
+    with (
+        patch.object(vllm_engine, "_LAST_SECONDS", 0.2),
+        pytest.raises((InfraError, RuntimeError, EngineDeadError), match=told),
+    ):
+        asyncio.run(both())
 
 
 @pytest.mark.slow
@@ -176,22 +224,37 @@ def test_what_is_sampled_does_not_depend_on_the_way_of_the_weights() -> None:
     assert [segments(group)[0].versions[0].version for group in by_gloo] == [0, 1]
 
 
+LOST = "courier of a worker's weights was lost"
+FAULTS = {
+    "sending": ("courier", "weights.send", kill9, LOST),
+    "hanging": ("courier", "weights.send", stop, "must be done within"),
+    "wrong bytes": ("courier", "weights.taken", corrupt("scale", "layers.1"), "must compute as"),
+    "worker": ("rollout/0", "weights.load", kill9, "SIGKILL"),
+}
+"""What happens when version 1 is handed over: whose fault it is, where, which, and what is told."""
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("lost", ["courier", "worker"])
+@pytest.mark.parametrize("fault", [*FAULTS, "idle"])
 def test_who_is_lost_costs_one_worker_and_leaves_nothing(
-    tmp_path: Path, armed: Callable[[Faults], Faults], lost: str
+    tmp_path: Path, armed: Callable[[Faults], Faults], fault: str
 ) -> None:
-    """The courier of the first worker as it sends version 1; the worker as it is about to load."""
-    point = "weights.send" if lost == "courier" else "weights.load"
-    role = "courier" if lost == "courier" else "rollout/0"
-    armed(Faults(tmp_path).at(role, point, nth=2).do(kill9))
-    births = ProvenBirths(WorkerConfig(STUDENT, GLOO, FLEET))
+    """And what arrives wrong is not sampled with. `idle`: the courier ends between versions."""
+    told = LOST
+    if fault in FAULTS:
+        role, point, action, told = FAULTS[fault]
+        armed(Faults(tmp_path).at(role, point, nth=2).do(action))
+    patience = 20 if fault == "hanging" else 120
+    settings = FLEET.model_copy(update={"publish_deadline_seconds": patience})
+    births = ProvenBirths(WorkerConfig(STUDENT, GLOO, settings))
     hired: list[psutil.Process] = []
 
     async def scenario(fleet: Fleet) -> None:
         await fleet.start()
         await fleet.publish(0, births.publish(0))
         hired.extend(couriers())
+        if fault == "idle":
+            hired[0].kill()
         await fleet.publish(1, births.publish(1))
         group = await fleet.rollout(make_task("later", tokens=8))
         assert {span.version for each in segments(group) for span in each.versions} == {1}
@@ -200,5 +263,5 @@ def test_who_is_lost_costs_one_worker_and_leaves_nothing(
 
     run_fleet(births, scenario)
     [event] = births.events_of("lost")
-    assert ("courier of a worker's weights was lost" in str(event["cause"])) == (lost == "courier")
+    assert told in str(event["cause"]), event
     assert len(hired) == 2 and gone_within(10, hired)

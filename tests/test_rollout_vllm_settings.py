@@ -12,6 +12,7 @@ from pydantic import ValidationError
 
 from curation.config import MineSection
 from ground.errors import RecipeError, SetupError
+from ground.lora import LoraSection
 from ground.recipe import load_recipe
 from packtrain.doctor import check_vllm
 from packtrain.recipe import read_recipe
@@ -54,6 +55,13 @@ def test_a_way_of_weights_is_refused_where_weights_do_not_change() -> None:
     for section in (EvaluateSection, MineSection):
         with pytest.raises(ValidationError, match=r"engine\.transfer belongs to rl, .* got nccl"):
             section(engine=engine)
+
+
+def test_an_adapter_goes_through_memory_whatever_is_said() -> None:
+    engine = EngineSection(kind="vllm", transfer="gloo")
+    with pytest.raises(ValidationError, match=r"engine\.transfer gloo is for whole weights"):
+        RlSection(steps=1, engine=engine, lora=LoraSection(rank=4))
+    RlSection(steps=1, engine=EngineSection(kind="vllm"), lora=LoraSection(rank=4))
 
 
 @pytest.mark.parametrize("temperature", [1e-4, 0.009, 2.01])
