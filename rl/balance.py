@@ -111,8 +111,9 @@ class Balance:
         return self._balanced(use.workers, rollouts)
 
     def _balanced(self, workers: int, rollouts: int) -> dict[str, float]:
-        speeds, gauges = self._meter.speeds, {"workers": float(workers)}
-        if speeds is None or not workers:
+        speeds, typical = self._meter.speeds, self._meter.typical
+        gauges = {"workers": float(workers)}
+        if speeds is None or typical is None or not workers:
             return gauges
         if self._section.max_workers is not None and self._meter.is_settled:
             self._follow(speeds, workers, self._section.max_workers)
@@ -126,8 +127,8 @@ class Balance:
             "learner_seconds_per_sample": speeds.learner,
             "rollout_seconds_per_sample": speeds.rollout,
             "reward_seconds_per_sample": speeds.reward,
-            "rest_seconds": speeds.rest,
-            "predicted_seconds": self._predicted(speeds, workers, rollouts),
+            "rest_seconds": typical.rest,
+            "predicted_seconds": self._predicted(typical, workers, rollouts),
         }
 
     def _predicted(self, speeds: Speeds, workers: int, rollouts: int) -> float:

@@ -1,8 +1,9 @@
 """Speeds of learner, fleet and verifiers, and how many workers follow from them: pure.
 
-Device-seconds for a sample, c, as in rl/placement.py, and what a step takes besides; each is the
-median of the last five steps: a change shows after three of them, and a single slow step never
-does.
+Device-seconds for a sample, c, as in rl/placement.py, and what a step takes besides. What is decided
+follows their medians over five steps: a change shows after three of them, and a single slow step
+never does. What is predicted follows their means over ten: where both sides share cores, steps
+alternate between fast ones and slow ones, and a median is the one or the other.
 """
 
 from __future__ import annotations
@@ -10,10 +11,13 @@ from __future__ import annotations
 import math
 import statistics
 from collections import deque
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, fields
 
 WINDOW = 5
 """Steps whose median counts."""
+LONG_WINDOW = 10
+"""Steps whose mean counts, the greatest and the least left out."""
 BAND = 0.15
 """Share by which fleet and learner may be apart before the fleet is resized."""
 
@@ -47,10 +51,10 @@ class Speeds:
 
 
 class SpeedMeter:
-    """Speeds as the median of the last `WINDOW` steps."""
+    """Speeds of the last steps."""
 
     def __init__(self) -> None:
-        self._seen: deque[Speeds] = deque(maxlen=WINDOW)
+        self._seen: deque[Speeds] = deque(maxlen=LONG_WINDOW)
 
     def see(self, speeds: Speeds) -> None:
         """A step's speeds."""
@@ -63,20 +67,33 @@ class SpeedMeter:
 
     @property
     def speeds(self) -> Speeds | None:
-        """The median of each; None before the first step."""
-        if not self._seen:
-            return None
-        return Speeds(
-            statistics.median(each.learner for each in self._seen),
-            statistics.median(each.rollout for each in self._seen),
-            statistics.median(each.reward for each in self._seen),
-            statistics.median(each.teacher for each in self._seen),
-            statistics.median(each.rest for each in self._seen),
-        )
+        """The median of each over `WINDOW` steps; None before the first step."""
+        return _of_each(statistics.median, list(self._seen)[-WINDOW:])
+
+    @property
+    def typical(self) -> Speeds | None:
+        """The mean of each over `LONG_WINDOW` steps; None before the first step."""
+        return _of_each(trimmed_mean, list(self._seen))
 
     def forget(self) -> None:
         """What was measured belongs to another fleet."""
         self._seen.clear()
+
+
+def trimmed_mean(numbers: Iterable[float]) -> float:
+    """The mean without the greatest and the least; with fewer than three numbers, of all.
+
+    Example:
+        trimmed_mean([0.8, 1.1, 0.8, 1.1, 9.0]) → 1.0
+    """
+    found = sorted(numbers)
+    return statistics.fmean(found[1:-1] if len(found) > 2 else found)
+
+
+def _of_each(middle: Callable[[Iterable[float]], float], seen: Sequence[Speeds]) -> Speeds | None:
+    if not seen:
+        return None
+    return Speeds(*(middle([getattr(each, at.name) for each in seen]) for at in fields(Speeds)))
 
 
 def wanted(speeds: Speeds, workers: int, least: int, most: int, *, overlaps: bool = True) -> int:

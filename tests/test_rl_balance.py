@@ -14,7 +14,7 @@ from rl.balance import Balance
 from rl.buffer import Plan
 from rl.config import RlSection
 from rl.simulate import Durations, Played, make_pool, make_section, patient, run_steps
-from rl.speeds import BAND, SpeedMeter, Speeds, wanted
+from rl.speeds import BAND, SpeedMeter, Speeds, trimmed_mean, wanted
 from rollout.config import FleetSection, SamplingSection
 from rollout.fleet import Fleet, FleetUse
 from rollout.roster import Event
@@ -60,6 +60,19 @@ class CountingFleet:
 
     def resize(self, num_workers: int) -> None:
         self.workers = num_workers
+
+
+def test_decisions_follow_the_median_and_predictions_the_mean_without_its_ends() -> None:
+    """Steps that alternate: the median is one of both, the mean lies between them."""
+    meter = SpeedMeter()
+    assert meter.speeds is None and meter.typical is None
+    for step in range(12):
+        learner = 99.0 if step < 2 else 9.0 if step == 7 else 1.0 + step % 2
+        meter.see(Speeds(learner, 3.0, 0.0, rest=0.5))
+    # the last ten: 1 2 1 2 1 9 1 2 1 2; the last five: 9 1 2 1 2
+    assert meter.typical == Speeds(pytest.approx(12 / 8), 3.0, 0.0, rest=0.5)
+    assert meter.speeds == Speeds(2.0, 3.0, 0.0, rest=0.5)
+    assert trimmed_mean([4.0, 1.0]) == 2.5 and trimmed_mean([9.0, 1.0, 2.0]) == 2.0
 
 
 def test_in_turns_the_step_is_the_sum_and_the_fleet_only_grows() -> None:
