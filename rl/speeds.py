@@ -1,9 +1,9 @@
 """Speeds of learner, fleet and verifiers, and how many workers follow from them: pure.
 
-Device-seconds for a sample, c, as in rl/placement.py, and what a step takes besides. What is decided
-follows their medians over five steps: a change shows after three of them, and a single slow step
-never does. What is predicted follows their means over ten: where both sides share cores, steps
-alternate between fast ones and slow ones, and a median is the one or the other.
+Device-seconds for a sample, c, as in rl/placement.py, and what a step takes besides. Decisions
+follow their medians over five steps: a change shows after three of them, and a single slow step
+never does. Predictions follow their means over ten: where both sides share cores, steps alternate
+between fast ones and slow ones, and a median is the one or the other.
 """
 
 from __future__ import annotations
