@@ -41,6 +41,7 @@ from rollout.failures import sort_failure
 from rollout.loop_thread import LoopThread
 from rollout.vllm_process import WORKER, VllmProcess, start_vllm
 from rollout.vllm_requests import Sampling, sampled, scored
+from rollout.vllm_transfer import both_ends
 from rollout.vllm_weights import CheckpointForm, Laid
 
 Result = TypeVar("Result")
@@ -382,34 +383,3 @@ class VllmEngine:
                 raise
 
         return self._loop.order(name, surely, seconds)
-
-
-async def both_ends(sender: Awaitable[None], receiver: Awaitable[None]) -> None:
-    """Wait for both ends of a broadcast.
-
-    When one end is lost the other fails as well, and often sooner: so after the first failure the
-    other end has a moment to say more. vLLM's death counts most, then that the sender was lost.
-
-    Raises:
-        EngineDeadError: vLLM has died.
-        InfraError: the sender was lost.
-    """
-    ends = [asyncio.ensure_future(sender), asyncio.ensure_future(receiver)]
-    try:
-        _, pending = await asyncio.wait(ends, return_when=asyncio.FIRST_EXCEPTION)
-        if pending:
-            await asyncio.wait(pending, timeout=_LAST_SECONDS)
-        told = [end.exception() for end in reversed(ends) if end.done() and not end.cancelled()]
-    finally:
-        for end in ends:
-            end.cancel()
-    errors = sorted(filter(None, told), key=_weight)
-    if errors:
-        raise errors[0]
-
-
-def _weight(error: BaseException) -> int:
-    """Place among the causes of a broadcast that has failed."""
-    if isinstance(error, EngineDeadError):
-        return 0
-    return 1 if isinstance(error, InfraError) else 2

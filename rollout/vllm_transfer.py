@@ -8,8 +8,9 @@ it everything around the group runs on machines without a GPU.
 
 from __future__ import annotations
 
+import asyncio
 import socket
-from collections.abc import Iterator, Mapping
+from collections.abc import Awaitable, Iterator, Mapping
 from contextlib import closing
 from dataclasses import dataclass
 from datetime import timedelta
@@ -36,10 +37,15 @@ from vllm.distributed.weight_transfer.nccl_engine import (
     NCCLWeightTransferEngine,
     NCCLWeightTransferUpdateInfo,
 )
+from vllm.v1.engine.exceptions import EngineDeadError
+
+from ground.errors import InfraError
 
 _GROUP_SECONDS = 600.0
 """Until all have come to a group, and until a tensor has come through it; the fleet's deadline for
 a hand-over ends it sooner."""
+_LAST_SECONDS = 5.0
+"""What one end of a broadcast has to say more comes within this, after the other has failed."""
 _PACKED_BYTES = 128 << 20
 """NCCL sends tensors packed into buffers of this size; some six of them are in use at a time, on
 either side."""
@@ -222,6 +228,39 @@ class Meeting:
 def transfer_config(transfer: str) -> WeightTransferConfig | None:
     """What vLLM is started with; None where its weights come through memory."""
     return None if transfer == "memory" else WeightTransferConfig(backend=transfer)
+
+
+async def both_ends(
+    sender: Awaitable[None], receiver: Awaitable[None], last_seconds: float = _LAST_SECONDS
+) -> None:
+    """Wait for both ends of a broadcast.
+
+    When one end is lost the other fails as well, and often sooner: so after the first failure the
+    other end has a moment to say more. vLLM's death counts most, then that the sender was lost.
+
+    Raises:
+        EngineDeadError: vLLM has died.
+        InfraError: the sender was lost.
+    """
+    ends = [asyncio.ensure_future(sender), asyncio.ensure_future(receiver)]
+    try:
+        _, pending = await asyncio.wait(ends, return_when=asyncio.FIRST_EXCEPTION)
+        if pending:
+            await asyncio.wait(pending, timeout=last_seconds)
+        told = [end.exception() for end in reversed(ends) if end.done() and not end.cancelled()]
+    finally:
+        for end in ends:
+            end.cancel()
+    errors = sorted(filter(None, told), key=_weight)
+    if errors:
+        raise errors[0]
+
+
+def _weight(error: BaseException) -> int:
+    """Place among the causes of a broadcast that has failed."""
+    if isinstance(error, EngineDeadError):
+        return 0
+    return 1 if isinstance(error, InfraError) else 2
 
 
 def _gloo(

@@ -13,7 +13,6 @@ from contextlib import suppress
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, cast
-from unittest.mock import patch
 
 import psutil
 import pytest
@@ -33,14 +32,12 @@ from ground.model import load_model, tensors_of
 from ground.records import Group, Segment
 from ground.strikes import corrupt, kill9, stop
 from rl.prober import Prober
-from rollout import vllm_engine
 from rollout.config import EngineSection, FleetSection
 from rollout.courier import Courier, free_gpu
 from rollout.fleet import Fleet
 from rollout.luggage import Luggage
 from rollout.task import WorkerConfig
-from rollout.vllm_engine import both_ends
-from rollout.vllm_transfer import Announced, GlooReceiver, Meeting
+from rollout.vllm_transfer import Announced, GlooReceiver, Meeting, both_ends
 from rollout.weights import Published
 
 MEMORY = EngineSection(kind="vllm", num_slots=4, max_length=256)
@@ -182,12 +179,10 @@ def test_of_two_ends_that_fail_the_one_with_the_cause_is_heard(
         raise error
 
     async def both() -> None:
-        await both_ends(end(sender, first == "sender"), end(receiver, first == "receiver"))
+        ends = end(sender, first == "sender"), end(receiver, first == "receiver")
+        await both_ends(*ends, last_seconds=0.2)
 
-    with (
-        patch.object(vllm_engine, "_LAST_SECONDS", 0.2),
-        pytest.raises((InfraError, RuntimeError, EngineDeadError), match=told),
-    ):
+    with pytest.raises((InfraError, RuntimeError, EngineDeadError), match=told):
         asyncio.run(both())
 
 
