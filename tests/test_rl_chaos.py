@@ -29,7 +29,7 @@ def test_synchronous_training_ends_as_if_nobody_had_been_killed(
     workers, verifiers, keeper, supervisor, and the learner's side of the hand-over. The others are
     killed at, one by one, in test_rl_resume.py."""
     points = [point for point in POINTS if point[1] not in POINTS_HERE or point[0] == "supervisor"]
-    others = ("judge", "engine")  # test_rollout_judge_fleet.py, test_rollout_replicas.py
+    others = ("judge", "engine", "courier")  # test_rollout_(judge_fleet|replicas|courier).py
     points = [point for point in points if point[0] not in others]
     assert {kind for kind, _ in points} == {"rollout", "reward", "keeper", "supervisor", "learner"}
     whole = soak(tmp_path / "whole", tiny_model, kills=0, steps=6, staleness=0)
