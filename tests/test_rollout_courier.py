@@ -239,7 +239,7 @@ def test_who_is_lost_costs_one_worker_and_leaves_nothing(
     if fault in FAULTS:
         role, point, action, told = FAULTS[fault]
         armed(Faults(tmp_path).at(role, point, nth=2).do(action))
-    patience = 20 if fault == "hanging" else 120
+    patience = 60 if fault == "hanging" else 120
     settings = FLEET.model_copy(update={"publish_deadline_seconds": patience})
     births = ProvenBirths(WorkerConfig(STUDENT, GLOO, settings))
     hired: list[psutil.Process] = []
