@@ -47,8 +47,8 @@ from rl.seats import Machine
 from rl.speaker import facts_of
 from rl.watchdog import dump_stacks
 from rollout.failures import sorted_failures
-from rollout.interfaces import transport
 from rollout.luggage import Luggage, own_folder
+from rollout.network import transport
 from rollout.places import in_words, wait_for_room
 from rollout.preflight import ClusterStartError
 

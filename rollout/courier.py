@@ -26,8 +26,8 @@ from ground.imports import without_collection
 from ground.roles import enter_role
 from rollout.config import EngineSection
 from rollout.failures import sort_failure, sorted_failures
-from rollout.interfaces import transport
 from rollout.luggage import Luggage
+from rollout.network import transport
 from rollout.weights import Published, this_node
 
 if TYPE_CHECKING:

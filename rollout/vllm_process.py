@@ -29,8 +29,8 @@ from vllm.v1.engine.utils import CoreEngineProcManager
 
 from ground.errors import DataError, InfraError, SetupError
 from rollout.config import EngineSection
-from rollout.interfaces import transport
 from rollout.leash import leashed
+from rollout.network import transport
 from rollout.vllm_transfer import transfer_config
 
 logger = logging.getLogger(__name__)

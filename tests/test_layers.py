@@ -29,7 +29,7 @@ ADDRESSES: dict[str, set[str]] = {
         "rollout/carriage.py",
         "rollout/cluster.py",
         "rollout/courier.py",
-        "rollout/interfaces.py",
+        "rollout/network.py",
         "rollout/ray_machines.py",
         "rollout/ray_worker.py",
         "rollout/fleet.py",

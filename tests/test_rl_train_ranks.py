@@ -37,9 +37,9 @@ from rl.train_ranks import (
     told_home,
     wanted_and_free,
 )
-from rollout.interfaces import interface_of, transport
 from rollout.judge_source import JudgeSource
 from rollout.luggage import Luggage
+from rollout.network import interface_of, transport
 from rollout.places import PlacementError
 from rollout.preflight import ClusterStartError
 

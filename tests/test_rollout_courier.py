@@ -21,6 +21,7 @@ import torch
 from fleet_doubles import RealBirths, is_running, make_task, run_fleet
 from ray.actor import ActorHandle
 from ray.exceptions import RayTaskError
+from test_ground_exits import tells_ends
 from test_rollout_vllm import NATS, STUDENT, nudged
 from torch import Tensor
 from vllm.config.weight_transfer import WeightTransferConfig
@@ -219,12 +220,13 @@ def test_what_is_sampled_does_not_depend_on_the_way_of_the_weights() -> None:
     assert [segments(group)[0].versions[0].version for group in by_gloo] == [0, 1]
 
 
+KILLED = "ended by SIGKILL; " if tells_ends() else "connection"
 LOST = "courier of a worker's weights was lost"
 FAULTS = {
     "sending": ("courier", "weights.send", kill9, LOST),
     "hanging": ("courier", "weights.send", stop, "must be done within"),
     "wrong bytes": ("courier", "weights.taken", corrupt("scale", "layers.1"), "must compute as"),
-    "worker": ("rollout/0", "weights.load", kill9, "SIGKILL"),
+    "worker": ("rollout/0", "weights.load", kill9, KILLED),
 }
 """What happens when version 1 is handed over: whose fault it is, where, which, and what is told."""
 
